@@ -1,0 +1,336 @@
+"""One vision-language model: load it in 4 bits with LoRA, lay out its tokens, sample a group, score a group.
+
+Two ideas carry this file. *The prompt and its image are processed once per group*, not once per completion: sampling
+expands one cached prompt, and scoring packs `[prompt | c_1 | ... | c_G]` into one sequence in which every completion
+sees the prompt and itself. *Attention is captured where it is computed*: a registered attention function runs the
+library's own SDPA and, in the chosen layers, keeps the completions' attention to the image; never L x L for all heads.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from data import InputError
+
+SUPPORTED = ("qwen2_5_vl", "qwen3_vl")
+LINEAR = r".*language_model\.layers.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+LOGITS = 2**24  # floats of logits alive at once: 64 MiB, about 110 tokens of Qwen's vocabulary
+
+
+@dataclass
+class Capture:
+    """What to keep of the attention in one forward: of `layers`, the mean over `heads` from `rows` to `columns`."""
+
+    layers: list[int]
+    heads: list[int]
+    rows: torch.Tensor  # (R,) positions of the queries
+    columns: torch.Tensor  # (N,) positions of the image tokens
+    maps: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (R, N)
+
+
+def sayo_attention(module, query, key, value, attention_mask, capture=None, **kwargs):
+    """The library's SDPA; in the layers that `capture` names, the attention to the image is kept on the side.
+
+    Gradient checkpointing calls this twice; the second time the map is there already. The vision tower comes through
+    here too, without a `capture`.
+    """
+    if capture is not None and module.layer_idx in capture.layers and module.layer_idx not in capture.maps:
+        capture.maps[module.layer_idx] = image_attention(query, key, attention_mask, capture, module.scaling)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+@torch.no_grad()
+def image_attention(query, key, mask, capture, scaling):
+    """softmax(q k^T) in fp32 for the rows wanted, one head at a time; the image columns, averaged over the heads.
+
+    Args: query (1, H, S, D), key (1, H_kv, S, D), mask bool (1, 1, S, S), true where a query may look.
+    Returns: (R, N) fp32. Memory: R x S floats, whatever the number of heads.
+    """
+    group = query.shape[1] // key.shape[1]  # query heads that share a key head
+    unseen = ~mask[0, 0, capture.rows]  # (R, S)
+    total = 0
+    for head in capture.heads:
+        scores = query[0, head, capture.rows].float() @ key[0, head // group].float().T * scaling  # (R, S)
+        total = total + scores.masked_fill_(unseen, -torch.inf).softmax(-1)[:, capture.columns]
+    return total / len(capture.heads)
+
+
+AttentionInterface.register("sayo", sayo_attention)
+AttentionMaskInterface.register("sayo", sdpa_mask)  # without it the mask is silently None, and causality lost
+
+
+@dataclass
+class Prompt:
+    """A question about an image, laid out in tokens."""
+
+    input_ids: torch.Tensor  # (P,)
+    image_positions: torch.Tensor  # (N,) where in the prompt the image tokens lie
+    pixel_values: torch.Tensor
+    image_grid_thw: torch.Tensor  # (1, 3) in patches
+    position_ids: torch.Tensor  # (3, P): time, height, width (M-RoPE)
+    grid: tuple[int, int]  # (rows, cols), rows * cols = N
+    features: object = None  # the vision tower's output, once it has been computed
+
+
+@dataclass
+class Completions:
+    """G answers to one prompt. `mask` is true on real tokens, the end-of-turn token included: by position, never by
+    comparing with the padding token, which a model may well write itself."""
+
+    ids: torch.Tensor  # (G, C), padded on the right
+    mask: torch.Tensor  # (G, C) bool
+    texts: list[str] = ()
+    temperature: float = 1.0  # of the distribution to score them under
+    finished: torch.Tensor = None  # (G,) bool: did it end by itself, or was it cut off?
+
+    def __getitem__(self, rows: slice):
+        return Completions(self.ids[rows], self.mask[rows], self.texts[rows], self.temperature)
+
+
+@dataclass
+class Scores:
+    """`logps` carries gradient outside `no_grad`; the others never do. Values at padding mean nothing."""
+
+    logps: torch.Tensor  # (G, C) log p of each token
+    entropy: torch.Tensor  # (G, C) nats, of the distribution each token was drawn from
+    attention: torch.Tensor | None = None  # (G, C, N), row j has token j as its query
+    prompt_attention: torch.Tensor | None = None  # (N,), the row of the prompt's last token
+
+
+class Vlm:
+    """A Qwen2.5-VL or Qwen3-VL with LoRA. Made by `load_vlm`; `.model` is the PEFT-wrapped transformers model."""
+
+    def __init__(
+        self, model, tokenizer, image_processor, gradient_checkpointing, completions_per_forward, layers, heads
+    ):
+        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        self.core = model.get_base_model()  # the transformers model under PEFT, with LoRA in place
+        self.device = self.core.device
+        self.gradient_checkpointing, self.completions_per_forward = gradient_checkpointing, completions_per_forward
+        config, text = self.core.config, self.core.config.text_config
+        self.layers = _resolve("layer", layers, text.num_hidden_layers)
+        self.heads = _resolve("head", heads, text.num_attention_heads)
+        if gradient_checkpointing:
+            self.core.activation_checkpointing_enable({"use_reentrant": False})
+        # What stands for an image in the prompt is no word: it can be neither sampled nor scored.
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        self.placeholders = [getattr(config, name) for name in names if getattr(config, name, None) is not None]
+        stop = self.core.generation_config.eos_token_id
+        stop = tokenizer.eos_token_id if stop is None else stop
+        self.stop_ids = torch.tensor(stop if isinstance(stop, list) else [stop], device=self.device)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0].item()
+
+    def encode(self, image, question):
+        """Lay out one image and one question as the model's chat template has them.
+
+        The template's single image placeholder is written N times, N = prod(image_grid_thw) / merge_size^2: the
+        reader sees where image tokens lie. Prompts are never truncated; bound the pixels instead.
+        Returns: Prompt. Raises: InputError if the question itself holds an image placeholder.
+        """
+        pixels = self.image_processor(images=[image.convert("RGB")], return_tensors="pt")
+        merge, (_, height, width) = self.image_processor.merge_size, pixels["image_grid_thw"][0].tolist()
+        rows, cols = height // merge, width // merge
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        placeholder = self.tokenizer.convert_ids_to_tokens(self.core.config.image_token_id)
+        if text.count(placeholder) != 1:
+            raise InputError(f"the question may not contain {placeholder}: {question!r}")
+        text = text.replace(placeholder, placeholder * (rows * cols))
+        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids  # (1, P)
+        is_image = ids == self.core.config.image_token_id
+        patches = pixels["image_grid_thw"]
+        positions, _ = self.core.model.get_rope_index(ids, mm_token_type_ids=is_image.int(), image_grid_thw=patches)
+        values = ids[0], is_image[0].nonzero()[:, 0], pixels["pixel_values"], patches, positions[:, 0]
+        return Prompt(*(v.to(self.device) for v in values), grid=(rows, cols))
+
+    @torch.no_grad()
+    def sample(self, prompt, num_generations, max_tokens, temperature=1.0, generator=None):
+        """Write `num_generations` completions of at most `max_tokens` tokens, all together.
+
+        The prompt runs once; its cache is then copied to every completion. Temperature 0 is greedy. There is no
+        top-p: what is sampled is the whole distribution that `score` scores.
+        Returns: Completions, scored at the same temperature (greedy ones at 1).
+        """
+        self.model.eval()
+        G = num_generations
+        hidden, cache = self._forward(prompt, prompt.input_ids[None], prompt.position_ids[:, None], use_cache=True)
+        hidden = hidden[:, -1].expand(G, -1)  # (G, D)
+        cache.batch_repeat_interleave(G)
+        position = prompt.position_ids.max() + 1  # M-RoPE: an image takes fewer positions than tokens
+        ids, live, done = [], [], torch.zeros(G, dtype=torch.bool, device=self.device)
+        for step in range(max_tokens):
+            logits = self._logits(hidden, temperature or 1.0)  # (G, V)
+            if temperature == 0:
+                token = logits.argmax(-1)
+            else:
+                token = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+            ids.append(token.masked_fill(done, self.pad_id))
+            live.append(~done)
+            done = done | torch.isin(token, self.stop_ids)
+            if done.all() or step + 1 == max_tokens:
+                break
+            positions = (position + step).expand(3, G, 1)
+            hidden, cache = self._forward(None, ids[-1][:, None], positions, use_cache=True, past_key_values=cache)
+            hidden = hidden[:, -1]
+        ids, mask = torch.stack(ids, 1), torch.stack(live, 1)  # (G, C)
+        texts = [self.tokenizer.decode(row[real], skip_special_tokens=True) for row, real in zip(ids, mask)]
+        return Completions(ids, mask, texts, temperature or 1.0, done)
+
+    def score(self, prompt, completions, attention=True, reference=False):
+        """Log-probability, entropy and attention to the image of every token of a group, in one packed forward.
+
+        If `completions_per_forward` is less than G, in several forwards with the prompt repeated in each.
+        Args: reference, whether to switch the adapter off: the model as it was before training.
+        Returns: Scores; the attention is the mean over this Vlm's layers and heads.
+        """
+        G = len(completions.ids)
+        step = self.completions_per_forward or G
+        with self.model.disable_adapter() if reference else nullcontext():
+            parts = [self._score(prompt, completions[i : i + step], attention) for i in range(0, G, step)]
+        whole = parts[0]
+        if len(parts) > 1:
+            for name in ("logps", "entropy", "attention") if attention else ("logps", "entropy"):
+                setattr(whole, name, torch.cat([getattr(part, name) for part in parts]))
+        return whole
+
+    def _score(self, prompt, completions, attention):
+        # checkpointing is only done in train mode, where caching is impossible; no module here uses dropout
+        self.model.train(self.gradient_checkpointing and torch.is_grad_enabled())
+        P, (G, C) = len(prompt.input_ids), completions.ids.shape
+        ids = torch.cat([prompt.input_ids, completions.ids.flatten()])  # (P + G*C,): prompt | c_1 | ... | c_G
+        after = prompt.position_ids.max() + 1 + torch.arange(C, device=self.device)  # every completion starts there
+        positions = torch.cat([prompt.position_ids, after.repeat(3, G)], dim=1)  # (3, P + G*C)
+        rows = torch.arange(P - 1, P + G * C, device=self.device)  # the prompt's last token, then all completions
+        capture = Capture(self.layers, self.heads, rows, prompt.image_positions) if attention else None
+        mask = group_mask(P, G, C, self.device)
+        hidden, _ = self._forward(prompt, ids[None], positions[:, None], attention_mask=mask, capture=capture)
+        # The first token of every completion is predicted by the last of the prompt, the others by their predecessor.
+        before = rows[:-1].view(G, C).clone()
+        before[:, 0] = P - 1
+        targets, temperature = completions.ids.flatten(), completions.temperature
+        logps, entropy = self._token_scores(hidden[0, before.flatten()], targets, temperature)
+        scores = Scores(logps.view(G, C), entropy.view(G, C))
+        if attention:
+            maps = sum(capture.maps.values()) / len(self.layers)  # (1 + G*C, N)
+            scores.prompt_attention, scores.attention = maps[0], maps[1:].view(G, C, -1)
+        return scores
+
+    def _forward(self, prompt, ids, positions, **kwargs):
+        """Hidden states (B, S, D) of the last layer, and the cache. `prompt` brings the image, if `ids` holds one;
+        the frozen vision tower runs once per prompt and its features serve every later forward."""
+        if prompt is not None:
+            if prompt.features is None:
+                with torch.no_grad():
+                    prompt.features = self.core.model.get_image_features(prompt.pixel_values, prompt.image_grid_thw)
+            kwargs["mm_encoder_outputs"] = {"image": prompt.features}
+        kwargs.setdefault("use_cache", False)
+        out = self.core.model(input_ids=ids, position_ids=positions, **kwargs)
+        return out.last_hidden_state, out.past_key_values
+
+    def _logits(self, hidden, temperature):
+        """fp32 logits (R, V) of the distribution that is sampled and scored, from hidden states (R, D)."""
+        logits = self.core.lm_head(hidden).float() / temperature
+        logits[:, self.placeholders] = -torch.inf
+        return logits
+
+    def _token_scores(self, hidden, targets, temperature):
+        """log p of `targets` (R,) and the entropy (R,), from hidden states (R, D), in chunks of rows: the logits of
+        a chunk are dropped and, for the gradient, computed again. (R, V) never exists."""
+
+        def chunk(hidden, targets):
+            logps = self._logits(hidden, temperature).log_softmax(-1)  # (rows, V)
+            entropy = torch.special.entr(logps.detach().exp()).sum(-1)
+            return logps.gather(-1, targets[:, None])[:, 0], entropy
+
+        rows = max(1, LOGITS // self.core.config.text_config.vocab_size)
+        parts = [checkpoint(chunk, h, t, use_reentrant=False)
+                 for h, t in zip(hidden.split(rows), targets.split(rows))]  # fmt: skip
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def group_mask(P, G, C, device=None):
+    """Who sees whom in `[prompt | c_1 | ... | c_G]`: bool (1, 1, S, S), S = P + G * C, true where row may see column.
+
+    Causal; and a completion sees the prompt and itself, not its siblings. One byte a pair, shared by all layers.
+    """
+    i = torch.arange(P + G * C, device=device)
+    owner = (i - P).div(C, rounding_mode="floor").clamp(min=-1)  # -1 for the prompt, else the completion
+    return ((i[:, None] >= i) & ((owner == -1) | (owner[:, None] == owner)))[None, None]
+
+
+def load_vlm(name_or_path, load_in_4bit=True, lora_r=16, lora_alpha=32, device=None, max_pixels=None,
+             gradient_checkpointing=False, completions_per_forward=0, layers=(-1,), heads=None):  # fmt: skip
+    """Load a Qwen2.5-VL or Qwen3-VL from the hub or a folder; NF4 with double quantisation; LoRA on the language
+    model's linear layers. Vision tower, embeddings and output head stay unquantised and frozen. The compute type is
+    bf16 where the card has it, else fp16; fp32 on a CPU.
+
+    Args: device, by default CUDA if there is any; max_pixels, to which images are scaled down; completions_per_forward,
+    0 for all of a group; layers and heads whose attention `score` averages, None for all.
+    Returns: Vlm. Raises: InputError with one line that says what to do.
+    """
+    name = str(name_or_path)
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(automatic if device in (None, "auto") else device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device}: no CUDA here; choose --device cpu")
+    half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
+    dtype = torch.float32 if device.type == "cpu" else half
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=[".*visual", "lm_head"],
+    )  # fmt: skip
+    try:
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind not in SUPPORTED:
+            raise InputError(f"{name} is a {kind}; this program knows {' and '.join(SUPPORTED)}")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name, backend="pil")  # needs no torchvision
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, quantization_config=quantization if load_in_4bit else None, use_safetensors=True,
+            attn_implementation="sayo", device_map={"": device},
+        )  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise InputError(
+            f"{name} does not fit on {device}: choose a smaller model, or drop --no-load_in_4bit"
+        ) from None
+    except ImportError as error:
+        raise InputError(f"pip install bitsandbytes, or give --no-load_in_4bit ({error})") from None
+    except OSError as error:
+        where = (
+            "is no folder of a model" if Path(name).exists() else "cannot be had from the hub: check name and network"
+        )
+        raise InputError(f"{name} {where} ({str(error).splitlines()[0]})") from None
+    if max_pixels:
+        least = min(processor.size["shortest_edge"], max_pixels)
+        processor.size = {"shortest_edge": least, "longest_edge": max_pixels}
+    model.requires_grad_(False)
+    for module in model.modules():
+        # On some CPUs bitsandbytes repacks frozen weights in bf16 once they are used without gradient: sampling and
+        # training would then be two different models, and a run would depend on the make of the processor.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    config = LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules=LINEAR)
+    settings = gradient_checkpointing, completions_per_forward, layers, heads
+    return Vlm(get_peft_model(model, config), tokenizer, processor, *settings)
+
+
+def _resolve(what, indices, count):
+    """Indices from 0, all if None. Raises: InputError if one is out of range."""
+    for i in indices or ():
+        if not -count <= i < count:
+            raise InputError(f"no {what} {i}: the model has {count}, 0 to {count - 1}, or -1 for the last")
+    return sorted({i % count for i in indices}) if indices else list(range(count))
