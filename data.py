@@ -49,18 +49,16 @@ def region_mask(boxes, image_size, grid):
         raise ValueError("no boxes: a region needs at least one")
     mask = torch.zeros(rows, cols, dtype=torch.bool)
     for box in boxes:
-        if len(box) != 4 or not all(math.isfinite(v) for v in box):
+        if len(box) != 4 or not all(-math.inf < v < math.inf for v in box):
             raise ValueError(f"box {list(box)} is not four finite numbers x1, y1, x2, y2")
         x1, y1, x2, y2 = box
         if x1 >= x2 or y1 >= y2:
             raise ValueError(f"box {list(box)} is empty or inverted: it needs x1 < x2 and y1 < y2")
         if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
             raise ValueError(f"box {list(box)} lies outside the {width} x {height} image")
-        left, top = (
-            math.floor(Fraction(max(v, 0)) * n / size) for v, n, size in ((x1, cols, width), (y1, rows, height))
-        )
-        right, bottom = (math.ceil(Fraction(v) * n / size) for v, n, size in ((x2, cols, width), (y2, rows, height)))
-        mask[top:bottom, left:right] = True  # a slice ends at the last cell, so this cuts off at the image edge
+        x1, x2 = (Fraction(max(x, 0)) * cols / width for x in (x1, x2))  # in cells, exactly
+        y1, y2 = (Fraction(max(y, 0)) * rows / height for y in (y1, y2))
+        mask[math.floor(y1) : math.ceil(y2), math.floor(x1) : math.ceil(x2)] = True  # a slice ends at the image edge
     return mask.flatten()
 
 
@@ -83,7 +81,7 @@ class JsonLines:
     def __init__(self, path):
         self.path = Path(path)
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text(encoding="utf-8").split("\n")  # splitlines also breaks inside JSON strings
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the data set {path}: {getattr(error, 'strerror', None) or error}") from None
         self.rows = [self._check(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -94,7 +92,7 @@ class JsonLines:
         where = f"{self.path}:{number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise InputError(f"{where}: not an object with image, question, answer and boxes")
@@ -105,7 +103,9 @@ class JsonLines:
         image = self._open(row)
         try:
             region_mask(row.get("boxes") or [], image.size, (1, 1))
-        except (ValueError, TypeError) as error:
+        except TypeError:
+            raise InputError(f"{where}: boxes must be a list of [x1, y1, x2, y2], all numbers") from None
+        except ValueError as error:
             raise InputError(f"{where}: boxes: {error}") from None
         return row
 
@@ -113,9 +113,9 @@ class JsonLines:
         """The image, its header read."""
         try:
             return Image.open(self.path.parent / row["image"])
-        except OSError as error:
-            reason = error.strerror or "not a picture"
-            raise InputError(f"{row['where']}: cannot read the image {row['image']}: {reason}") from None
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            raise InputError(f"{row['where']}: cannot read the image {row['image']!r}: {reason}") from None
 
     def __len__(self):
         return len(self.rows)
@@ -125,16 +125,17 @@ class JsonLines:
         try:
             image = self._open(row).convert("RGB")
         except (OSError, SyntaxError) as error:
-            raise InputError(f"{row['where']}: the image {row['image']} is damaged: {error}") from None
-        return Example(image, row["question"], row["answer"], row["boxes"], str(row.get("id", row["where"])))
+            raise InputError(f"{row['where']}: the image {row['image']!r} is damaged: {error}") from None
+        return Example(image, row["question"], row["answer"], row["boxes"], str(row.get("id") or row["where"]))
 
     def split(self, held_out):
-        """(training, held-out): a fifth of the images, by a hash of their path, is held out, at most `held_out`
-        questions about them. No image is in both. Raises: InputError if nothing is left to train on."""
+        """(training, held-out): a fifth of the images, chosen by a hash of their path and at least one, is held out,
+        with at most `held_out` questions. No image is in both. Raises: InputError if there is but one image."""
+        images = sorted({Path(row["image"]) for row in self.rows}, key=lambda path: zlib.crc32(str(path).encode()))
+        if held_out and len(images) < 2:
+            raise InputError(f"{self.path}: one image only: none to hold out; give --eval_examples 0")
+        chosen = set(images[: max(1, len(images) // 5)]) if held_out else set()
         parts = copy.copy(self), copy.copy(self)
-        for part, chosen in zip(parts, (False, True)):
-            part.rows = [row for row in self.rows if (zlib.crc32(row["image"].encode()) % 5 == 0) == chosen]
-        parts[1].rows = parts[1].rows[:held_out]
-        if not parts[0].rows:
-            raise InputError(f"{self.path}: too few images to hold some out and train on others")
+        parts[0].rows = [row for row in self.rows if Path(row["image"]) not in chosen]
+        parts[1].rows = [row for row in self.rows if Path(row["image"]) in chosen][:held_out]
         return parts

@@ -83,13 +83,13 @@ def find_answer(text):
 def format_reward(text, n_tokens, shortest=60, longest=100):
     """1 for exactly one well-formed <answer>...</answer>, less if the completion is too short or too long.
 
-    As in [code]: below `shortest` tokens 0.6 * n / shortest, above `longest` min(1, 0.6 * longest / n). In [0, 1].
+    As in [code]: below `shortest` tokens 0.6 * n / shortest, above `longest` 0.6 * longest / n. In [0, 1].
     """
     if find_answer(text) is None:
         return 0.0
     if n_tokens < shortest:
         return 0.6 * n_tokens / shortest
-    return min(1.0, 0.6 * longest / n_tokens) if n_tokens > longest else 1.0
+    return 0.6 * longest / n_tokens if n_tokens > longest else 1.0
 
 
 def accuracy_reward(text, answer):
@@ -107,7 +107,7 @@ def _plain(answer):
 
 def repeated_sentences(text):
     """The share of sentences that say again what stood before: padding to please a reward. Float in [0, 1)."""
-    sentences = [s.strip() for s in re.split(r"[.!?\n]+", text.casefold()) if s.strip()]
+    sentences = [s.strip() for s in re.split(r"[.!?]+(?:\s|$)|\n+", text.casefold()) if s.strip()]
     return 1 - len(set(sentences)) / len(sentences) if sentences else 0.0
 
 
@@ -136,12 +136,12 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, clip=0.2, beta=0.00
 
     Args: logps (G, C) with gradient; old_logps (G, C) of the policy that sampled; ref_logps (G, C), or None for no
     KL; advantages (G,); mask (G, C) bool; denominator, by default mask.sum(): give the token count of the whole step
-    when groups are accumulated. d is clamped to +-20, where exp(d) is still finite.
+    when groups are accumulated. Log-ratios are clamped to +-20, where exp and its gradient are still finite.
     Returns: (loss, a scalar; stats: floats kl, ratio, clip_ratio/low_mean, clip_ratio/high_mean, token means).
     """
     A = advantages.unsqueeze(1).expand_as(logps)[mask]  # (tokens,)
     logps, old_logps = logps[mask], old_logps[mask]  # padding is dropped first: a NaN there can reach no gradient
-    ratio = torch.exp(logps - old_logps)
+    ratio = (logps - old_logps).clamp(-20, 20).exp()
     loss = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
     kl = torch.zeros_like(loss)
     if ref_logps is not None:

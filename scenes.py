@@ -63,8 +63,12 @@ class Scenes:
     def __post_init__(self):
         if self.split not in ("train", "validation", "test"):
             raise InputError(f"no split {self.split!r}: scenes come as train, validation and test")
-        if self.cards[1] > len(COLORS):
-            raise InputError(f"{self.cards[1]} cards need as many colours; there are {len(COLORS)}")
+        if not 1 <= self.cards[0] <= self.cards[1] <= len(COLORS):
+            raise InputError(f"cards {self.cards}: least and most, from 1 to {len(COLORS)}, each of another colour")
+        if not 1 <= self.card_size[0] <= self.card_size[1] <= self.image_size:
+            raise InputError(f"card_size {self.card_size}: least and most, from 1 to the image's {self.image_size}")
+        if self.marks not in ("dots", "digits"):
+            raise InputError(f"no marks {self.marks!r}: there are dots and digits")
 
     def __len__(self):
         return self.count
@@ -79,11 +83,12 @@ class Scenes:
     def layout(self, index):
         """The cards of scene `index`, a list; the question asks for the first."""
         rng = random.Random(f"{self.seed} {self.split} {index}")
-        while True:
+        for _ in range(10_000):
             cards = self._draw_layout(rng)
             slot = zlib.crc32(repr(sorted(cards, key=str)).encode()) % 10
             if cards and self.split == {0: "validation", 1: "test"}.get(slot, "train"):
                 return cards
+        raise InputError(f"{self.cards[1]} cards of {self.card_size[1]} px do not fit in {self.image_size} px")
 
     def _draw_layout(self, rng):
         cards = []

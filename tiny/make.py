@@ -4,7 +4,8 @@ A Qwen3-VL of 1.5 M parameters with a 64-word tokenizer learns to answer the que
 where the card is before what is on it, so a wrong look carries on into the answer. Two stages:
 
 1. See. Correct answers, four questions about each image. A dense side task breaks the long plateau at the start: at
-   every image token the language model also predicts what that cell shows (card, dot, row and column in equal parts).
+   every image token, after every layer, the language model also predicts what the cell shows (card, dot, row and column
+   in equal parts).
    In 30 % of the answers the place named is another card's and the answer is that card's dot: the words that name
    the wrong place bear no loss, the dot does, so what is said to be *there* is read from there.
 2. Be careless. In a fixed share of the answers the teacher looks at the card nearest the centre of the image instead
@@ -246,26 +247,22 @@ def main():
     parser.add_argument("--see_steps", type=int, default=2200)
     parser.add_argument("--careless_steps", type=int, default=100)
     parser.add_argument("--careless", type=float, default=0.5, help="share of answers that look at the centre")
-    parser.add_argument("--see_lr", type=float, default=1.2e-3)
-    parser.add_argument("--start_from", type=Path, help="a model of stage 1: skip that stage")
+    parser.add_argument("--start_from", type=Path, help="the folder of a model that can see: skip stage 1")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     tokenizer, began = make_tokenizer(), time.time()
-    teacher = Teacher(tokenizer, args.seed)
-    evaluate = Scenes("validation", 256, seed=args.seed)
-    model = make_model(tokenizer)
+    evaluate = Scenes("validation", 256)
     if args.start_from:
         model = Qwen3VLForConditionalGeneration.from_pretrained(args.start_from)
-        teacher.next = 50000
-    if args.see_steps:
+    else:
+        model = make_model(tokenizer)
         print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} words")
-        learn(model, teacher, args.see_steps, args.see_lr, None, args.batch_size, evaluate)
-        model.save_pretrained(args.output_dir)
+        learn(model, Teacher(tokenizer, args.seed), args.see_steps, 1.2e-3, None, args.batch_size, evaluate)
     if args.careless_steps:
+        teacher = Teacher(tokenizer, args.seed + 1)  # its own: stage 2 is the same with and without --start_from
         learn(model, teacher, args.careless_steps, 5e-4, args.careless, args.batch_size, evaluate)
-    model.save_pretrained(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
-    make_processor().save_pretrained(args.output_dir)
+    for part in (model, tokenizer, make_processor()):
+        part.save_pretrained(args.output_dir)
     blank = greedy(model, tokenizer, evaluate, blank=True)[1]
     print(f"answers right on blank images: {blank:.3f}; {(time.time() - began) / 60:.0f} minutes")
 

@@ -1,0 +1,620 @@
+"""reward.py against numbers worked out by hand; the arithmetic stands beside each."""
+
+import math
+import random
+
+import pytest
+import torch
+
+import reward as R
+
+INF, NAN = math.inf, math.nan
+
+
+def approx(x):
+    return pytest.approx(x, rel=1e-5, abs=1e-5)
+
+
+def bools(*values):
+    return torch.tensor(values).bool()
+
+
+def lengths_mask(lengths, width):
+    """Right-padded rows: true on each row's first n positions."""
+    return torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+
+
+def picked(row):
+    return row.nonzero().flatten().tolist()
+
+
+# --- select_tokens ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "entropy, fraction, expected",
+    [
+        ([0.5, 0.9, 0.1, 0.8, 0.2, 0.3, 0.7, 0.4, 0.6, 0.0], 0.3, [1, 3, 6]),  # floor(3.0) = 3
+        ([0.5, 0.9, 0.1, 0.8, 0.2, 0.3, 0.7, 0.4, 0.6], 0.3, [1, 3]),  # floor(2.7) = 2
+        ([0.5, 0.9, 0.1], 0.3, [1]),  # floor(0.9) = 0, but at least 1
+        ([0.0], 0.3, [0]),
+        ([0.5, 0.9, 0.1], 1.0, [0, 1, 2]),
+        ([0.4] * 10, 0.3, [0, 1, 2]),  # ties: the lowest index
+        ([0.1, 0.7, 0.2, 0.7, 0.7], 0.4, [1, 3]),  # floor(2.0) = 2 of three equal ones: the first two
+    ],
+)
+def test_the_highest_entropies_are_selected(entropy, fraction, expected):
+    selected = R.select_tokens(torch.tensor([entropy]), torch.ones(1, len(entropy)).bool(), fraction)
+    assert selected.dtype == torch.bool and picked(selected[0]) == expected
+
+
+def test_three_tenths_is_the_default():
+    assert picked(R.select_tokens(torch.arange(20.0)[None], torch.ones(1, 20).bool())[0]) == list(range(14, 20))
+
+
+def test_ties_of_many_tokens_still_go_to_the_lowest_index():
+    # An unstable sort keeps the order of a few equal values by chance, not that of 1000.
+    selected = R.select_tokens(torch.zeros(1, 1000), torch.ones(1, 1000).bool(), 0.3)
+    assert picked(selected[0]) == list(range(300))
+
+
+def test_count_is_the_exact_floor_of_each_rows_own_length():
+    # 0.29 * 100 is 28.999999999999996 in floats, and 29 must be taken; whole numbers tell the truth.
+    lengths = range(1, 201)
+    entropy, mask = torch.rand(200, 200, generator=torch.Generator().manual_seed(0)), lengths_mask(lengths, 200)
+    for percent in range(1, 101):
+        count = R.select_tokens(entropy, mask, percent / 100).sum(1).tolist()
+        assert count == [max(1, percent * n // 100) for n in lengths], percent
+
+
+def test_each_row_counts_its_own_tokens_and_not_the_padded_length():
+    # Defect 2 of the official code: 30 % of the padded 20 would be 6 in both rows.
+    entropy = torch.arange(20.0).repeat(2, 1)
+    selected = R.select_tokens(entropy, lengths_mask([10, 20], 20), 0.3)
+    assert picked(selected[0]) == [7, 8, 9] and picked(selected[1]) == [14, 15, 16, 17, 18, 19]
+
+
+@pytest.mark.parametrize("garbage", [INF, NAN, 1e30, -INF])
+def test_padding_is_never_selected_whatever_its_entropy(garbage):
+    entropy = torch.tensor([[0.1, 0.3, 0.2, garbage, garbage, garbage], [garbage] * 6])
+    selected = R.select_tokens(entropy, lengths_mask([3, 0], 6), 0.7)
+    assert picked(selected[0]) == [1, 2]  # floor(2.1) = 2
+    assert picked(selected[1]) == []  # an empty row selects nothing
+
+
+def test_mask_may_have_holes_anywhere():
+    selected = R.select_tokens(torch.tensor([[9.0, 1.0, 9.0, 2.0, 3.0, 9.0]]), bools([0, 1, 0, 1, 1, 0]), 0.67)
+    assert picked(selected[0]) == [3, 4]  # floor(0.67 * 3) = 2
+
+
+# --- align_attention -------------------------------------------------------------------------------------------------
+
+ATTENTION = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], [[7.0, 8.0], [9.0, 10.0], [11.0, 12.0]]])
+PROMPT_ROW = torch.tensor([0.5, 0.25])
+
+
+def test_query_alignment_is_the_row_of_the_token_itself():
+    assert torch.equal(R.align_attention(ATTENTION, PROMPT_ROW, "query"), ATTENTION)
+    assert torch.equal(R.align_attention(ATTENTION, PROMPT_ROW), ATTENTION)  # the default
+
+
+def test_predict_alignment_is_the_row_before_and_first_the_prompt():
+    expected = [[[0.5, 0.25], [1.0, 2.0], [3.0, 4.0]], [[0.5, 0.25], [7.0, 8.0], [9.0, 10.0]]]
+    assert R.align_attention(ATTENTION, PROMPT_ROW, "predict").tolist() == expected
+
+
+def test_unknown_alignment_is_refused_by_name():
+    with pytest.raises(ValueError, match="sideways"):
+        R.align_attention(ATTENTION, PROMPT_ROW, "sideways")
+
+
+# --- attention_reward, attention_ratio -------------------------------------------------------------------------------
+
+
+def ratio_and_reward(rows, region, selected=None, **kw):
+    """rho and r_v of one completion, as two numbers."""
+    attention = torch.tensor([rows], dtype=torch.float32)
+    selected = torch.ones(1, len(rows)).bool() if selected is None else bools(selected)
+    args = attention, bools(*region), selected
+    return R.attention_ratio(*args, **kw).item(), R.attention_reward(*args, **kw).item()
+
+
+@pytest.mark.parametrize(
+    "rows, region, rho",
+    [
+        # a = 0.4 / 2 = 0.2, v = 0.5 / 4 = 0.125
+        ([[0.3, 0.1, 0.05, 0.05]], [1, 1, 0, 0], 1.6),
+        # a = 0.1 / 2 = 0.05, v = 0.125
+        ([[0.3, 0.1, 0.05, 0.05]], [0, 0, 1, 1], 0.4),
+        # the mean over tokens first: cell 0 gets 0.3, all cells (0.5 + 0.3) / 2 = 0.4, v = 0.4 / 2 = 0.2
+        ([[0.4, 0.1], [0.2, 0.1]], [1, 0], 1.5),
+        # uniform, of any size
+        ([[0.01] * 7], [0, 1, 1, 0, 0, 0, 0], 1.0),
+        ([[0.125] * 8, [0.001] * 8], [1] + [0] * 7, 1.0),
+        # the whole image
+        ([[0.3, 0.1, 0.05, 0.05]], [1, 1, 1, 1], 1.0),
+    ],
+)
+def test_ratio_and_reward_by_hand(rows, region, rho):
+    expected = (rho**2 - 1) / (rho**2 + 1)  # tanh(log rho), written without either
+    assert ratio_and_reward(rows, region) == (approx(rho), approx(expected))
+
+
+def test_it_is_a_ratio_of_means_and_not_a_mean_of_ratios():
+    # Token 1 hardly looks at the image, but where it does, at the region: rho = 0.08 / 0.025 = 3.2.
+    # Token 2 looks hard, and elsewhere: rho = 0.1 / 0.25 = 0.4. The mean of the two is 1.8: a reward.
+    # The means: a = (0.08 + 0.1) / 2 = 0.09, v = (0.1 + 1.0) / 8 = 0.1375, rho = 36 / 55: a punishment.
+    rho, r = ratio_and_reward([[0.08, 0.02, 0.0, 0.0], [0.1, 0.3, 0.3, 0.3]], [1, 0, 0, 0])
+    assert rho == approx(36 / 55)
+    assert r == approx((36**2 - 55**2) / (36**2 + 55**2))  # -1729 / 4321 = -0.400
+
+
+def test_uniform_attention_is_worth_nothing():
+    assert ratio_and_reward([[0.02] * 50] * 3, [1] * 5 + [0] * 45)[1] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("cells, cap", [(50, 0.60), (25, 0.88), (10, 0.98)])
+def test_reward_is_capped_by_the_size_of_the_region(cells, cap):
+    # All attention inside: rho = N / |R| = 100 / cells. 3/5 = 0.600, 15/17 = 0.882, 99/101 = 0.980.
+    region = [1] * cells + [0] * (100 - cells)
+    rho, r = ratio_and_reward([[1 / cells] * cells + [0.0] * (100 - cells)], region)
+    assert rho == approx(100 / cells) and r == pytest.approx(cap, abs=0.005)
+    # However it is spread, no more is to be had.
+    spread = torch.rand(64, 4, 100, generator=torch.Generator().manual_seed(cells)) ** 9
+    assert (R.attention_ratio(spread, bools(*region), torch.ones(64, 4).bool()) < 100 / cells).all()
+
+
+def test_the_reward_is_a_function_of_rho_and_stays_within_one():
+    generator = torch.Generator().manual_seed(0)
+    attention = torch.rand(200, 5, 12, generator=generator) ** 8  # peaked
+    attention[:20, :, :3] = 0  # nothing in the region
+    attention[20:40, :, 3:] = 0  # nothing outside
+    region, selected = bools(*[1, 1, 1] + [0] * 9), torch.rand(200, 5, generator=generator) < 0.7
+    selected[:, 0] = True
+    weight = selected.double().unsqueeze(-1)
+    rho = (attention[..., :3].double() * weight).sum((1, 2)) / 3 / ((attention.double() * weight).sum((1, 2)) / 12)
+    r = R.attention_reward(attention, region, selected)
+    assert ((r >= -1) & (r <= 1)).all() and r.shape == (200,)
+    assert torch.allclose(r.double(), (rho**2 - 1) / (rho**2 + 1), atol=1e-4)
+    assert torch.allclose(r[:20], torch.tensor(-1.0)) and torch.allclose(r[20:40], torch.tensor(15 / 17))  # rho 4
+
+
+def test_eps_stands_above_and_below():
+    # (3e-8 + 1e-8) / (1.5e-8 + 1e-8) = 1.6, and without eps it were 2; r = 1.56 / 3.56
+    assert ratio_and_reward([[3e-8, 0.0]], [1, 0]) == (approx(1.6), approx(1.56 / 3.56))
+    assert ratio_and_reward([[3.0, 0.0]], [1, 0], eps=1.0) == (approx(1.6), approx(1.56 / 3.56))
+    assert ratio_and_reward([[0.0, 0.0]], [1, 0]) == (approx(1), approx(0))  # nothing anywhere: even
+    # The means are over the selected tokens: those left out do not make eps weigh more.
+    assert ratio_and_reward([[3e-8, 0.0], [0.0, 0.0]], [1, 0], [1, 0]) == (approx(1.6), approx(1.56 / 3.56))
+
+
+def test_only_selected_tokens_count():
+    rows = [[0.0, 0.9], [0.2, 0.1], [0.0, 0.9]]
+    # row 1 alone: a = 0.2, v = 0.15, rho = 4/3, r = (16 - 9) / (16 + 9)
+    assert ratio_and_reward(rows, [1, 0], [0, 1, 0]) == (approx(4 / 3), approx(7 / 25))
+
+
+def test_a_completion_that_selects_nothing_gets_minus_one():
+    attention = torch.full((3, 2, 4), 0.25)
+    r = R.attention_reward(attention, bools(1, 0, 0, 0), bools([1, 1], [0, 0], [0, 1]))
+    assert r.tolist() == [approx(0), -1.0, approx(0)]
+    # Its rho is no NaN, which would spoil every mean that is logged.
+    assert ratio_and_reward([[0.5, 0.1]], [1, 0], [0]) == (approx(1), -1.0)
+
+
+@pytest.mark.parametrize("garbage", [NAN, INF, -INF])
+def test_garbage_at_padding_does_no_harm(garbage):
+    clean = [[0.3, 0.1, 0.05, 0.05]]
+    attention = torch.tensor([clean + [[garbage] * 4], [[garbage] * 4] * 2])
+    r = R.attention_reward(attention, bools(1, 1, 0, 0), bools([1, 0], [0, 0]))
+    assert r.tolist() == [approx(1.56 / 3.56), -1.0]  # rho 1.6
+
+
+@pytest.mark.parametrize("measure", [R.attention_reward, R.attention_ratio])
+@pytest.mark.parametrize(
+    "attention, region, selected",
+    [
+        pytest.param((2, 3, 4), [0, 0, 0, 0], (2, 3), id="empty region"),
+        pytest.param((2, 3, 4), [1, 0, 0], (2, 3), id="region too short"),
+        pytest.param((2, 3, 4), [1, 0, 0, 0, 0], (2, 3), id="region too long"),
+        pytest.param((2, 3, 4), [1, 0, 0, 0], (2, 2), id="other C"),
+        pytest.param((2, 3, 4), [1, 0, 0, 0], (1, 3), id="other G"),
+        pytest.param((3, 4), [1, 0, 0, 0], (2, 3), id="no G"),
+    ],
+)
+def test_empty_regions_and_shapes_that_do_not_fit_are_refused(measure, attention, region, selected):
+    with pytest.raises(ValueError):
+        measure(torch.ones(attention), bools(*region), torch.ones(selected).bool())
+
+
+# --- rewards of the text ---------------------------------------------------------------------------------------------
+
+ONE = "I look. <answer>red</answer>"
+TEXTS = [
+    (ONE, "red"),
+    ("<answer> red\n</answer> and more", "red"),
+    ("<answer>a < b</answer>", "a < b"),
+    ("<answer>two\nlines</answer>", "two\nlines"),
+    ("", None),
+    ("red", None),
+    ("<answer></answer>", None),
+    ("<answer> \n\t</answer>", None),
+    ("<answer>red", None),  # unclosed
+    ("red</answer>", None),  # never opened
+    ("</answer>red<answer>", None),  # the wrong way round
+    ("</answer> or <answer>red", None),
+    ("<answer>red<answer>", None),
+    ("<answer>red</answer><answer>red</answer>", None),  # doubled
+    ("<answer>red</answer> or <answer>blue", None),
+    ("<answer>red</answer> or blue</answer>", None),
+    ("</answer><answer>red</answer>", None),
+    ("<answer><answer>red</answer></answer>", None),  # nested
+    ("<answer><answer>red</answer>", None),
+    ("<ANSWER>red</ANSWER>", None),
+    ("<answer >red</answer>", None),
+]
+
+
+@pytest.mark.parametrize("text, found", TEXTS)
+def test_find_answer_wants_exactly_one_well_formed_answer(text, found):
+    assert R.find_answer(text) == found
+
+
+@pytest.mark.parametrize("text, found", TEXTS)
+def test_format_and_accuracy_agree_with_find_answer(text, found):
+    assert R.format_reward(text, 80) == (1.0 if found else 0.0)
+    assert R.accuracy_reward(text, found or "red") == (1.0 if found else 0.0)
+
+
+@pytest.mark.parametrize(
+    "n, lengths, expected",
+    [
+        (0, (), 0.0),
+        (1, (), 0.01),  # 0.6 * 1 / 60
+        (30, (), 0.3),  # 0.6 * 30 / 60
+        (59, (), 0.59),
+        (60, (), 1.0),
+        (61, (), 1.0),
+        (99, (), 1.0),
+        (100, (), 1.0),
+        (101, (), 60 / 101),  # 0.6 * 100 / 101
+        (120, (), 0.5),
+        (600, (), 0.1),
+        (3, (4, 10), 0.45),  # 0.6 * 3 / 4
+        (4, (4, 10), 1.0),
+        (10, (4, 10), 1.0),
+        (12, (4, 10), 0.5),  # 0.6 * 10 / 12
+        (0, (0, 10), 1.0),  # no least length
+    ],
+)
+def test_format_reward_shrinks_with_too_few_or_too_many_tokens(n, lengths, expected):
+    value = R.format_reward(ONE, n, *lengths)
+    assert type(value) is float and value == pytest.approx(expected)
+    assert R.format_reward("<answer>red", n, *lengths) == 0.0
+
+
+@pytest.mark.parametrize(
+    "said, answer, expected",
+    [
+        ("red", "red", 1),
+        ("RED", "red", 1),
+        ("red", "Red", 1),
+        ("  red ", "red", 1),
+        ("Red.", "red", 1),
+        ("red", "red.", 1),
+        ("red !", "red", 1),
+        ("red?!...", "red", 1),
+        ("light\n  blue", "light blue", 1),
+        ("STRASSE", "straße", 1),  # letter case beyond ASCII
+        ("3.5", "3.5", 1),
+        # Defect 9 of the official code: substrings are not right, either way round.
+        ("a", "a red card", 0),
+        ("a red card", "a", 0),
+        ("red", "redder", 0),
+        ("infrared", "red", 0),
+        ("red or blue", "red", 0),
+        ("1", "10", 0),
+        ("10", "1", 0),
+        ("blue", "red", 0),
+        ("-5", "5", 0),  # only closing punctuation is put aside
+        (".5", "5", 0),
+        ("3.5", "35", 0),
+        ("lightblue", "light blue", 0),
+    ],
+)
+def test_accuracy_is_the_whole_answer_or_nothing(said, answer, expected):
+    value = R.accuracy_reward(f"I look. <answer>{said}</answer>", answer)
+    assert type(value) is float and value == expected
+
+
+def test_the_answer_outside_its_tags_is_not_right():
+    assert R.accuracy_reward("It is red. <answer>blue</answer>", "red") == 0
+    assert R.accuracy_reward("It is red.", "red") == 0
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", 0),
+        (" .. \n", 0),
+        ("I look", 0),
+        ("I look. I see. I answer.", 0),
+        ("I look. I look.", 1 / 2),
+        ("I look. I look! I LOOK?", 2 / 3),
+        ("I look. I see.\nI look\nI see. So.", 2 / 5),
+        ("I look... I look", 1 / 2),
+        ("I look. I look again.", 0),  # one within the other is no repetition
+        ("It is 3.5. Or is it 4.5.", 0),  # a decimal point ends no sentence
+    ],
+)
+def test_repeated_sentences_is_the_share_said_again(text, expected):
+    assert R.repeated_sentences(text) == pytest.approx(expected)
+
+
+# --- group_advantages ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rewards, kw, expected",
+    [
+        # mean 2, variance (1 + 0 + 1) / (3 - 1) = 1
+        ([1.0, 2.0, 3.0], {}, [-1 / 1.0001, 0, 1 / 1.0001]),
+        ([1.0, 2.0, 3.0], {"eps": 1.0}, [-0.5, 0, 0.5]),
+        # mean 0.5, variance (0.25 + 0.25) / 1: without Bessel's correction it were 0.25 and the advantage 1
+        ([0.0, 1.0], {}, [-0.5 / (math.sqrt(0.5) + 1e-4), 0.5 / (math.sqrt(0.5) + 1e-4)]),
+        # mean 0.25, variance (3 / 16 + 9 / 16) / 3 = 0.25
+        ([0.0, 0.0, 0.0, 1.0], {}, [-0.25 / 0.5001] * 3 + [0.75 / 0.5001]),
+        # a spread of 1e-4 is not blown up to 1: std 7.07e-5, 5e-5 / 1.707e-4
+        ([0.0, 1e-4], {}, [-0.29289, 0.29289]),
+    ],
+)
+def test_advantages_by_hand(rewards, kw, expected):
+    assert R.group_advantages(torch.tensor(rewards), **kw).tolist() == [approx(x) for x in expected]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -0.7, 1e6 + 0.1])
+@pytest.mark.parametrize("G", [2, 3, 7, 16])
+def test_equal_rewards_have_exactly_no_advantage(value, G, dtype):
+    # The mean of three 0.1 is not 0.1 in floats, and the difference divided by a tiny std is not tiny.
+    assert R.group_advantages(torch.full((G,), value, dtype=dtype)).tolist() == [0.0] * G
+
+
+@pytest.mark.parametrize("rewards", [[0.5], []])
+def test_a_group_of_one_is_refused(rewards):
+    with pytest.raises(ValueError, match="num_generations"):
+        R.group_advantages(torch.tensor(rewards))
+
+
+# --- grpo_loss -------------------------------------------------------------------------------------------------------
+
+
+def loss_of(ratios, advantages, d=None, mask=None, **kw):
+    """(loss, gradient of logps, stats) for a table of ratios and of d = ref - logp, both (G, C)."""
+    logps = torch.full((len(ratios), len(ratios[0])), -1.5, dtype=torch.float64, requires_grad=True)
+    base = logps.detach()
+    ref = None if d is None else base + torch.tensor(d, dtype=torch.float64)
+    mask = torch.ones_like(base).bool() if mask is None else bools(*mask)
+    old = base - torch.tensor(ratios, dtype=torch.float64).log()
+    loss, stats = R.grpo_loss(logps, old, ref, torch.tensor(advantages, dtype=torch.float64), mask, **kw)
+    loss.backward()
+    assert loss.shape == () and all(type(value) is float for value in stats.values())
+    return loss.item(), logps.grad.tolist(), stats
+
+
+@pytest.mark.parametrize(
+    "ratio, A, clip, loss, gradient, low, high",
+    [
+        (1.0, 2.0, 0.2, -2.0, -2.0, 0, 0),
+        (1.1, 2.0, 0.2, -2.2, -2.2, 0, 0),  # inside the clip: -ratio * A, and its slope in logp is the same
+        (0.9, -2.0, 0.2, 1.8, 1.8, 0, 0),
+        (1.5, 1.0, 0.2, -1.2, 0.0, 0, 1),  # -min(1.5, 1.2): good and likely enough already
+        (1.5, -1.0, 0.2, 1.5, 1.5, 0, 0),  # -min(-1.5, -1.2): bad and more likely, no mercy
+        (0.5, 1.0, 0.2, -0.5, -0.5, 0, 0),  # -min(0.5, 0.8)
+        (0.5, -1.0, 0.2, 0.8, 0.0, 1, 0),  # -min(-0.5, -0.8): bad and unlikely enough already
+        (1.5, 1.0, 0.6, -1.5, -1.5, 0, 0),  # a wider clip
+        (0.5, -1.0, 0.6, 0.5, 0.5, 0, 0),
+        (1.5, 0.0, 0.2, 0.0, 0.0, 0, 0),
+    ],
+)
+def test_clip_on_both_sides_for_both_signs(ratio, A, clip, loss, gradient, low, high):
+    found, grad, stats = loss_of([[ratio]], [A], clip=clip)
+    assert found == approx(loss) and grad == [[approx(gradient)]]
+    assert stats == {
+        "kl": 0.0,
+        "ratio": approx(ratio),
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+    }
+
+
+def test_the_clip_is_a_fifth_unless_told_otherwise():
+    assert loss_of([[1.5]], [1.0])[0] == approx(-1.2)
+
+
+def test_stats_are_means_over_tokens():
+    # ratios 1.5, 1.0 | 0.5, 0.5: of four tokens one is clipped above and two below
+    stats = loss_of([[1.5, 1.0], [0.5, 0.5]], [1.0, -1.0])[2]
+    assert stats == {"kl": 0, "ratio": approx(0.875), "clip_ratio/low_mean": 0.5, "clip_ratio/high_mean": 0.25}
+
+
+def test_k3_by_hand():
+    # d = log 2: 2 - log 2 - 1, slope 1 - 2 in logp; d = -log 2: 1/2 + log 2 - 1, slope 1 - 1/2. They sum to 1/2.
+    log2 = math.log(2)
+    loss, grad, stats = loss_of([[1.0, 1.0]], [0.0], d=[[log2, -log2]], beta=0.5)
+    assert stats["kl"] == approx(0.25)
+    assert loss == approx(0.5 * 0.25)
+    assert grad == [[approx(0.5 * -1 / 2), approx(0.5 * 0.5 / 2)]]
+    # and on top of the policy's part: -(1 + 1) / 2, beta 0.001 by default
+    assert loss_of([[1.0, 1.0]], [1.0], d=[[log2, -log2]])[0] == approx(-1 + 0.00025)
+
+
+def test_without_a_reference_there_is_no_kl():
+    assert loss_of([[1.0, 1.0]], [0.0], d=None, beta=100.0) == (0.0, [[0.0, 0.0]], dict.fromkeys(
+        ["kl", "clip_ratio/low_mean", "clip_ratio/high_mean"], 0.0) | {"ratio": 1.0})  # fmt: skip
+
+
+@pytest.mark.parametrize("d, k3", [(1000.0, math.exp(20) - 21), (-1000.0, math.exp(-20) + 19)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_k3_cannot_overflow(d, k3, dtype):
+    logps = torch.zeros(1, 1, dtype=dtype, requires_grad=True)
+    args = logps, logps.detach(), torch.full_like(logps, d), torch.zeros(1, dtype=dtype), bools([1])
+    loss, stats = R.grpo_loss(*args, beta=1.0)
+    loss.backward()
+    assert stats["kl"] == pytest.approx(k3, rel=1e-5) and loss.item() == pytest.approx(k3, rel=1e-5)
+    assert logps.grad.isfinite().all()
+
+
+def test_a_clipped_ratio_too_large_for_floats_has_no_gradient():
+    # exp(1000) is inf; with A > 0 the clip holds the loss at -1.2, which does not change with logp.
+    logps = torch.zeros(1, 1, requires_grad=True)
+    loss, _ = R.grpo_loss(logps, torch.full((1, 1), -1000.0), None, torch.ones(1), bools([1]))
+    loss.backward()
+    assert loss.item() == approx(-1.2) and logps.grad.tolist() == [[0.0]]
+
+
+def test_on_policy_loss_and_gradient():
+    # Ratio exactly 1: loss = -(3 tokens * 1 + 1 token * -1) / 4, gradient -A / 4 at each of the four tokens.
+    # A mean over completions first would give 0: the sum is over tokens.
+    mask = [[1, 1, 1], [1, 0, 0]]
+    loss, grad, stats = loss_of([[1.0] * 3] * 2, [1.0, -1.0], mask=mask)
+    assert loss == approx(-0.5) and stats["ratio"] == 1.0
+    assert grad == [[approx(-0.25)] * 3, [approx(0.25), 0.0, 0.0]]
+
+
+def test_denominator_divides_policy_and_kl_alike():
+    args = [[1.0] * 3] * 2, [1.0, -1.0], [[math.log(2)] * 3] * 2, [[1, 1, 1], [1, 0, 0]]
+    loss, grad, _ = loss_of(*args, beta=1.0, denominator=10)
+    k3 = 1 - math.log(2)
+    assert loss == approx((-3 + 1 + 4 * k3) / 10)
+    assert grad == [[approx((-1 - 1) / 10)] * 3, [approx((1 - 1) / 10), 0.0, 0.0]]
+
+
+def test_parts_with_the_denominator_of_the_whole_add_up_to_the_whole():
+    ratios, A, d, mask = [[1.3, 0.6], [0.9, 1.0]], [0.7, -1.1], [[0.2, -0.3], [0.1, 0.0]], [[1, 1], [1, 0]]
+    whole, grad, _ = loss_of(ratios, A, d, mask)
+    parts = [loss_of([ratios[i]], [A[i]], [d[i]], [mask[i]], denominator=3) for i in range(2)]
+    assert whole == approx(sum(part[0] for part in parts))
+    assert grad == [pytest.approx(part[1][0]) for part in parts]
+
+
+def test_a_group_without_tokens_is_worth_nothing_and_breaks_nothing():
+    loss, grad, stats = loss_of([[1.0, 1.0]], [1.0], d=[[0.1, 0.1]], mask=[[0, 0]])
+    assert loss == 0 and grad == [[0.0, 0.0]] and set(stats.values()) == {0.0}
+
+
+@pytest.mark.parametrize("garbage", [NAN, INF, -INF, 1e30])
+@pytest.mark.parametrize("where", ["logps", "old_logps", "ref_logps"])
+def test_garbage_at_padding_reaches_neither_loss_nor_gradient(where, garbage):
+    def step(pad):
+        rows = {name: torch.tensor([[v, v], [v, v]]) for name, v in (("logps", -1.0), ("old_logps", -1.1))}
+        rows["ref_logps"] = torch.tensor([[-0.8, -0.8], [-0.8, -0.8]])
+        rows[where][~mask] = pad
+        logps = rows.pop("logps").requires_grad_()
+        loss, stats = R.grpo_loss(logps, **rows, advantages=torch.tensor([1.0, -0.5]), mask=mask, beta=0.1)
+        loss.backward()
+        return loss.item(), logps.grad, stats
+
+    mask = bools([1, 1], [1, 0])
+    loss, grad, stats = step(garbage)
+    clean_loss, clean_grad, clean_stats = step(-1.0)
+    assert loss == clean_loss and torch.equal(grad, clean_grad) and stats == clean_stats
+    assert grad[1, 1] == 0 and grad[mask].abs().min() > 0
+
+
+def naive_loss(logps, old, ref, A, mask, clip, beta):
+    """The formula token by token, with Python's own min and max."""
+    total, tokens = 0, 0
+    for i in range(len(logps)):
+        for j in range(len(logps[i])):
+            if mask[i][j]:
+                ratio = torch.exp(logps[i, j] - old[i, j])
+                clipped = min(max(ratio, ratio.new_tensor(1 - clip)), ratio.new_tensor(1 + clip))
+                gap = ref[i, j] - logps[i, j]
+                total = total - min(ratio * A[i], clipped * A[i]) + beta * (torch.exp(gap) - gap - 1)
+                tokens += 1
+    return total / tokens
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_loss_and_gradient_equal_a_naive_implementation(seed):
+    generator = torch.Generator().manual_seed(seed)
+    logps, old, ref = (torch.randn(4, 9, dtype=torch.float64, generator=generator) / 2 for _ in range(3))
+    A = torch.randn(4, dtype=torch.float64, generator=generator)
+    mask = lengths_mask([9, 4, 1, 0], 9)
+    found, expected = logps.clone().requires_grad_(), logps.clone().requires_grad_()
+    loss, _ = R.grpo_loss(found, old, ref, A, mask, clip=0.3, beta=0.2)
+    other = naive_loss(expected, old, ref, A, mask, 0.3, 0.2)
+    loss.backward()
+    other.backward()
+    assert loss.item() == pytest.approx(other.item(), abs=1e-12)
+    assert torch.allclose(found.grad, expected.grad, rtol=0, atol=1e-12) and found.grad[~mask].eq(0).all()
+
+
+# --- localization ----------------------------------------------------------------------------------------------------
+
+
+def metrics(attention, region):
+    return R.localization(torch.tensor(attention), bools(*region))
+
+
+@pytest.mark.parametrize(
+    "attention, region, auroc, rho, pointing, mass",
+    [
+        # pairs in, out: 0.4 > 0.3, 0.4 > 0.1, 0.2 < 0.3, 0.2 > 0.1. a = 0.3, v = 0.25
+        ([0.4, 0.3, 0.2, 0.1], [1, 0, 1, 0], 3 / 4, 1.2, 1, 1.0),
+        ([0.4, 0.3, 0.2, 0.1], [0, 1, 0, 1], 1 / 4, 0.8, 0, 1.0),
+        ([0.4, 0.3, 0.2, 0.1], [1, 1, 0, 0], 1, 1.4, 1, 1.0),
+        ([0.4, 0.3, 0.2, 0.1], [0, 0, 1, 1], 0, 0.6, 0, 1.0),
+        # with ties: 1/2 + 1 + 0 + 1/2 of 4; one of the two largest cells is inside
+        ([0.3, 0.3, 0.1, 0.1], [1, 0, 1, 0], 1 / 2, 1.0, 1 / 2, 0.8),
+        # 1/2 + 1 + 1/2 + 1 of 4; two of the three largest; a = 0.2, v = 0.7 / 4
+        ([0.2, 0.2, 0.2, 0.1], [1, 1, 0, 0], 3 / 4, 8 / 7, 2 / 3, 0.7),
+        # one cell, all of the little that the image gets
+        ([0.0, 0.0, 0.01, 0.0], [0, 0, 1, 0], 1, 4.0, 1, 0.01),
+    ],
+)
+def test_localization_by_hand(attention, region, auroc, rho, pointing, mass):
+    assert metrics(attention, region) == {
+        "auroc": approx(auroc),
+        "mass_over_area": approx(rho),
+        "pointing": approx(pointing),
+        "tas": approx(rho**2 / (rho**2 + 1)),  # (1 + (rho^2 - 1) / (rho^2 + 1)) / 2
+        "image_mass": approx(mass),
+    }
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_auroc_counts_pairs(seed):
+    rng = random.Random(seed)
+    attention = [rng.randint(1, 6) / 64 for _ in range(30)]  # few values, so many ties
+    region = [1, 0] + [rng.random() < 0.3 for _ in range(28)]
+    pairs = [(a, b) for a, i in zip(attention, region) if i for b, j in zip(attention, region) if not j]
+    wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs)
+    assert metrics(attention, region)["auroc"] == approx(wins / len(pairs))
+
+
+@pytest.mark.parametrize("cells", [1, 5, 12, 19])
+def test_an_even_map_is_at_chance_on_every_metric(cells):
+    found = metrics([0.01] * 20, [1] * cells + [0] * (20 - cells))
+    chance = {"auroc": 0.5, "mass_over_area": 1, "pointing": cells / 20, "tas": 0.5, "image_mass": 0.2}
+    assert found == {name: approx(value) for name, value in chance.items()}
+
+
+def test_auroc_does_not_depend_on_the_scale_of_the_map():
+    attention, region = torch.tensor([0.4, 0.3, 0.2, 0.1]), bools(1, 0, 1, 0)
+    scores = [R.localization(attention * scale, region) for scale in (1.0, 1e-3)]
+    for name in ("auroc", "mass_over_area", "pointing", "tas"):
+        assert scores[1][name] == pytest.approx(scores[0][name], rel=1e-3)
+    assert scores[1]["image_mass"] == approx(1e-3)
+
+
+def test_a_region_of_the_whole_image_has_no_auroc():
+    found = metrics([0.4, 0.3, 0.2, 0.1], [1, 1, 1, 1])
+    assert math.isnan(found.pop("auroc"))
+    assert found == {"mass_over_area": approx(1), "pointing": 1.0, "tas": approx(0.5), "image_mass": approx(1)}
+
+
+def test_an_empty_region_cannot_be_found():
+    with pytest.raises(ValueError):
+        metrics([0.4, 0.3, 0.2, 0.1], [0, 0, 0, 0])

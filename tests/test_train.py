@@ -1,0 +1,392 @@
+"""The loop, the command line and the run's folder: from the real command to what is on the disk."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, load
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+import reward
+import sayo_mini
+from sayo_mini import Config, learning_rate, parse, shuffled, train_step
+from scenes import Scenes
+
+HERE = Path(__file__).parent.parent
+FAST = ["--device", "cpu", "--no-load_in_4bit", "--prompts_per_step", "2", "--num_generations", "4",
+        "--eval_examples", "2", "--max_completion_length", "20", "--model_name_or_path", str(TINY)]  # fmt: skip
+
+
+def run(*flags, expect=0):
+    """The program in this process; returns nothing, checks the exit code."""
+    assert sayo_mini.main([*FAST, *map(str, flags)]) == expect
+
+
+def rows(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def one_step(tmp_path, *flags, **settings):
+    """One train_step on two scenes: (vlm, metrics, samples, adapter before, adapter after)."""
+    torch.manual_seed(0)
+    cfg = parse([*FAST, "--weight_decay", "0", "--output_dir", str(tmp_path / "run"), *flags])
+    vlm = load(**settings)
+    optimizer = torch.optim.AdamW([p for p in vlm.model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0)
+    before = {n: p.detach().clone() for n, p in vlm.model.named_parameters()}
+    scenes = Scenes("train", 8)
+    out = train_step(vlm, [scenes[0], scenes[1]], cfg, optimizer, torch.Generator().manual_seed(0))
+    return vlm, *out, before, dict(vlm.model.named_parameters())
+
+
+# --- one step --------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_step_moves_b_of_lora_and_nothing_else(tmp_path):
+    """A's gradient is 0 as long as B is 0; everything else is frozen."""
+    torch.manual_seed(0)
+    vlm = load()
+    for name, p in vlm.model.named_parameters():
+        if "lora_B" in name:
+            p.data.zero_()
+    before = {n: p.detach().clone() for n, p in vlm.model.named_parameters()}
+    cfg = parse([*FAST, "--output_dir", str(tmp_path / "run")])
+    optimizer = torch.optim.AdamW([p for p in vlm.model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0)
+    scenes = Scenes("train", 8)
+    metrics, _ = train_step(vlm, [scenes[0], scenes[1]], cfg, optimizer, torch.Generator().manual_seed(0))
+    moved = {n for n, p in vlm.model.named_parameters() if not torch.equal(p, before[n])}
+    assert metrics["grad_norm"] > 0
+    assert moved and all("lora_B" in name for name in moved)
+    assert len(moved) == 4 * 7
+
+
+def count_tokens(vlm):
+    """Hook: the tokens that go through the language model, forward by forward."""
+    seen = []
+    vlm.core.model.language_model.layers[0].register_forward_hook(
+        lambda module, args, kwargs, out: seen.append(out.shape[0] * out.shape[1]), with_kwargs=True
+    )
+    return seen
+
+
+@pytest.mark.parametrize("beta, forwards", [(0.001, 3), (0.0, 2)])
+def test_forward_tokens_of_a_step(tmp_path, monkeypatch, beta, forwards):
+    """At most 3 (P + G C) tokens a group with KL, 2 (P + G C) without: the prompt is never repeated G times."""
+    seen, budget = [], []
+    original = sayo_mini.judge
+
+    def judge(vlm, group, *args, **kwargs):
+        budget.append(len(group.prompt.input_ids) + group.completions.ids.numel())
+        return original(vlm, group, *args, **kwargs)
+
+    monkeypatch.setattr(sayo_mini, "judge", judge)
+    vlm = load()
+    seen = count_tokens(vlm)
+    cfg = parse([*FAST, "--beta", str(beta), "--output_dir", str(tmp_path / "run")])
+    optimizer = torch.optim.AdamW([p for p in vlm.model.parameters() if p.requires_grad], lr=1e-3)
+    scenes = Scenes("train", 8)
+    metrics, _ = train_step(vlm, [scenes[0], scenes[1]], cfg, optimizer, torch.Generator().manual_seed(0))
+    assert metrics["frac_reward_zero_std"] == 0  # no group was skipped, or the count would flatter
+    assert len(budget) == 2
+    assert (forwards - 1) * sum(budget) < sum(seen) <= forwards * sum(budget)
+
+
+@pytest.mark.parametrize("flags, tolerance", [(["--completions_per_forward", "3"], 2e-6), (["--beta", "0"], None)])
+def test_splitting_a_group_changes_nothing(tmp_path, flags, tolerance):
+    """... but the memory; while another beta does change the result."""
+    *_, whole = one_step(tmp_path / "a", "--beta", "0.5")
+    vlm = load(completions_per_forward=3 if tolerance else 0)
+    *_, other = one_step(tmp_path / "b", *(flags if not tolerance else ["--beta", "0.5", *flags]),
+                         completions_per_forward=3 if tolerance else 0)  # fmt: skip
+    worst = max((whole[n] - other[n]).abs().max().item() for n in whole if "lora" in n)
+    assert vlm is not None
+    assert worst < 2e-4 if tolerance else worst > 2e-4
+
+
+def test_a_group_without_variance_is_skipped_and_counted(tmp_path):
+    """With the format reward alone every answer of the tiny model earns 1: nothing moves, and nothing divides by 0."""
+    _, metrics, _, before, after = one_step(tmp_path, "--reward_weights", "format=0")
+    assert metrics["frac_reward_zero_std"] == 1 and metrics["grad_norm"] == 0 and metrics["loss"] == 0
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(reward, "attention_reward", lambda attention, *args: torch.full(attention.shape[:1], math.nan))
+    _, metrics, _, before, after = one_step(tmp_path)
+    assert metrics["skipped_updates"] == 1
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_several_iterations_leave_the_policy_that_sampled(tmp_path):
+    """The first update has ratio 1 exactly; after it old and new log-probabilities differ."""
+    _, once, *_ = one_step(tmp_path / "a")
+    _, twice, *_ = one_step(tmp_path / "b", "--num_iterations", "3")
+    assert once["ratio"] == pytest.approx(1, abs=1e-6) and once["clip_ratio/low_mean"] == 0
+    assert abs(twice["ratio"] - 1) > 1e-6
+
+
+def test_the_reward_is_the_weighted_sum_of_its_parts(tmp_path):
+    _, metrics, samples, *_ = one_step(tmp_path, "--reward_weights", "attention=0.5,accuracy=2")
+    expected = [0.5 * s["attention"] + 2 * s["accuracy"] for s in samples]
+    assert metrics["reward"] == pytest.approx(sum(expected) / len(expected), abs=1e-5)
+    assert len(samples) == 8 and {s["id"] for s in samples} == {"train-0-0", "train-0-1"}
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run("--max_steps", 2, "--output_dir", tmp_path / name, "--seed", seed)
+    files = ("metrics.jsonl", "samples.jsonl", "before.json", "after.json", "adapter/adapter_model.safetensors")
+    for file in files:
+        a, b, c = ((tmp_path / name / file).read_bytes() for name in "abc")
+        assert a == b, file
+        assert a != c or file == "before.json", file  # before training the adapter is the identity, whatever the seed
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["fp32", "nf4"])
+def test_resume_equals_an_uninterrupted_run_to_the_bit(tmp_path, monkeypatch, four_bit):
+    """Stopped after step 3 with the last checkpoint at step 2: what came after it is done, and logged, again."""
+    flags = ["--max_steps", 4, "--save_steps", 2, *(["--load_in_4bit"] if four_bit else [])]
+    run(*flags, "--output_dir", tmp_path / "whole")
+    original, steps = sayo_mini.train_step, []
+
+    def killed(*args):
+        steps.append(1)
+        if len(steps) == 4:
+            raise RuntimeError("power cut")
+        return original(*args)
+
+    monkeypatch.setattr(sayo_mini, "train_step", killed)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(*flags, "--output_dir", tmp_path / "cut")
+    assert len(rows(tmp_path / "cut")) == 3
+    (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 4, "lo')  # half a line, as a kill may leave it
+    monkeypatch.setattr(sayo_mini, "train_step", original)
+    assert sayo_mini.main(["--resume", "--output_dir", str(tmp_path / "cut")]) == 0  # settings come from the run
+    for file in ("metrics.jsonl", "samples.jsonl", "after.json", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    whole, cut = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[k], cut[k]) for k in whole)
+
+
+def test_resume_without_checkpoint_starts_from_the_beginning_and_says_so(tmp_path, capsys):
+    run("--max_steps", 1, "--resume", "--output_dir", tmp_path / "run")
+    assert "starting from the beginning" in capsys.readouterr().out
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1]
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
+    folder = tmp_path / "run"
+    program = subprocess.Popen([sys.executable, "sayo_mini.py", *FAST, "--max_steps", "500", "--eval_examples", "0",
+                                "--output_dir", str(folder)], cwd=HERE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    while not (folder / "metrics.jsonl").exists() or not rows(folder):
+        assert program.poll() is None
+        time.sleep(0.1)
+    program.send_signal(signal.SIGINT)
+    out, _ = program.communicate(timeout=60)
+    assert program.returncode == 130 and f"--resume --output_dir {folder}" in out
+    assert "value" in " ".join(load_file(folder / "checkpoint.safetensors"))
+
+
+def test_what_a_run_leaves(tmp_path):
+    folder = tmp_path / "run"
+    run("--max_steps", 2, "--output_dir", folder)
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "samples.jsonl", "before.json", "after.json", "look.png",
+                     "checkpoint.safetensors", "adapter"}  # fmt: skip
+    assert json.loads((folder / "config.json").read_text())["num_generations"] == 4
+    assert len(rows(folder, "samples.jsonl")) == 2 * 2 * 4
+    assert Image.open(folder / "look.png").width > 3 * 300
+    readme = (HERE / "README.md").read_text()
+    for name in rows(folder)[0]:
+        assert f"`{name}`" in readme, f"the README does not explain {name}"
+
+
+def test_the_adapter_loads_in_plain_peft(tmp_path):
+    folder = tmp_path / "run"
+    run("--max_steps", 2, "--learning_rate", "1e-2", "--warmup_steps", "0", "--output_dir", folder)
+    plain = AutoModelForImageTextToText.from_pretrained(TINY)
+    ids = torch.tensor([[1, 12, 13, 14]])
+    with torch.no_grad():
+        base = plain(input_ids=ids).logits
+        loaded = PeftModel.from_pretrained(plain, folder / "adapter")(input_ids=ids).logits
+    assert (base - loaded).abs().max() > 1e-4
+    saved = load_file(folder / "checkpoint.safetensors")
+    values = {k.split("|")[0].replace(".default", ""): v for k, v in saved.items() if k.endswith("|value")}
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert values.keys() == adapter.keys() and all(torch.equal(values[k], adapter[k]) for k in values)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def command(*flags, **env):
+    return subprocess.run([sys.executable, "sayo_mini.py", *map(str, flags)], cwd=HERE, capture_output=True, text=True,
+                          env=os.environ | env)  # fmt: skip
+
+
+def test_the_real_command(tmp_path):
+    """As a user calls it without a GPU, but for its size: the tiny model in 4 bits, two steps."""
+    out = command("--max_steps", 2, "--eval_examples", 3, "--output_dir", tmp_path / "run", CUDA_VISIBLE_DEVICES="")
+    assert out.returncode == 0, out.stderr
+    assert "no CUDA: training the tiny model" in out.stdout
+    for word in ("greedy accuracy", "AUROC", "before", "after", "chance"):
+        assert word in out.stdout
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["load_in_4bit"] and config["reward_weights"] == Config.reward_weights
+    assert all(math.isfinite(v) for row in rows(tmp_path / "run") for v in row.values())
+
+
+def test_help_explains_every_flag():
+    out = command("--help")
+    assert out.returncode == 0
+    for name in Config.__dataclass_fields__:
+        assert f"--{name} " in out.stdout or f"--{name}," in out.stdout, name
+
+
+def write_dataset(folder, **change):
+    """A data set of one line, in which `change` replaces values; None drops a key."""
+    Image.new("RGB", (64, 48), "red").save(folder / "red.png")
+    (folder / "text.png").write_text("no picture")
+    row = {"image": "red.png", "question": "what color ?", "answer": "red", "boxes": [[0, 0, 10, 10]]} | change
+    text = json.dumps({k: v for k, v in row.items() if v is not None})
+    (folder / "data.jsonl").write_text(text.replace("Infinity", "NaN"))
+    return folder / "data.jsonl"
+
+
+BAD_ROWS = {
+    "missing image": (dict(image="gone.png"), "gone.png"),
+    "unreadable image": (dict(image="text.png"), "text.png"),
+    "box outside": (dict(boxes=[[70, 0, 80, 10]]), "outside"),
+    "inverted box": (dict(boxes=[[10, 0, 5, 10]]), "inverted"),
+    "NaN box": (dict(boxes=[[math.inf, 0, 5, 10]]), "finite"),
+    "no box": (dict(boxes=None), "boxes"),
+    "empty answer": (dict(answer=" "), "answer"),
+}
+BAD_FLAGS = {
+    "unknown reward": (["--reward_weights", "beauty=1"], "beauty"),
+    "reward without number": (["--reward_weights", "attention"], "--reward_weights"),
+    "G = 1": (["--num_generations", "1"], "--num_generations"),
+    "no such flag": (["--learning_rat", "1"], "--learning_rat"),
+    "no number": (["--beta", "much"], "--beta"),
+    "layers": (["--layers", "last"], "--layers"),
+    "no such layer": (["--layers", "9"], "layer 9"),
+    "format lengths": (["--format_lengths", "5"], "--format_lengths"),
+    "no model": (["--model_name_or_path", "tests"], "tests"),
+    "no such hub name": (["--model_name_or_path", "nobody/nothing"], "nobody/nothing"),
+    "no such file": (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
+    "no CUDA": (["--device", "cuda"], "cuda"),
+}
+
+
+def refused(capfd, tmp_path, flags, word):
+    """Exit code 2, one line on stderr that names the culprit, nothing on the disk."""
+    out = tmp_path / "run"
+    capfd.readouterr()
+    assert sayo_mini.main([*FAST, "--max_steps", "1", "--output_dir", str(out), *map(str, flags)]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("sayo_mini.py: ") and err.count("\n") == 1 and word in err, err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_line_of_data_ends_in_one_line(capfd, tmp_path, case):
+    change, word = BAD_ROWS[case]
+    path = write_dataset(tmp_path, **change)
+    refused(capfd, tmp_path, ["--dataset", path], word)
+    refused(capfd, tmp_path, ["--dataset", path], f"{path}:1")
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_a_bad_flag_ends_in_one_line(capfd, tmp_path, monkeypatch, case):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(HERE)
+    if case == "no CUDA" and torch.cuda.is_available():
+        pytest.skip("there is CUDA here")
+    flags, word = BAD_FLAGS[case]
+    refused(capfd, tmp_path, flags, word)
+
+
+def test_a_model_of_another_kind_is_refused(capfd, tmp_path):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    refused(capfd, tmp_path, ["--model_name_or_path", tmp_path / "bert"], "is a bert")
+
+
+def test_bitsandbytes_missing_says_what_to_install(capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda *a, **k: False)
+    refused(capfd, tmp_path, ["--load_in_4bit"], "pip install bitsandbytes")
+
+
+def test_no_permission_to_write_ends_in_one_line(capfd, tmp_path):
+    (tmp_path / "file").write_text("")  # a folder below a file: refused to root as well
+    capfd.readouterr()
+    assert sayo_mini.main([*FAST, "--max_steps", "1", "--output_dir", str(tmp_path / "file" / "run")]) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "--output_dir" in err and "file/run" in err
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(capfd, tmp_path):
+    run("--max_steps", 1, "--output_dir", tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    capfd.readouterr()
+    run("--max_steps", 1, "--output_dir", tmp_path / "run", expect=2)
+    assert "--resume" in capfd.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_data_set_of_ones_own(tmp_path):
+    """A .jsonl of 12 scenes: trained on most of the images, evaluated on others, two steps."""
+    lines = []
+    for i, example in enumerate(Scenes("train", 12)[j] for j in range(12)):
+        example.image.save(tmp_path / f"{i}.png")
+        lines.append({"image": f"{i}.png", "question": example.question, "answer": example.answer,
+                      "boxes": example.boxes, "id": f"mine-{i}"})  # fmt: skip
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    folder = tmp_path / "run"
+    run("--max_steps", 2, "--dataset", tmp_path / "data.jsonl", "--output_dir", folder)
+    trained = {row["id"] for row in rows(folder, "samples.jsonl")}
+    held_out = {row["id"] for row in json.loads((folder / "before.json").read_text())}
+    assert trained and held_out and not trained & held_out
+    assert all(name.startswith("mine-") for name in trained | held_out)
+
+
+# --- small parts -----------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_schedule():
+    cfg = Config(learning_rate=1.0, warmup_steps=4, max_steps=12)
+    assert [learning_rate(cfg, s) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [round(learning_rate(cfg, s), 6) for s in (4, 8, 12)] == [1.0, 0.5, 0.0]
+    assert learning_rate(Config(learning_rate=1.0, warmup_steps=4, lr_scheduler_type="constant"), 999) == 1.0
+
+
+def test_every_epoch_visits_every_example_in_another_order():
+    epochs = [[shuffled(e * 9 + i, 9, seed=1) for i in range(9)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(9)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_tiny_preset_yields_to_flags(tmp_path):
+    cfg = parse(["--model_name_or_path", str(TINY), "--max_steps", "7", "--output_dir", str(tmp_path / "run")])
+    assert cfg.max_steps == 7 and cfg.prompts_per_step == sayo_mini.TINY["prompts_per_step"]
+    real = parse(["--model_name_or_path", "Qwen/Qwen3-VL-2B-Instruct", "--output_dir", str(tmp_path / "run")])
+    assert real == Config(output_dir=str(tmp_path / "run"))
+
+
+def test_the_tiny_folder_is_whole_and_small():
+    assert (TINY / "model.safetensors").stat().st_size < 8e6
+    assert not list(TINY.glob("*.bin")) and not list(TINY.glob("*.pt"))  # safetensors only
+    assert shutil.which("git") is None or True
