@@ -1,8 +1,7 @@
 """One vision-language model: load it in 4 bits with LoRA, lay out its tokens, sample a group, score a group.
 
-Two ideas carry this file. *The prompt and its image are processed once per group*, not once per completion: sampling
-expands one cached prompt, and scoring packs `[prompt | c_1 | ... | c_G]` into one sequence in which every completion
-sees the prompt and itself. *Attention is captured where it is computed*: a registered attention function runs the
+*The prompt and its image run once per group*: sampling expands one cached prompt, and scoring packs it with all G
+completions into one sequence. *Attention is captured where it is computed*: a registered attention function runs the
 library's own SDPA and, in the chosen layers, keeps the completions' attention to the image; never L x L for all heads.
 """
 
@@ -26,7 +25,6 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from data import InputError
 
-SUPPORTED = ("qwen2_5_vl", "qwen3_vl")
 LINEAR = r".*language_model\.layers.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 LOGITS = 2**24  # floats of logits alive at once: 64 MiB, about 110 tokens of Qwen's vocabulary
 
@@ -264,9 +262,7 @@ class Vlm:
 
 def group_mask(P, G, C, device=None):
     """Who sees whom in `[prompt | c_1 | ... | c_G]`: bool (1, 1, S, S), S = P + G * C, true where row may see column.
-
-    Causal; and a completion sees the prompt and itself, not its siblings. One byte a pair, shared by all layers.
-    """
+    Causal; and a completion sees the prompt and itself, not its siblings. One byte a pair, shared by all layers."""
     i = torch.arange(P + G * C, device=device)
     owner = (i - P).div(C, rounding_mode="floor").clamp(min=-1)  # -1 for the prompt, else the completion
     return ((i[:, None] >= i) & ((owner == -1) | (owner[:, None] == owner)))[None, None]
@@ -295,8 +291,8 @@ def load_vlm(name_or_path, load_in_4bit=True, lora_r=16, lora_alpha=32, device=N
     )  # fmt: skip
     try:
         kind = AutoConfig.from_pretrained(name).model_type
-        if kind not in SUPPORTED:
-            raise InputError(f"{name} is a {kind}; this program knows {' and '.join(SUPPORTED)}")
+        if kind not in ("qwen2_5_vl", "qwen3_vl"):
+            raise InputError(f"{name} is a {kind}; this program knows qwen2_5_vl and qwen3_vl")
         tokenizer = AutoTokenizer.from_pretrained(name)
         processor = AutoImageProcessor.from_pretrained(name, backend="pil")  # needs no torchvision
         model = AutoModelForImageTextToText.from_pretrained(
@@ -309,7 +305,9 @@ def load_vlm(name_or_path, load_in_4bit=True, lora_r=16, lora_alpha=32, device=N
         ) from None
     except ImportError as error:
         raise InputError(f"pip install bitsandbytes, or give --no-load_in_4bit ({error})") from None
-    except OSError as error:
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
         where = (
             "is no folder of a model" if Path(name).exists() else "cannot be had from the hub: check name and network"
         )

@@ -82,8 +82,8 @@ class Config:
 
 
 # What differs for the model of 1.5 M parameters in tiny/: it is small, sure of its format, and learns fast.
-TINY = dict(model_name_or_path=str(HERE / "tiny"), max_steps=60, prompts_per_step=8, max_completion_length=24,
-            learning_rate=2e-4, gradient_checkpointing=False, format_lengths="12,22", instruction="",
+TINY = dict(model_name_or_path=str(HERE / "tiny"), max_steps=60, prompts_per_step=8, max_completion_length=20,
+            learning_rate=2e-4, gradient_checkpointing=False, format_lengths="10,18", instruction="",
             max_pixels=112 * 112, eval_examples=256)  # fmt: skip
 
 
@@ -400,9 +400,10 @@ def parse(argv):
     """The command line as a Config: defaults, over them the tiny model's or the resumed run's, over them the flags.
     Raises: InputError naming the flag that cannot work, before anything is loaded or written."""
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("sayo_mini.py", description=__doc__, formatter_class=layout, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "sayo_mini.py [train]", description=__doc__, formatter_class=layout, allow_abbrev=False
+    )
     parser.error = refuse
-    parser.add_argument("command", nargs="?", choices=["train"], default="train", help="train, the default")
     for f in fields(Config):
         tiny = f"; tiny model: {TINY[f.name] or 'none'}" if f.name in TINY and f.name != "model_name_or_path" else ""
         how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": "X"}
@@ -410,8 +411,8 @@ def parse(argv):
             how = {"choices": f.metadata["choices"]}
         help = f"{f.metadata['help']} (default: {f.default}{tiny})".replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **how)
-    given = vars(parser.parse_args(argv))
-    del given["command"]
+    argv = sys.argv[1:] if argv is None else argv
+    given = vars(parser.parse_args(argv[1:] if argv[:1] == ["train"] else argv))
     folder, base = Path(given.get("output_dir", Config.output_dir)), {}
     if given.get("resume") and (folder / "config.json").exists():
         base = json.loads((folder / "config.json").read_text())

@@ -108,6 +108,19 @@ def test_captured_attention_equals_eager(folder, layers, heads, checkpointing):
             torch.testing.assert_close(scores.prompt_attention, maps[P - 1, prompt.image_positions], atol=1e-6, rtol=0)
 
 
+def test_the_library_still_masks_padding():
+    """Registering the attention function alone would leave the mask None, without a word: padding would be seen."""
+    vlm = load()
+    ids = torch.tensor([[12, 13, 14, 15, 16]])
+    padded = torch.cat([torch.full((1, 3), vlm.pad_id), ids], 1)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0).expand(3, 1, -1)
+    with torch.no_grad():
+        plain = vlm.core(input_ids=ids).logits
+        other = vlm.core(input_ids=padded, attention_mask=mask, position_ids=positions).logits[:, 3:]
+    torch.testing.assert_close(plain, other, atol=1e-5, rtol=0)
+
+
 def test_mask_lets_a_completion_see_the_prompt_and_itself():
     # P = 2, two completions of two tokens each: rows see columns
     expected = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0],
