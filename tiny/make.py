@@ -246,7 +246,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--see_steps", type=int, default=2200)
     parser.add_argument("--careless_steps", type=int, default=100)
-    parser.add_argument("--careless", type=float, default=0.5, help="share of answers that look at the centre")
+    parser.add_argument("--careless", type=float, default=0.62, help="share of answers that look at the centre")
     parser.add_argument("--start_from", type=Path, help="the folder of a model that can see: skip stage 1")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
