@@ -9,8 +9,6 @@ import re
 
 import torch
 
-# --- which tokens, and where they look -------------------------------------------------------------------------------
-
 
 def select_tokens(entropy, mask, fraction=0.3):
     """The tokens at which the model is least sure: the paper's top 30 % by entropy.
@@ -69,9 +67,6 @@ def attention_ratio(attention, region, selected, eps=1e-8):
     return (looked[:, region].mean(1) + eps) / (looked.mean(1) + eps)
 
 
-# --- rewards of the text ---------------------------------------------------------------------------------------------
-
-
 def find_answer(text):
     """What stands between <answer> and </answer> if that occurs exactly once and is not blank, else None."""
     if text.count("<answer>") != 1 or text.count("</answer>") != 1:
@@ -109,9 +104,6 @@ def repeated_sentences(text):
     """The share of sentences that say again what stood before: padding to please a reward. Float in [0, 1)."""
     sentences = [s.strip() for s in re.split(r"[.!?]+(?:\s|$)|\n+", text.casefold()) if s.strip()]
     return 1 - len(set(sentences)) / len(sentences) if sentences else 0.0
-
-
-# --- GRPO ------------------------------------------------------------------------------------------------------------
 
 
 def group_advantages(rewards, eps=1e-4):
@@ -152,9 +144,6 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, clip=0.2, beta=0.00
     stats = {"kl": kl, "ratio": ratio, "clip_ratio/low_mean": low.float(), "clip_ratio/high_mean": high.float()}
     stats = {name: value.detach().mean().item() if len(value) else 0.0 for name, value in stats.items()}
     return loss.sum() / max(denominator if denominator is not None else len(loss), 1), stats
-
-
-# --- how well does it look -------------------------------------------------------------------------------------------
 
 
 def localization(attention, region):

@@ -117,15 +117,15 @@ def train(cfg):
     where = {"layers": numbers(cfg.layers), "heads": numbers(cfg.heads)}  # whose attention counts
     vlm = load_vlm(cfg.model_name_or_path, cfg.load_in_4bit, cfg.lora_r, cfg.lora_alpha, cfg.device, cfg.max_pixels,
                    cfg.gradient_checkpointing, cfg.completions_per_forward, **where)  # fmt: skip
+    if vlm.core.num_parameters() < 1e7:
+        torch.set_num_threads(1)  # on tensors so small, threads only wait for each other
     generator = torch.Generator(vlm.device).manual_seed(cfg.seed)
     params = {name: p for name, p in vlm.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     run = Run(cfg, params, optimizer, generator)
     before = run.read("before.json") or run.keep("before.json", evaluate(vlm, eval_set, cfg, "before"))
     stop = []  # Ctrl-C and SIGTERM end the run after the step in hand
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop.append(number))
-
+    usual = {number: signal.signal(number, lambda *_: stop.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(range(run.step, cfg.max_steps), initial=run.step, total=cfg.max_steps, desc="train")
     for step in bar:
         optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
@@ -137,9 +137,12 @@ def train(cfg):
         if stop or (step + 1) % cfg.save_steps == 0 or step + 1 == cfg.max_steps:
             run.save()
         if stop:
-            bar.close()
-            print(f"stopped after step {step + 1}; go on with: python sayo_mini.py --resume --output_dir {run.folder}")
+            tqdm.write(
+                f"stopped after step {step + 1}; go on with: python sayo_mini.py --resume --output_dir {run.folder}"
+            )
             return 130
+    for number, handler in usual.items():
+        signal.signal(number, handler)
     vlm.model.save_pretrained(run.folder / "adapter")
     after = run.keep("after.json", evaluate(vlm, eval_set, cfg, "after", before))
     if before:
@@ -205,7 +208,7 @@ def judge(vlm, group, cfg, with_gradient):
     group.rewards = {k: torch.as_tensor(v, dtype=torch.float32, device=vlm.device) for k, v in rewards.items()}
     group.total = sum(w * group.rewards[name] for name, w in weights(cfg.reward_weights).items())
     group.advantages = R.group_advantages(group.total)
-    group.zero_std = not group.advantages.any()
+    group.zero_std = group.total.std().item() < 1e-6  # equal but for rounding
     group.old_logps = scores.logps.detach()
     group.log = {
         "entropy": scores.entropy[completions.mask].mean().item(),
@@ -376,10 +379,8 @@ def learning_rate(cfg, step):
     """Linear warm-up, then constant or a cosine down to 0."""
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
-    if cfg.lr_scheduler_type == "constant":
-        return cfg.learning_rate
     done = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
-    return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return cfg.learning_rate * (1 if cfg.lr_scheduler_type == "constant" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def numbers(text):
@@ -448,6 +449,8 @@ def main(argv=None):
         problem = "out of GPU memory: lower --completions_per_forward, --max_pixels or --num_generations"
     except InputError as error:
         problem = " ".join(str(error).split())
+    except KeyboardInterrupt:  # in loading or evaluation: nothing is half-written
+        return 130
     print(f"sayo_mini.py: {problem}", file=sys.stderr)
     return 2
 

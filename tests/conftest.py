@@ -1,6 +1,9 @@
 """What several tests share: small models of both families, made on the spot or shipped in tiny/."""
 
+import os
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network; read when huggingface_hub is imported
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForCondition
 from model import load_vlm
 from scenes import Scenes
 
+torch.set_num_threads(1)  # as the program does for models so small
 TINY = Path(__file__).parent.parent / "tiny"
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -42,7 +41,8 @@ def one_step(tmp_path, *flags, **settings):
     torch.manual_seed(0)
     cfg = parse([*FAST, "--weight_decay", "0", "--output_dir", str(tmp_path / "run"), *flags])
     vlm = load(**settings)
-    optimizer = torch.optim.AdamW([p for p in vlm.model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0)
+    # plain SGD: the change is the gradient, which Adam would blow up to full size however small it is
+    optimizer = torch.optim.SGD([p for p in vlm.model.parameters() if p.requires_grad], lr=0.1)
     before = {n: p.detach().clone() for n, p in vlm.model.named_parameters()}
     scenes = Scenes("train", 8)
     out = train_step(vlm, [scenes[0], scenes[1]], cfg, optimizer, torch.Generator().manual_seed(0))
@@ -101,16 +101,16 @@ def test_forward_tokens_of_a_step(tmp_path, monkeypatch, beta, forwards):
     assert (forwards - 1) * sum(budget) < sum(seen) <= forwards * sum(budget)
 
 
-@pytest.mark.parametrize("flags, tolerance", [(["--completions_per_forward", "3"], 2e-6), (["--beta", "0"], None)])
-def test_splitting_a_group_changes_nothing(tmp_path, flags, tolerance):
-    """... but the memory; while another beta does change the result."""
-    *_, whole = one_step(tmp_path / "a", "--beta", "0.5")
-    vlm = load(completions_per_forward=3 if tolerance else 0)
-    *_, other = one_step(tmp_path / "b", *(flags if not tolerance else ["--beta", "0.5", *flags]),
-                         completions_per_forward=3 if tolerance else 0)  # fmt: skip
-    worst = max((whole[n] - other[n]).abs().max().item() for n in whole if "lora" in n)
-    assert vlm is not None
-    assert worst < 2e-4 if tolerance else worst > 2e-4
+def test_splitting_a_group_changes_nothing_but_memory(tmp_path):
+    """One forward for four completions or one for each: the same update; with another beta it is another. All tokens
+    count here, and the answers vary: else rounding decides which entropies near 0 are the highest, and is divided by
+    a tiny standard deviation."""
+    flags = ["--token_fraction", "1", "--temperature", "2", "--beta"]
+    *_, whole = one_step(tmp_path / "a", *flags, "0.5")
+    *_, split = one_step(tmp_path / "b", *flags, "0.5", "--completions_per_forward", "1", completions_per_forward=1)
+    *_, other = one_step(tmp_path / "c", *flags, "0")
+    worst = [max((whole[n] - x[n]).abs().max().item() for n in whole if "lora" in n) for x in (split, other)]
+    assert worst[0] < 1e-6 and worst[1] > 1e-4
 
 
 def test_a_group_without_variance_is_skipped_and_counted(tmp_path):
@@ -198,6 +198,22 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     out, _ = program.communicate(timeout=60)
     assert program.returncode == 130 and f"--resume --output_dir {folder}" in out
     assert "value" in " ".join(load_file(folder / "checkpoint.safetensors"))
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_ctrl_c_during_an_evaluation_ends_the_program(tmp_path, monkeypatch, moment):
+    """Only the loop finishes what it has in hand; and SIGINT must not stay deaf after it."""
+    original = sayo_mini.evaluate
+
+    def evaluate(vlm, examples, cfg, name, before=None):
+        if name == moment:
+            signal.raise_signal(signal.SIGINT)
+        return original(vlm, examples, cfg, name, before)
+
+    monkeypatch.setattr(sayo_mini, "evaluate", evaluate)
+    run("--max_steps", 1, "--output_dir", tmp_path / "run", expect=130)
+    monkeypatch.setattr(sayo_mini, "evaluate", original)
+    assert sayo_mini.main(["--resume", "--output_dir", str(tmp_path / "run")]) == 0
 
 
 def test_what_a_run_leaves(tmp_path):
@@ -311,7 +327,6 @@ def test_a_bad_line_of_data_ends_in_one_line(capfd, tmp_path, case):
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
 def test_a_bad_flag_ends_in_one_line(capfd, tmp_path, monkeypatch, case):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(HERE)
     if case == "no CUDA" and torch.cuda.is_available():
         pytest.skip("there is CUDA here")
@@ -384,9 +399,3 @@ def test_the_tiny_preset_yields_to_flags(tmp_path):
     assert cfg.max_steps == 7 and cfg.prompts_per_step == sayo_mini.TINY["prompts_per_step"]
     real = parse(["--model_name_or_path", "Qwen/Qwen3-VL-2B-Instruct", "--output_dir", str(tmp_path / "run")])
     assert real == Config(output_dir=str(tmp_path / "run"))
-
-
-def test_the_tiny_folder_is_whole_and_small():
-    assert (TINY / "model.safetensors").stat().st_size < 8e6
-    assert not list(TINY.glob("*.bin")) and not list(TINY.glob("*.pt"))  # safetensors only
-    assert shutil.which("git") is None or True
