@@ -70,10 +70,10 @@ def table(before, after):
         ("attention to the whole image", "image_mass", ""),
         ("tokens of an answer", "length", ""),
     ]
-    out = [f"{'held-out examples: ' + str(len(before)):32}{'before':>22}{'after':>22}{'chance':>9}"]
+    out = [f"{'held-out examples: ' + str(len(before)):32}{'before':>25}{'after':>25}{'chance':>8}"]
     for title, key, chance in lines:
         cells = [interval([r[key] for r in rows], share=key == "correct") for rows in (before, after)]
-        out.append(f"{title:32}{cells[0]:>22}{cells[1]:>22}{chance:>9}")
+        out.append(f"{title:32}{cells[0]:>25}{cells[1]:>25}{chance:>8}")
     return "\n".join(out)
 
 
