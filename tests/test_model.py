@@ -108,6 +108,15 @@ def test_captured_attention_equals_eager(folder, layers, heads, checkpointing):
             torch.testing.assert_close(scores.prompt_attention, maps[P - 1, prompt.image_positions], atol=1e-6, rtol=0)
 
 
+def test_checkpointing_does_not_capture_twice(monkeypatch):
+    """The backward pass runs every layer again; the map is there already."""
+    calls, original = [], model.image_attention
+    monkeypatch.setattr(model, "image_attention", lambda *args: calls.append(1) or original(*args))
+    vlm = load(gradient_checkpointing=True, layers=(1, 3))
+    vlm.score(*ask(vlm)).logps.sum().backward()
+    assert len(calls) == 2
+
+
 def test_the_library_still_masks_padding():
     """Registering the attention function alone would leave the mask None, without a word: padding would be seen."""
     vlm = load()

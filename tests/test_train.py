@@ -92,7 +92,7 @@ def test_forward_tokens_of_a_step(tmp_path, monkeypatch, beta, forwards):
     monkeypatch.setattr(sayo_mini, "judge", judge)
     vlm = load()
     seen = count_tokens(vlm)
-    cfg = parse([*FAST, "--beta", str(beta), "--output_dir", str(tmp_path / "run")])
+    cfg = parse([*FAST, "--beta", str(beta), "--temperature", "2", "--output_dir", str(tmp_path / "run")])
     optimizer = torch.optim.AdamW([p for p in vlm.model.parameters() if p.requires_grad], lr=1e-3)
     scenes = Scenes("train", 8)
     metrics, _ = train_step(vlm, [scenes[0], scenes[1]], cfg, optimizer, torch.Generator().manual_seed(0))
@@ -211,6 +211,7 @@ def test_ctrl_c_during_an_evaluation_ends_the_program(tmp_path, monkeypatch, mom
         return original(vlm, examples, cfg, name, before)
 
     monkeypatch.setattr(sayo_mini, "evaluate", evaluate)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # another test's run may have been cut off in its loop
     run("--max_steps", 1, "--output_dir", tmp_path / "run", expect=130)
     monkeypatch.setattr(sayo_mini, "evaluate", original)
     assert sayo_mini.main(["--resume", "--output_dir", str(tmp_path / "run")]) == 0
