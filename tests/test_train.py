@@ -155,6 +155,21 @@ def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path):
         assert a != c or file == "before.json", file  # before training the adapter is the identity, whatever the seed
 
 
+def test_the_seed_reaches_the_adapter_and_the_sampling(tmp_path, monkeypatch):
+    """On the same scenes in the same order: else another order alone would make another run."""
+    monkeypatch.setattr(sayo_mini, "load_data", lambda cfg: (Scenes("train", 2), Scenes("test", 0)))
+    monkeypatch.setattr(sayo_mini, "shuffled", lambda k, n, seed: k % n)
+    texts, adapters = [], []
+    for seed in (3, 4):
+        folder = tmp_path / str(seed)
+        run("--max_steps", 1, "--temperature", "2", "--learning_rate", "0", "--seed", seed, "--output_dir", folder)
+        texts.append([row["text"] for row in rows(folder, "samples.jsonl")])
+        saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+        adapters.append(next(value for name, value in sorted(saved.items()) if "lora_A" in name))
+    assert texts[0] != texts[1]
+    assert not torch.equal(*adapters)
+
+
 @pytest.mark.parametrize("four_bit", [False, True], ids=["fp32", "nf4"])
 def test_resume_equals_an_uninterrupted_run_to_the_bit(tmp_path, monkeypatch, four_bit):
     """Stopped after step 3 with the last checkpoint at step 2: what came after it is done, and logged, again."""
