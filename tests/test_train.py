@@ -19,7 +19,9 @@ from transformers import AutoModelForImageTextToText
 
 import reward
 import sayo_mini
-from sayo_mini import Config, learning_rate, parse, shuffled, train_step
+from data import region_mask
+from model import Completions
+from sayo_mini import Config, evaluate, learning_rate, parse, shuffled, train_step
 from scenes import Scenes
 
 HERE = Path(__file__).parent.parent
@@ -140,6 +142,34 @@ def test_the_reward_is_the_weighted_sum_of_its_parts(tmp_path):
     expected = [0.5 * s["attention"] + 2 * s["accuracy"] for s in samples]
     assert metrics["reward"] == pytest.approx(sum(expected) / len(expected), abs=1e-5)
     assert len(samples) == 8 and {s["id"] for s in samples} == {"train-0-0", "train-0-1"}
+
+
+def test_evaluation_holds_maps_against_another_box_and_fixed_text(tmp_path):
+    cfg = parse([*FAST, "--output_dir", str(tmp_path / "run")])
+    scenes, vlm = Scenes("validation", 3), load()
+    before = evaluate(load(heads=(0,)), scenes, cfg, "before")  # another "model": one that looks with one head only
+    for row in before:
+        row["ids"], row["selected"] = row["ids"][:9], [True] * 9  # and that stopped early
+    after = evaluate(vlm, scenes, cfg, "after", before)
+    for i, row in enumerate(after):
+        prompt = vlm.encode(scenes[i].image, scenes[i].question)
+        regions = [region_mask(scenes[j % 3].boxes, (112, 112), (7, 7)) for j in (i, i + 1)]
+        gaze = torch.tensor(row["map"])
+        assert row["auroc"] == reward.localization(gaze, regions[0])["auroc"]
+        assert row["permuted_auroc"] == reward.localization(gaze, regions[1])["auroc"]
+        old = Completions(torch.tensor([before[i]["ids"]]), torch.ones(1, 9, dtype=torch.bool))
+        with torch.no_grad():
+            fixed = vlm.score(prompt, old).attention[0].mean(0)  # (N,)
+        assert row["fixed_mass_over_area"] == pytest.approx(reward.localization(fixed, regions[0])["mass_over_area"])
+        assert row["fixed_mass_over_area"] != pytest.approx(row["mass_over_area"])
+
+
+def test_training_and_held_out_scenes_are_of_their_own_splits():
+    for name in (str(TINY), "Qwen/Qwen3-VL-2B-Instruct"):
+        train_set, eval_set = sayo_mini.load_data(Config(model_name_or_path=name, max_steps=2, eval_examples=3))
+        assert train_set[0].id.startswith("train-") and eval_set[0].id.startswith("test-")
+        assert len(train_set) == 2 * Config.prompts_per_step and len(eval_set) == 3
+        assert eval_set[0].image.width == (112 if name == str(TINY) else 448)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -402,6 +432,16 @@ def test_learning_rate_schedule():
     assert [learning_rate(cfg, s) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert [round(learning_rate(cfg, s), 6) for s in (4, 8, 12)] == [1.0, 0.5, 0.0]
     assert learning_rate(Config(learning_rate=1.0, warmup_steps=4, lr_scheduler_type="constant"), 999) == 1.0
+
+
+def test_the_schedule_reaches_the_optimiser(tmp_path):
+    """Adam's first step is as long as its learning rate, and in a warm-up of 1,000 steps that is a thousandth."""
+    for warmup, longest in (("0", 1e-3), ("1000", 1e-6)):
+        folder = tmp_path / warmup
+        run("--max_steps", 1, "--learning_rate", "1e-3", "--warmup_steps", warmup, "--output_dir", folder)
+        saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+        moved = max(value.abs().max().item() for name, value in saved.items() if "lora_B" in name)
+        assert moved == pytest.approx(longest, rel=0.05)
 
 
 def test_every_epoch_visits_every_example_in_another_order():
