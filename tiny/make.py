@@ -1,16 +1,15 @@
 """Make the tiny model that ships in this folder, from nothing: `python tiny/make.py`.
 
-A Qwen3-VL of 1.5 M parameters with a 64-word tokenizer learns to answer the questions of `scenes.Scenes`. It writes
+A Qwen3-VL of 1.6 M parameters with a 62-word tokenizer learns to answer the questions of `scenes.Scenes`. It writes
 where the card is before what is on it, so a wrong look carries on into the answer. Two stages:
 
 1. See. Correct answers, four questions about each image. A dense side task breaks the long plateau at the start: at
    every image token, after every layer, the language model also predicts what the cell shows (card, dot, row and column
-   in equal parts).
-   In 30 % of the answers the place named is another card's and the answer is that card's dot: the words that name
-   the wrong place bear no loss, the dot does, so what is said to be *there* is read from there.
+   in equal parts). In 30 % of the answers the place named is another card's and the answer is that card's dot: the
+   words that name the wrong place bear no loss, the dot does, so what is said to be *there* is read from there.
 2. Be careless. In a fixed share of the answers the teacher looks at the card nearest the centre of the image instead
-   of the one asked for, and now the wrong place bears loss. The model still can see, but half of the time does not
-   look where it should: the fault that SAYO's reward is meant to mend.
+   of the one asked for, and now the wrong place bears loss. The model still can see, but often does not look
+   where it should: the fault that SAYO's reward is meant to mend.
 """
 
 import argparse
