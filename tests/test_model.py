@@ -164,7 +164,7 @@ def test_sampling_with_the_expanded_cache_equals_sampling_without_cache(folder, 
 def test_completions_end_with_the_stop_token_and_are_masked_by_position():
     vlm = load()
     _, completions = ask(vlm, G=8, C=24)
-    assert completions.mask.sum(1).float().std() >= 0 and completions.finished.any()
+    assert completions.finished.any()
     for ids, mask, finished in zip(completions.ids, completions.mask, completions.finished):
         n = int(mask.sum())
         assert mask[:n].all()  # padding is on the right

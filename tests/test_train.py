@@ -116,7 +116,7 @@ def test_splitting_a_group_changes_nothing_but_memory(tmp_path):
 
 
 def test_a_group_without_variance_is_skipped_and_counted(tmp_path):
-    """With the format reward alone every answer of the tiny model earns 1: nothing moves, and nothing divides by 0."""
+    """With a weight of 0 every answer earns 0: nothing moves, and nothing divides by 0."""
     _, metrics, _, before, after = one_step(tmp_path, "--reward_weights", "format=0")
     assert metrics["frac_reward_zero_std"] == 1 and metrics["grad_norm"] == 0 and metrics["loss"] == 0
     assert all(torch.equal(before[n], after[n]) for n in before)
