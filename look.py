@@ -77,6 +77,19 @@ def table(before, after):
     return "\n".join(out)
 
 
+ALARMS = {  # metric -> (from which value on it is suspect, why)
+    "frac_reward_zero_std": (0.9, "the answers to a question all earn the same: there is nothing to learn from"),
+    "completions/seq_rep_3": (0.3, "answers say the same words over and over"),
+    "completions/unclosed_tags": (0.3, "answers open <answer> and do not close it"),
+    "completions/clipped_ratio": (0.5, "most answers are cut off at --max_completion_length"),
+}
+
+
+def alarms(row):
+    """What a row of metrics.jsonl warns of: known ways to earn reward without doing what was meant, or to earn none."""
+    return [f"{name} {row[name]:.2f}: {why}" for name, (least, why) in ALARMS.items() if row[name] >= least]
+
+
 def interval(values, share=False):
     """The mean and its 95 % interval, as in 0.523 [0.461, 0.584]."""
     values = [v for v in values if not math.isnan(v)]

@@ -106,6 +106,14 @@ def repeated_sentences(text):
     return 1 - len(set(sentences)) / len(sentences) if sentences else 0.0
 
 
+def seq_rep_3(text):
+    """The share of word triples that occurred before (Welleck et al. 2020): catches lists that never end, which have
+    no sentences to repeat. Float in [0, 1)."""
+    words = text.casefold().split()
+    triples = list(zip(words, words[1:], words[2:]))
+    return 1 - len(set(triples)) / len(triples) if triples else 0.0
+
+
 def group_advantages(rewards, eps=1e-4):
     """GRPO: (r - mean) / (std + eps) within the group, std with Bessel's correction, as in TRL.
 

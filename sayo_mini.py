@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import reward as R
 from data import Example, InputError, JsonLines, example_region
-from look import before_after, table
+from look import alarms, before_after, table
 from model import Completions, Prompt, load_vlm
 from scenes import Scenes
 
@@ -124,6 +124,7 @@ def train(cfg):
     optimizer = torch.optim.AdamW(params.values(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     run = Run(cfg, params, optimizer, generator)
     before = run.read("before.json") or run.keep("before.json", evaluate(vlm, eval_set, cfg, "before"))
+    warned = set()
     stop = []  # Ctrl-C and SIGTERM end the run after the step in hand
     usual = {number: signal.signal(number, lambda *_: stop.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(range(run.step, cfg.max_steps), initial=run.step, total=cfg.max_steps, desc="train")
@@ -134,6 +135,10 @@ def train(cfg):
         metrics, samples = train_step(vlm, examples, cfg, optimizer, generator)
         run.log(step + 1, metrics | {"learning_rate": learning_rate(cfg, step)}, samples)
         bar.set_postfix_str(" ".join(f"{k} {metrics[f'rewards/{k}/mean']:.2f}" for k in REWARDS))
+        for alarm in alarms(metrics):
+            if alarm.split()[0] not in warned:
+                tqdm.write(f"step {step + 1}: {alarm}")
+            warned.add(alarm.split()[0])
         if stop or (step + 1) % cfg.save_steps == 0 or step + 1 == cfg.max_steps:
             run.save()
         if stop:
@@ -238,6 +243,7 @@ def step_metrics(groups, updates):
         **{f"completions/{how}_length": getattr(lengths, how)().item() for how in ("mean", "min", "max")},
         "completions/clipped_ratio": 1 - torch.cat([g.completions.finished for g in groups]).float().mean().item(),
         "completions/repeated_sentences": mean([R.repeated_sentences(t) for t in texts]),
+        "completions/seq_rep_3": mean([R.seq_rep_3(t) for t in texts]),
         "completions/unclosed_tags": mean([t.count("<answer>") > t.count("</answer>") for t in texts]),
         "num_tokens": int(lengths.sum()),
     }

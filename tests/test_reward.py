@@ -351,6 +351,21 @@ def test_repeated_sentences_is_the_share_said_again(text, expected):
     assert R.repeated_sentences(text) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", 0),
+        ("red card", 0),  # no triple
+        ("the dot on red r3 c5 is blue . <answer> blue </answer>", 0),
+        ("red card red card red card", 2 / 4),  # rcr crc rcr crc
+        ("Red red RED red", 1 / 2),
+        ("card " * 12, 9 / 10),
+    ],
+)
+def test_seq_rep_3_is_the_share_of_word_triples_said_again(text, expected):
+    assert R.seq_rep_3(text) == pytest.approx(expected)
+
+
 # --- group_advantages ------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+import look
 import reward
 import sayo_mini
 from data import region_mask
@@ -142,6 +143,36 @@ def test_the_reward_is_the_weighted_sum_of_its_parts(tmp_path):
     expected = [0.5 * s["attention"] + 2 * s["accuracy"] for s in samples]
     assert metrics["reward"] == pytest.approx(sum(expected) / len(expected), abs=1e-5)
     assert len(samples) == 8 and {s["id"] for s in samples} == {"train-0-0", "train-0-1"}
+
+
+@pytest.mark.parametrize(
+    "text, metric",
+    [
+        (None, None),  # the model's own answers: nothing to warn of
+        ("the dot on red r1 c1 is blue . <answer> blue </answer>", "frac_reward_zero_std"),  # whatever is asked
+        ("red card red card red card red card red card red", "completions/seq_rep_3"),
+        ("the dot on red r1 c1 is blue . <answer> blue", "completions/unclosed_tags"),
+    ],
+)
+def test_a_degenerate_policy_is_flagged(tmp_path, capsys, monkeypatch, text, metric):
+    """Policies that replications of such rewards ended in: constant text, names repeated, tags left open."""
+    if text:
+
+        def sample(vlm, prompt, G, *args):
+            ids = vlm.tokenizer(text + vlm.tokenizer.eos_token, return_tensors="pt", add_special_tokens=False).input_ids
+            ids = ids.expand(G, -1)
+            return Completions(ids, torch.ones_like(ids).bool(), [text] * G, 1.0, torch.ones(G).bool())
+
+        monkeypatch.setattr("model.Vlm.sample", sample)
+    run("--max_steps", 1, "--eval_examples", 0, "--output_dir", tmp_path)
+    alarms = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1: ")]
+    assert any(metric in alarm for alarm in alarms) if metric else not alarms
+
+
+def test_an_alarm_is_given_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(look.ALARMS, "entropy", (0.0, "always"))
+    run("--max_steps", 3, "--eval_examples", 0, "--output_dir", tmp_path)
+    assert capsys.readouterr().out.count("always") == 1
 
 
 def test_evaluation_holds_maps_against_another_box_and_fixed_text(tmp_path):
