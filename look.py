@@ -7,6 +7,8 @@ from statistics import stdev
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+RAMP = "#000004", "#fcffa4", "#dd513a"  # black, yellow, red between: evenly lighter, so it reads in grey as well
+
 
 def overlay(image, attention, grid, boxes=(), size=336):
     """`image` under a map of attention, its longer side `size` pixels.
@@ -23,8 +25,7 @@ def overlay(image, attention, grid, boxes=(), size=336):
     top = max(max(attention), 1e-12)
     strength.putdata([round(255 * max(0.0, a / top) ** 0.5) for a in attention])  # the root lets faint ones be seen
     strength = strength.resize((width, height), Image.Resampling.NEAREST)
-    # from black over red to yellow, evenly lighter: more attention is brighter in grey as well
-    color = ImageOps.colorize(strength, "#000004", "#fcffa4", mid="#dd513a")
+    color = ImageOps.colorize(strength, *RAMP)
     picture.paste(color, (0, 0), strength.point(lambda v: 0.75 * v))
     pen = ImageDraw.Draw(picture)
     for x1, y1, x2, y2 in boxes:
@@ -53,6 +54,64 @@ def before_after(examples, before, after, path):
             sheet.paste(picture, (x, y))
             lines = textwrap.wrap(caption, 46)[:3]
             pen.multiline_text((x, y + picture.height + 3), "\n".join(lines), fill="black", font=font, spacing=2)
+    sheet.save(path)
+
+
+def answer_sheet(image, boxes, sides, path):
+    """Write the picture of `sayo_mini.py look`: for each answer the image under the mean attention of its chosen
+    tokens; below it every token on a ground that is darker the less sure the model was, the chosen ones underlined.
+
+    Args: sides, dicts with `caption`, `map` (N,), `grid`, `words`, `entropy` (C,), `selected` (C,).
+    """
+    size, gap, line, font = 448, 16, 22, ImageFont.load_default(size=15)
+    sheet = Image.new("RGB", (len(sides) * (size + gap) + gap, 4 * size), "white")
+    pen, end = ImageDraw.Draw(sheet), 0
+    for n, side in enumerate(sides):
+        left, y = gap + n * (size + gap), gap
+        pen.text((left, y), side["caption"], fill="black", font=font)
+        picture = overlay(image, side["map"], side["grid"], boxes, size)
+        sheet.paste(picture, (left, y + line))
+        y += line + picture.height + 8
+        ramp = ImageOps.colorize(Image.linear_gradient("L").rotate(90).resize((120, 10)), *RAMP)
+        sheet.paste(ramp, (left, y + 4))
+        share = 100 * max(side["map"])
+        pen.text((left + 128, y - 1), f"0 to {share:.2g} % of the attention, on one cell", fill="black", font=font)
+        x, y = left, y + line + 8
+        for word, doubt, chosen in zip(side["words"], side["entropy"], side["selected"]):
+            word = word.strip() or " "
+            width = pen.textlength(word, font) + 6
+            if x + width > left + size:
+                x, y = left, y + line + 4
+            shade = round(255 * (1 - min(0.6, doubt / 2)))
+            pen.rectangle((x, y, x + width, y + line - 2), fill=(shade, shade, 255))
+            pen.text((x + 3, y), word, fill="black", font=font)
+            if chosen:
+                pen.line((x, y + line, x + width, y + line), fill="black", width=2)
+            x += width + 4
+        end = max(end, y + line + gap)
+    sheet.crop((0, 0, sheet.width, min(end, sheet.height))).save(path)
+
+
+def heat_table(values, path):
+    """Write a table of AUROC as a heat map: a row a layer, a column a head, `all` last; 0.5 (chance) is black.
+    Args: values (L + 1, H + 1)."""
+    width, height, left, top, font = 52, 24, 76, 30, ImageFont.load_default(size=13)
+    layers, heads = len(values) - 1, len(values[0]) - 1
+    sheet = Image.new("RGB", (left + width * (heads + 1) + 8, top + height * (layers + 1) + 8), "white")
+    pen = ImageDraw.Draw(sheet)
+    for j in range(heads + 1):
+        name = "all" if j == heads else f"head {j}" if j == 0 else str(j)
+        pen.text((left + width * (j + 0.5), 15), name, fill="black", font=font, anchor="mm")
+    for i, row in enumerate(values):
+        y, name = top + height * i, "all" if i == layers else f"layer {i}"
+        pen.text((left - 8, y + height / 2), name, fill="black", font=font, anchor="rm")
+        for j, value in enumerate(row):
+            share = min(1.0, max(0.0, 2 * (value - 0.5)))
+            color = ImageOps.colorize(Image.new("L", (width - 2, height - 2), round(255 * share)), *RAMP)
+            sheet.paste(color, (left + width * j, y))
+            ink = "black" if share > 0.6 else "white"
+            where = left + width * j + width / 2 - 1, y + height / 2 - 1
+            pen.text(where, f"{value:.2f}", fill=ink, font=font, anchor="mm")
     sheet.save(path)
 
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AttentionInterface,
@@ -31,13 +33,15 @@ LOGITS = 2**24  # floats of logits alive at once: 64 MiB, about 110 tokens of Qw
 
 @dataclass
 class Capture:
-    """What to keep of the attention in one forward: of `layers`, the mean over `heads` from `rows` to `columns`."""
+    """What to keep of the attention in one forward: of `layers`, the mean over `heads` from `rows` to `columns`; or
+    each head apart."""
 
     layers: list[int]
     heads: list[int]
     rows: torch.Tensor  # (R,) positions of the queries
     columns: torch.Tensor  # (N,) positions of the image tokens
-    maps: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (R, N)
+    each_head: bool = False
+    maps: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (R, N), or (H, R, N)
 
 
 def sayo_attention(module, query, key, value, attention_mask, capture=None, **kwargs):
@@ -56,15 +60,18 @@ def image_attention(query, key, mask, capture, scaling):
     """softmax(q k^T) in fp32 for the rows wanted, one head at a time; the image columns, averaged over the heads.
 
     Args: query (1, H, S, D), key (1, H_kv, S, D), mask bool (1, 1, S, S), true where a query may look.
-    Returns: (R, N) fp32. Memory: R x S floats, whatever the number of heads.
+    Returns: (R, N) fp32, or (H, R, N) if `capture.each_head`. Memory beside it: R x S floats, however many the heads.
     """
     group = query.shape[1] // key.shape[1]  # query heads that share a key head
     unseen = ~mask[0, 0, capture.rows]  # (R, S)
-    total = 0
-    for head in capture.heads:
+
+    def map_of(head):
         scores = query[0, head, capture.rows].float() @ key[0, head // group].float().T * scaling  # (R, S)
-        total = total + scores.masked_fill_(unseen, -torch.inf).softmax(-1)[:, capture.columns]
-    return total / len(capture.heads)
+        return scores.masked_fill_(unseen, -torch.inf).softmax(-1)[:, capture.columns]  # (R, N)
+
+    if capture.each_head:
+        return torch.stack([map_of(head) for head in capture.heads])
+    return sum(map_of(head) for head in capture.heads) / len(capture.heads)
 
 
 AttentionInterface.register("sayo", sayo_attention)
@@ -131,6 +138,19 @@ class Vlm:
         stop = tokenizer.eos_token_id if stop is None else stop
         self.stop_ids = torch.tensor(stop if isinstance(stop, list) else [stop], device=self.device)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0].item()
+
+    def load_adapter(self, folder):
+        """Load the weights of an adapter that a run has left, in place. Raises: InputError if they do not fit."""
+        try:
+            found = set_peft_model_state_dict(self.model, load_file(Path(folder) / "adapter_model.safetensors"))
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"no adapter in {folder}: {error}") from None
+        except RuntimeError as error:
+            raise InputError(
+                f"the adapter in {folder} is of another size: --lora_r? ({str(error).split(chr(10))[0]})"
+            ) from None
+        if found.unexpected_keys:
+            raise InputError(f"the adapter in {folder} is of another model: it has {found.unexpected_keys[0]}")
 
     def encode(self, image, question):
         """Lay out one image and one question as the model's chat template has them.
@@ -205,17 +225,23 @@ class Vlm:
                 setattr(whole, name, torch.cat([getattr(part, name) for part in parts]))
         return whole
 
-    def _score(self, prompt, completions, attention):
-        # checkpointing is only done in train mode, where caching is impossible; no module here uses dropout
-        self.model.train(self.gradient_checkpointing and torch.is_grad_enabled())
+    @torch.no_grad()
+    def maps(self, prompt, completions):
+        """Every layer and head apart, for looking rather than training: attention (L, H, 1 + G*C, N) to the image from
+        the prompt's last token and all tokens of a group. Memory grows with L x H: keep the group small."""
+        text = self.core.config.text_config
+        layers, heads = range(text.num_hidden_layers), range(text.num_attention_heads)
         P, (G, C) = len(prompt.input_ids), completions.ids.shape
-        ids = torch.cat([prompt.input_ids, completions.ids.flatten()])  # (P + G*C,): prompt | c_1 | ... | c_G
-        after = prompt.position_ids.max() + 1 + torch.arange(C, device=self.device)  # every completion starts there
-        positions = torch.cat([prompt.position_ids, after.repeat(3, G)], dim=1)  # (3, P + G*C)
+        rows = torch.arange(P - 1, P + G * C, device=self.device)
+        capture = Capture(layers, heads, rows, prompt.image_positions, each_head=True)
+        self._packed(prompt, completions, capture)
+        return torch.stack([capture.maps[layer] for layer in layers])
+
+    def _score(self, prompt, completions, attention):
+        P, (G, C) = len(prompt.input_ids), completions.ids.shape
         rows = torch.arange(P - 1, P + G * C, device=self.device)  # the prompt's last token, then all completions
         capture = Capture(self.layers, self.heads, rows, prompt.image_positions) if attention else None
-        mask = group_mask(P, G, C, self.device)
-        hidden, _ = self._forward(prompt, ids[None], positions[:, None], attention_mask=mask, capture=capture)
+        hidden = self._packed(prompt, completions, capture)
         # The first token of every completion is predicted by the last of the prompt, the others by their predecessor.
         before = rows[:-1].view(G, C).clone()
         before[:, 0] = P - 1
@@ -226,6 +252,17 @@ class Vlm:
             maps = sum(capture.maps.values()) / len(self.layers)  # (1 + G*C, N)
             scores.prompt_attention, scores.attention = maps[0], maps[1:].view(G, C, -1)
         return scores
+
+    def _packed(self, prompt, completions, capture):
+        """The forward of `[prompt | c_1 | ... | c_G]`: hidden states (1, P + G*C, D)."""
+        # checkpointing is only done in train mode, where caching is impossible; no module here uses dropout
+        self.model.train(self.gradient_checkpointing and torch.is_grad_enabled())
+        P, (G, C) = len(prompt.input_ids), completions.ids.shape
+        ids = torch.cat([prompt.input_ids, completions.ids.flatten()])  # (P + G*C,): prompt | c_1 | ... | c_G
+        after = prompt.position_ids.max() + 1 + torch.arange(C, device=self.device)  # every completion starts there
+        positions = torch.cat([prompt.position_ids, after.repeat(3, G)], dim=1)  # (3, P + G*C)
+        mask = group_mask(P, G, C, self.device)
+        return self._forward(prompt, ids[None], positions[:, None], attention_mask=mask, capture=capture)[0]
 
     def _forward(self, prompt, ids, positions, **kwargs):
         """Hidden states (B, S, D) of the last layer, and the cache. `prompt` brings the image, if `ids` holds one;

@@ -21,6 +21,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an opti
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -28,8 +29,10 @@ from transformers.utils.logging import disable_progress_bar
 
 import reward as R
 from data import Example, InputError, JsonLines, example_region
-from look import alarms, before_after, table
+from evaluate import ask, best, evaluate, gaze, probe, words
+from look import alarms, answer_sheet, before_after, heat_table, table
 from model import Completions, Prompt, load_vlm
+from page import write_page
 from scenes import Scenes
 
 HERE = Path(__file__).parent
@@ -77,6 +80,7 @@ class Config:
     eval_examples: int = flag(64, "held-out questions asked before and after; 0: none", least=0)
     save_steps: int = flag(20, "steps between checkpoints", least=1)
     resume: bool = flag(False, "go on from the last checkpoint in output_dir, with that run's settings")
+    probe: bool = flag(False, "no training: a table of how well each layer and head finds the region")
     seed: int = flag(0, "of everything random")
     device: str = flag("auto", "auto is cuda if there is any, else cpu", choices=["auto", "cuda", "cpu"])
 
@@ -114,11 +118,7 @@ def train(cfg):
     """One run, from loading to the picture at the end. Returns the exit code."""
     torch.manual_seed(cfg.seed)  # LoRA's first values; everything later draws from `generator`
     train_set, eval_set = load_data(cfg)
-    where = {"layers": numbers(cfg.layers), "heads": numbers(cfg.heads)}  # whose attention counts
-    vlm = load_vlm(cfg.model_name_or_path, cfg.load_in_4bit, cfg.lora_r, cfg.lora_alpha, cfg.device, cfg.max_pixels,
-                   cfg.gradient_checkpointing, cfg.completions_per_forward, **where)  # fmt: skip
-    if vlm.core.num_parameters() < 1e7:
-        torch.set_num_threads(1)  # on tensors so small, threads only wait for each other
+    vlm = load(cfg)
     generator = torch.Generator(vlm.device).manual_seed(cfg.seed)
     params = {name: p for name, p in vlm.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
@@ -142,6 +142,7 @@ def train(cfg):
         if stop or (step + 1) % cfg.save_steps == 0 or step + 1 == cfg.max_steps:
             run.save()
         if stop:
+            write_page(run.folder, eval_set)
             tqdm.write(
                 f"stopped after step {step + 1}; go on with: python sayo_mini.py --resume --output_dir {run.folder}"
             )
@@ -153,7 +154,8 @@ def train(cfg):
     if before:
         print(table(before, after))
         before_after(eval_set, before, after, run.folder / "look.png")
-    print(f"adapter, metrics, samples and picture (look.png) are in {run.folder}")
+    write_page(run.folder, eval_set)
+    print(f"open {run.folder / 'report.html'}; adapter, metrics, samples and picture (look.png) are beside it")
     return 0
 
 
@@ -166,7 +168,7 @@ def train_step(vlm, examples, cfg, optimizer, generator):
     """
     groups = []
     for example in examples:
-        prompt = vlm.encode(example.image, f"{example.question} {cfg.instruction}".strip())
+        prompt = ask(vlm, example, cfg)
         completions = vlm.sample(prompt, cfg.num_generations, cfg.max_completion_length, cfg.temperature, generator)
         groups.append(Group(example, prompt, completions))
     tokens = sum(g.completions.mask.sum().item() for g in groups)  # of the whole step, as in TRL's "dapo" loss
@@ -215,8 +217,13 @@ def judge(vlm, group, cfg, with_gradient):
     group.advantages = R.group_advantages(group.total)
     group.zero_std = group.total.std().item() < 1e-6  # equal but for rounding
     group.old_logps = scores.logps.detach()
+    looks = [a[s].mean(0) for a, s in zip(attention, selected)]  # G of (N,)
     group.log = {
         "entropy": scores.entropy[completions.mask].mean().item(),
+        "attention/auroc": torch.tensor([R.localization(look, region)["auroc"] for look in looks])
+        .nan_to_num(0.5)
+        .mean()
+        .item(),
         "attention/log_rho": R.attention_ratio(attention, region, selected).log().mean().item(),
         "attention/image_mass": attention.sum(-1)[completions.mask].mean().item(),
     }
@@ -255,47 +262,6 @@ def step_metrics(groups, updates):
         pair = torch.stack([parts["attention"].flatten(), other])  # the correlation is 0 where one does not vary
         row[f"attention/corr_{name}"] = torch.corrcoef(pair)[0, 1].nan_to_num().item()
     return row
-
-
-@torch.no_grad()
-def evaluate(vlm, examples, cfg, name, before=None):
-    """Greedy answers to held-out questions, and where the model looks while it writes them.
-
-    Every map is also held against the *next* question's box: a map that finds any box as well as its own shows a
-    habit, not a look at what was asked. The attention on fixed text is that of this model while it is made to write
-    the answers of `before`, at the tokens selected then: what training did to attention itself, apart from the words.
-    Returns: a list of dicts, one an example.
-    """
-    results = []
-    for i in tqdm(range(len(examples)), desc=f"evaluate {name}"):
-        example, old = examples[i], before[i] if before else None
-        prompt = vlm.encode(example.image, f"{example.question} {cfg.instruction}".strip())
-        region = example_region(example, prompt.grid)
-        other = example_region(examples[(i + 1) % len(examples)], prompt.grid)
-        greedy = vlm.sample(prompt, 1, cfg.max_completion_length, temperature=0)
-        gaze, selected = mean_gaze(vlm, prompt, greedy, cfg)
-        fixed = gaze
-        if old:
-            ids, chosen = (torch.tensor([old[key]], device=vlm.device) for key in ("ids", "selected"))
-            fixed, _ = mean_gaze(vlm, prompt, Completions(ids, torch.ones_like(chosen)), cfg, chosen)
-        results.append({
-            "id": example.id, "text": greedy.texts[0], "ids": greedy.ids[0].tolist(), "selected": selected[0].tolist(),
-            "correct": R.accuracy_reward(greedy.texts[0], example.answer), "length": greedy.ids.shape[1],
-            "area": region.float().mean().item(), **R.localization(gaze, region),
-            "permuted_auroc": R.localization(gaze, other)["auroc"],
-            **{f"fixed_{key}": value for key, value in R.localization(fixed, region).items()},
-            "grid": prompt.grid, "map": gaze.tolist() if i < 4 else None,
-        })  # fmt: skip
-    return results
-
-
-def mean_gaze(vlm, prompt, completions, cfg, selected=None):
-    """The mean attention (N,) of the selected tokens of one completion, and which they are (1, C)."""
-    scores = vlm.score(prompt, completions)
-    if selected is None:
-        selected = R.select_tokens(scores.entropy, completions.mask, cfg.token_fraction)
-    gaze = R.align_attention(scores.attention, scores.prompt_attention, cfg.alignment)[selected].mean(0)
-    return gaze.cpu(), selected
 
 
 class Run:
@@ -365,6 +331,89 @@ class Run:
         print(f"resuming {self.folder} after step {self.step}")
 
 
+def show_probe(cfg):
+    """`--probe`: which layers and heads find the region, before any training? Asked of training questions, which are
+    still new to the model, so that the held-out ones stay unspoilt for the judgement."""
+    train_set, _ = load_data(cfg)
+    vlm = load(cfg)
+    count = min(len(train_set), cfg.eval_examples or 64)
+    auroc, permuted = (t.tolist() for t in probe(vlm, [train_set[i] for i in range(count)], cfg))
+    heads = len(auroc[0]) - 1
+    print(f"AUROC of {count} questions, {cfg.alignment} rows" + " " * 9 + "head 0 to " + f"{heads - 1}, all")
+    for i, row in enumerate(auroc):
+        print(f"{'all' if i == len(auroc) - 1 else f'layer {i}':>8} " + " ".join(f"{v:.2f}" for v in row))
+    layer, chosen = best(torch.tensor(auroc))
+    print(f"held against another's box: {mean(permuted[layer]):.2f} in layer {layer}, {mean(sum(permuted, [])):.2f} "
+          f"overall; chance is 0.50")  # fmt: skip
+    print(f"best layer {layer} ({auroc[layer][-1]:.2f}), best heads in it {chosen}: "
+          f"--alignment {cfg.alignment} --layers {layer} --heads {','.join(map(str, chosen))}")  # fmt: skip
+    folder = Path(cfg.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    heat_table(auroc, folder / "probe.png")
+    print(f"the table as a picture: {folder / 'probe.png'}")
+    return 0
+
+
+def look(argv):
+    """Ask one question about one image, and draw where the model looks while it answers. With --adapter, before and
+    after training, with that run's settings."""
+    parser = argparse.ArgumentParser("sayo_mini.py look", description=look.__doc__, allow_abbrev=False,
+                                     epilog="The flags of training that choose a model, layers, heads, tokens and "
+                                     "lengths work here too: see sayo_mini.py --help.")  # fmt: skip
+    parser.error = refuse
+    parser.add_argument("--image", required=True, help="any picture that Pillow reads")
+    parser.add_argument("--question", required=True, help="what to ask")
+    parser.add_argument("--box", metavar="x1,y1,x2,y2", help="where the answer is, in pixels: drawn, and scored")
+    parser.add_argument("--adapter", type=Path, help="the adapter/ of a run: answers before and after are compared")
+    parser.add_argument("--output", default="look.png", help="the picture (default: look.png)")
+    own, rest = parser.parse_known_args(argv)
+    run = own.adapter.parent / "config.json" if own.adapter else None
+    cfg = settings(flags(rest), json.loads(run.read_text()) if run and run.exists() else None)
+    try:
+        image = Image.open(own.image).convert("RGB")
+        boxes = [tuple(float(v) for v in own.box.split(","))] if own.box else []
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"--image {own.image}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except ValueError:
+        raise InputError(f"--box {own.box}: give four numbers, x1,y1,x2,y2") from None
+    example = Example(image, own.question, "", boxes, f"--image {own.image}")
+    vlm = load(cfg)
+    sides = [see(vlm, example, cfg, "before training" if own.adapter else "")]
+    if own.adapter:
+        vlm.load_adapter(own.adapter)
+        sides.append(see(vlm, example, cfg, "after training"))
+    try:
+        answer_sheet(image, boxes, sides, own.output)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--output {own.output}: {error}") from None
+    print(f"the picture: {own.output}")
+    return 0
+
+
+def see(vlm, example, cfg, when):
+    """One answer, printed with its scores. Returns: a side of `look.answer_sheet`."""
+    prompt = ask(vlm, example, cfg)
+    region = example_region(example, prompt.grid) if example.boxes else None
+    found = gaze(vlm, prompt, cfg)
+    print(f"{when or 'answer'}: {found.completion.texts[0]}")
+    if region is not None:
+        r_v = R.attention_reward(found.attention[None], region, found.selected[None]).item()
+        scores = R.localization(found.map, region)
+        print(f"  r_v {r_v:.3f}, AUROC {scores['auroc']:.3f}, mass / area {scores['mass_over_area']:.2f}")
+    return {"caption": when, "map": found.map.tolist(), "grid": prompt.grid, "words": words(vlm, found.completion),
+            "entropy": found.entropy.tolist(), "selected": found.selected.tolist()}  # fmt: skip
+
+
+def load(cfg):
+    """The model of a Config."""
+    where = {"layers": numbers(cfg.layers), "heads": numbers(cfg.heads)}  # whose attention counts
+    vlm = load_vlm(cfg.model_name_or_path, cfg.load_in_4bit, cfg.lora_r, cfg.lora_alpha, cfg.device, cfg.max_pixels,
+                   cfg.gradient_checkpointing, cfg.completions_per_forward, **where)  # fmt: skip
+    if vlm.core.num_parameters() < 1e7:
+        torch.set_num_threads(1)  # on tensors so small, threads only wait for each other
+    return vlm
+
+
 def load_data(cfg):
     """(training, held-out) examples."""
     if cfg.dataset != "scenes":
@@ -403,13 +452,13 @@ def refuse(message):  # argparse itself would print its usage as well; here a mi
     raise InputError(f"{message} (--help explains all flags)")
 
 
-def parse(argv):
-    """The command line as a Config: defaults, over them the tiny model's or the resumed run's, over them the flags.
-    Raises: InputError naming the flag that cannot work, before anything is loaded or written."""
+def flags(argv):
+    """The flags that were given, as a dict."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "sayo_mini.py [train]", description=__doc__, formatter_class=layout, allow_abbrev=False
-    )
+        "sayo_mini.py [train]", description=__doc__, formatter_class=layout, allow_abbrev=False,
+        epilog="sayo_mini.py look --help: ask about a picture of your own, and see where the model looks.",
+    )  # fmt: skip
     parser.error = refuse
     for f in fields(Config):
         tiny = f"; tiny model: {TINY[f.name] or 'none'}" if f.name in TINY and f.name != "model_name_or_path" else ""
@@ -418,18 +467,30 @@ def parse(argv):
             how = {"choices": f.metadata["choices"]}
         help = f"{f.metadata['help']} (default: {f.default}{tiny})".replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **how)
-    argv = sys.argv[1:] if argv is None else argv
-    given = vars(parser.parse_args(argv[1:] if argv[:1] == ["train"] else argv))
-    folder, base = Path(given.get("output_dir", Config.output_dir)), {}
+    return vars(parser.parse_args(argv))
+
+
+def parse(argv):
+    """The command line of a run as a Config. Raises: InputError, before anything is loaded or written."""
+    given = flags(argv)
+    folder = Path(given.get("output_dir", Config.output_dir))
     if given.get("resume") and (folder / "config.json").exists():
-        base = json.loads((folder / "config.json").read_text())
-    elif (folder / "metrics.jsonl").exists():
+        return settings(given, json.loads((folder / "config.json").read_text()))
+    if (folder / "metrics.jsonl").exists() and not given.get("probe"):
         raise InputError(f"{folder} holds a run already: go on with it (--resume) or choose another --output_dir")
-    elif "model_name_or_path" in given:
-        base = TINY if Path(given["model_name_or_path"]).resolve() == HERE / "tiny" else {}
-    elif not torch.cuda.is_available() or given.get("device") == "cpu":
-        print("no CUDA: training the tiny model that ships in tiny/ (--model_name_or_path chooses another)")
-        base = TINY
+    return settings(given)
+
+
+def settings(given, base=None):
+    """A Config: defaults, over them `base`, an earlier run's, or the tiny model's; over them the flags `given`.
+    Raises: InputError naming the flag that cannot work."""
+    if base is None:
+        base = {}
+        if "model_name_or_path" in given:
+            base = TINY if Path(given["model_name_or_path"]).resolve() == HERE / "tiny" else {}
+        elif not torch.cuda.is_available() or given.get("device") == "cpu":
+            print("no CUDA: taking the tiny model that ships in tiny/ (--model_name_or_path chooses another)")
+            base = TINY
     cfg = Config(**(base | given))
     for f in fields(cfg):
         if f.metadata["least"] is not None and not getattr(cfg, f.name) >= f.metadata["least"]:
@@ -450,7 +511,11 @@ def parse(argv):
 def main(argv=None):
     disable_progress_bar()
     try:
-        return train(parse(argv))
+        argv = sys.argv[1:] if argv is None else argv
+        if argv[:1] == ["look"]:
+            return look(argv[1:])
+        cfg = parse(argv[1:] if argv[:1] == ["train"] else argv)
+        return show_probe(cfg) if cfg.probe else train(cfg)
     except torch.OutOfMemoryError:
         problem = "out of GPU memory: lower --completions_per_forward, --max_pixels or --num_generations"
     except InputError as error:

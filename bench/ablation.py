@@ -23,8 +23,6 @@ from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small: a run takes one core, so runs go side by side
 import torch
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
@@ -32,7 +30,7 @@ sys.path.insert(0, str(HERE.parent))
 import reward as R
 import sayo_mini
 from bench import report
-from bench.measure import QUICK, SIZES, measure, probe, right
+from bench.measure import QUICK, SIZES, VARIANTS, measure, probe, right
 from model import load_vlm
 from scenes import Scenes
 
@@ -141,8 +139,7 @@ def trained(folder):
     vlm = load_vlm(cfg.model_name_or_path, cfg.load_in_4bit, device="cpu", max_pixels=cfg.max_pixels)
     torch.set_num_threads(1)
     if folder:
-        found = set_peft_model_state_dict(vlm.model, load_file(folder / "adapter" / "adapter_model.safetensors"))
-        assert not found.unexpected_keys
+        vlm.load_adapter(folder / "adapter")
     return vlm, cfg
 
 
@@ -200,7 +197,15 @@ def study(args):
 
     def job(kind, name, flags, seed, extra=()):
         folder = out / "".join(c if c.isalnum() else "_" for c in f"{name} {seed}")
-        return kind, name, None if flags is None else [*flags, *extra], seed, folder, sizes, telling
+        return (
+            kind,
+            name,
+            None if flags is None else [*flags, *extra],
+            seed,
+            folder,
+            (VARIANTS if kind == "variant" else sizes),
+            telling,
+        )
 
     if args.quick:
         rate, arms, chosen, seeds = "2e-4", {a: ARMS[a] for a in (ACCURACY, SAYO, ROLLED)}, {}, 2

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import reward as R
-from data import example_region
+from data import Example, example_region
 from model import Completions, Vlm
 from sayo_mini import Group, judge, step_metrics
-from scenes import BACKGROUND, Scenes
+from scenes import BACKGROUND, Scenes, draw, question
 from tiny.make import SIZE, answer, center, place
 
 TEST = {"split": "test", "seed": 7}  # the default run is judged on seed 0, choices are made on "validation"
@@ -26,8 +26,9 @@ HARDER = {
     "unseen pairs": {"unseen_pairs": True},
     "border": {},  # the card asked for lies in the outermost ring of cells
 }
-SIZES = {"accuracy": 1000, "harder": 200, "gaze": 300, "causal": 100, "groups": 48}
-QUICK = {"accuracy": 200, "harder": 50, "gaze": 100, "causal": 50, "groups": 16}
+SIZES = {"accuracy": 1000, "sampled": 1000, "harder": 100, "gaze": 200, "causal": 60, "groups": 32}
+VARIANTS = SIZES | {"sampled": 0, "harder": 0, "causal": 0, "groups": 0}  # 0: not measured
+QUICK = {"accuracy": 200, "sampled": 200, "harder": 50, "gaze": 50, "causal": 25, "groups": 8}
 PLACE_AND_DOT = [4, 5, 7]  # of the words of a right answer: row, column, dot
 DIAGNOSTICS = ("frac_reward_zero_std", "entropy", "kl", "completions/mean_length", "completions/repeated_sentences",
                "completions/seq_rep_3", "completions/unclosed_tags", "attention/corr_accuracy",
@@ -40,9 +41,10 @@ def questions(count, **style):
     border, cell = style.pop("border", False), SIZE / 7
     scenes, found = Scenes(count=100 * count, **(TEST | style)), []
     for i in range(len(scenes)):
-        card = scenes.layout(i)[0]
-        if not border or not all(cell <= v < SIZE - cell for v in center(card)):
-            found.append((scenes[i], card))
+        cards = scenes.layout(i)
+        if not border or not all(cell <= v < SIZE - cell for v in center(cards[0])):
+            image, name = draw(cards, SIZE), f"test-{scenes.seed}-{i}"
+            found.append((Example(image, question(cards[0]), cards[0].mark, [cards[0].box], name), cards[0]))
         if len(found) == count:
             return found
 
@@ -170,17 +172,19 @@ def measure(vlm, cfg, sizes, telling):
     out = {"accuracy": mean(correct), "place": mean(placed)}
     out["right_if_placed"] = mean(c for c, p in zip(correct, placed) if p) if any(placed) else 0.0
     out["right_if_not_placed"] = mean(c for c, p in zip(correct, placed) if not p) if not all(placed) else 0.0
-    out["sampled_accuracy"] = mean(right(vlm, asked, tokens, sample=True)[1])
-    for name, style in HARDER.items():
+    if sizes["sampled"]:
+        out["sampled_accuracy"] = mean(right(vlm, asked[: sizes["sampled"]], tokens, sample=True)[1])
+    for name, style in HARDER.items() if sizes["harder"] else ():
         harder = questions(sizes["harder"], border=name == "border", **style)
         out[f"accuracy, {name}"] = mean(right(vlm, harder, tokens)[1])
-    asked = asked[: sizes["gaze"]]
-    out |= gaze(vlm, asked, answers, cfg, "query", vlm.layers, vlm.heads)
+    looked = asked[: sizes["gaze"]]
+    out |= gaze(vlm, looked, answers, cfg, "query", vlm.layers, vlm.heads)
     ruler = telling["alignment"], [telling["layer"]], [telling["head"]]
-    out |= {f"telling_{name}": value for name, value in gaze(vlm, asked, answers, cfg, *ruler).items()}
-    layouts = Scenes(count=sizes["causal"], **TEST)
-    out |= causal(vlm, asked[: sizes["causal"]], [layouts.layout(i) for i in range(len(layouts))])
-    return out | diagnose(vlm, asked[: sizes["groups"]], cfg)
+    out |= {f"telling_{name}": value for name, value in gaze(vlm, looked, answers, cfg, *ruler).items()}
+    if sizes["causal"]:
+        layouts = Scenes(count=sizes["causal"], **TEST)
+        out |= causal(vlm, asked[: sizes["causal"]], [layouts.layout(i) for i in range(len(layouts))])
+    return out | (diagnose(vlm, asked[: sizes["groups"]], cfg) if sizes["groups"] else {})
 
 
 def probe(vlm, cfg, count=300):

@@ -69,7 +69,7 @@ def test_every_arm_is_a_command_line_of_the_program(tmp_path):
 
 def test_a_worker_trains_through_the_program_and_adds_its_row(tmp_path, capfd):
     """Two arms and the base, one step each: rows, curves, and nothing done twice."""
-    sizes = {"accuracy": 3, "harder": 1, "gaze": 2, "causal": 2, "groups": 2}
+    sizes = {"accuracy": 3, "sampled": 2, "harder": 1, "gaze": 2, "causal": 2, "groups": 2}
     telling, short = ablation.most_telling(FOUND), ["--max_steps", "1", "--prompts_per_step", "1"]
     jobs = [("arm", name, flags, 0, tmp_path / name, sizes, telling) for name, flags in
             (("base", None), (ablation.SAYO, ablation.weights(1, 1, 0) + short), ("length", short))]  # fmt: skip

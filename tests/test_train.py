@@ -334,7 +334,7 @@ def test_the_real_command(tmp_path):
     """As a user calls it without a GPU, but for its size: the tiny model in 4 bits, two steps."""
     out = command("--max_steps", 2, "--eval_examples", 3, "--output_dir", tmp_path / "run", CUDA_VISIBLE_DEVICES="")
     assert out.returncode == 0, out.stderr
-    assert "no CUDA: training the tiny model" in out.stdout
+    assert "no CUDA: taking the tiny model" in out.stdout
     for word in ("greedy accuracy", "AUROC", "before", "after", "chance"):
         assert word in out.stdout
     config = json.loads((tmp_path / "run" / "config.json").read_text())
