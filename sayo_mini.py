@@ -3,17 +3,17 @@
 GRPO with SAYO's reward: how much of the model's attention to the image falls on the annotated region while it is
 unsure what to say next. Read `train` and `train_step`: sample -> score -> reward -> advantage -> loss -> step.
 The README lists where this departs from the paper and its code, and why.
+
+python sayo_mini.py --check_dataset mine.jsonl   looks a data set of your own over instead, without a model.
 """
 
 import argparse
-import json
 import logging
 import math
-import os
 import signal
 import sys
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import fmean as mean
 
@@ -21,15 +21,16 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an opti
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 import reward as R
-from data import Example, InputError, JsonLines, example_region
+from check import check_dataset
+from data import Example, InputError, example_region
 from look import alarms, before_after, table
 from model import Completions, Prompt, load_vlm
+from paper_data import read_datasets
+from run import Run, Stopped, how_to_go_on, saved_config, signals
 from scenes import Scenes
 
 HERE = Path(__file__).parent
@@ -45,7 +46,11 @@ class Config:
     """Every setting is a flag of the same name. Where TRL has the setting, it has TRL's name."""
 
     model_name_or_path: str = flag("Qwen/Qwen3-VL-2B-Instruct", "Qwen2.5-VL or Qwen3-VL: a hub name or a folder")
-    dataset: str = flag("scenes", "scenes (drawn here), or a .jsonl with image, question, answer and boxes a line")
+    dataset: str = flag("scenes", "scenes (drawn here), a .jsonl of your own, gqa, refocus, or several joined by +")
+    data_dir: str = flag("", "the folder of GQA: questions, scene graphs and images/")
+    mix: str = flag("", "the shares of several data sets, e.g. 0.8,0.2 for gqa+refocus as in the paper")
+    skip_bad_examples: bool = flag(False, "leave out and count examples that cannot be used, instead of stopping")
+    allow_absolute_paths: bool = flag(False, "let a data set name images outside its folder")
     output_dir: str = flag("runs/sayo", "one run: config, metrics, samples, checkpoint, adapter, picture")
     max_steps: int = flag(200, "optimiser steps", least=0)
     num_generations: int = flag(8, "G, answers sampled to each question; the paper's code has 16", least=2)
@@ -125,48 +130,51 @@ def train(cfg):
     run = Run(cfg, params, optimizer, generator)
     before = run.read("before.json") or run.keep("before.json", evaluate(vlm, eval_set, cfg, "before"))
     warned = set()
-    stop = []  # Ctrl-C and SIGTERM end the run after the step in hand
-    usual = {number: signal.signal(number, lambda *_: stop.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(range(run.step, cfg.max_steps), initial=run.step, total=cfg.max_steps, desc="train")
-    for step in bar:
-        optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
-        first = step * cfg.prompts_per_step
-        examples = [train_set[shuffled(first + i, len(train_set), cfg.seed)] for i in range(cfg.prompts_per_step)]
-        metrics, samples = train_step(vlm, examples, cfg, optimizer, generator)
-        run.log(step + 1, metrics | {"learning_rate": learning_rate(cfg, step)}, samples)
-        bar.set_postfix_str(" ".join(f"{k} {metrics[f'rewards/{k}/mean']:.2f}" for k in REWARDS))
-        for alarm in alarms(metrics):
-            if alarm.split()[0] not in warned:
-                tqdm.write(f"step {step + 1}: {alarm}")
-            warned.add(alarm.split()[0])
-        if stop or (step + 1) % cfg.save_steps == 0 or step + 1 == cfg.max_steps:
-            run.save()
-        if stop:
-            tqdm.write(
-                f"stopped after step {step + 1}; go on with: python sayo_mini.py --resume --output_dir {run.folder}"
-            )
-            return 130
-    for number, handler in usual.items():
-        signal.signal(number, handler)
-    vlm.model.save_pretrained(run.folder / "adapter")
+    with signals() as stop, tqdm(initial=run.step, total=cfg.max_steps, desc="train") as bar:
+        while run.step < cfg.max_steps and not stop:
+            rate = optimizer.param_groups[0]["lr"] = learning_rate(cfg, run.step)
+            first = run.step * cfg.prompts_per_step
+            places = [shuffled(first + i, len(train_set), cfg.seed) for i in range(cfg.prompts_per_step)]
+            try:
+                with run.undone_if_cut_short():
+                    metrics, samples = train_step(vlm, [train_set[i] for i in places], cfg, optimizer, generator, stop)
+            except Stopped:
+                break
+            except torch.OutOfMemoryError:
+                halve(vlm, cfg, run)
+                continue
+            run.log(metrics | {"learning_rate": rate}, samples)
+            bar.update()
+            bar.set_postfix_str(" ".join(f"{k} {metrics[f'rewards/{k}/mean']:.2f}" for k in REWARDS))
+            warn(run, metrics, warned)
+            if run.step % cfg.save_steps == 0 or run.step == cfg.max_steps:
+                run.save()
+    if stop:
+        run.save()
+        print(f"stopped after step {run.step}; go on with: {how_to_go_on(cfg.output_dir)}")
+        return 130
+    run.replace("adapter", vlm.model.save_pretrained)
     after = run.keep("after.json", evaluate(vlm, eval_set, cfg, "after", before))
     if before:
         print(table(before, after))
-        before_after(eval_set, before, after, run.folder / "look.png")
+        run.replace("look.png", lambda path: before_after(eval_set, before, after, path))
     print(f"adapter, metrics, samples and picture (look.png) are in {run.folder}")
     return 0
 
 
-def train_step(vlm, examples, cfg, optimizer, generator):
+def train_step(vlm, examples, cfg, optimizer, generator, stop=()):
     """One batch of questions: sample all, then `num_iterations` updates, one group after the other.
 
     On-policy, the forward that trains also gives the attention and entropies of which the reward is made: a group
     costs three forwards of P + G*C tokens, sampling, training and reference, or two without KL. If it is split by
     `completions_per_forward`, scoring is one more.  Returns: (metrics, with TRL's names; samples, a dict an answer).
+    Raises: Stopped after the group in hand if `stop` is no longer empty and nothing was updated yet.
     """
     groups = []
     for example in examples:
-        prompt = vlm.encode(example.image, f"{example.question} {cfg.instruction}".strip())
+        if stop:
+            raise Stopped
+        prompt = ask(vlm, example, cfg)
         completions = vlm.sample(prompt, cfg.num_generations, cfg.max_completion_length, cfg.temperature, generator)
         groups.append(Group(example, prompt, completions))
     tokens = sum(g.completions.mask.sum().item() for g in groups)  # of the whole step, as in TRL's "dapo" loss
@@ -175,6 +183,8 @@ def train_step(vlm, examples, cfg, optimizer, generator):
     for iteration in range(cfg.num_iterations):
         stats = []
         for group in groups:
+            if stop and iteration == 0:
+                raise Stopped
             fresh = judge(vlm, group, cfg, with_gradient=size >= cfg.num_generations) if iteration == 0 else None
             if group.zero_std:
                 continue
@@ -188,11 +198,20 @@ def train_step(vlm, examples, cfg, optimizer, generator):
                 loss.backward()
                 stats.append(stat | {"loss": loss.item(), "tokens": part.mask.sum().item()})
         norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.max_grad_norm)
-        if norm.isfinite():  # else this update is skipped, and counted
+        finite = norm.isfinite().item() and all(math.isfinite(s["loss"]) for s in stats)
+        if finite:  # else this update is skipped, and counted
             optimizer.step()
         optimizer.zero_grad()
-        updates.append({"stats": stats, "grad_norm": norm.item()})
+        updates.append({"stats": stats, "grad_norm": norm.item(), "finite": finite})
     return step_metrics(groups, updates), [row for g in groups for row in g.answers()]
+
+
+def ask(vlm, example, cfg):
+    """The Prompt of an example. Raises: InputError naming it."""
+    try:
+        return vlm.encode(example.image, f"{example.question} {cfg.instruction}".strip())
+    except ValueError as error:  # of the image processor, or that the question is no plain text
+        raise InputError(f"example {example.id}: {error}") from None
 
 
 def judge(vlm, group, cfg, with_gradient):
@@ -226,6 +245,32 @@ def judge(vlm, group, cfg, with_gradient):
     return scores if with_gradient else None
 
 
+def halve(vlm, cfg, run):
+    """After running out of GPU memory: half the answers in a forward from now on. Only once, and not with several
+    iterations, of which one may be done already: else the error goes on."""
+    size = cfg.completions_per_forward or cfg.num_generations
+    if run.halved or size == 1 or cfg.num_iterations > 1:
+        raise  # noqa: PLE0704
+    run.halved = True
+    vlm.completions_per_forward = cfg.completions_per_forward = size // 2
+    run.keep_config(cfg)  # a resumed run goes on with it
+    tqdm.write(f"step {run.step + 1}: out of GPU memory; begun again with --completions_per_forward {size // 2}")
+
+
+def warn(run, metrics, warned):
+    """Say once what is suspect in a step, and of every step that it was skipped; ten in a row end the run."""
+    for alarm in alarms(metrics):
+        if alarm.split()[0] not in warned:
+            tqdm.write(f"step {run.step}: {alarm}")
+        warned.add(alarm.split()[0])
+    if metrics["skipped_updates"]:
+        tqdm.write(f"step {run.step}: skipped, its loss or gradient is not finite ({run.skipped} in a row)")
+    if run.skipped >= 10:
+        run.save()
+        raise InputError(f"stopped after step {run.step}: loss or gradient not finite in {run.skipped} steps in a row; "
+                         "lower --learning_rate or try --no-load_in_4bit, in another --output_dir")  # fmt: skip
+
+
 def step_metrics(groups, updates):
     """The step's row of metrics.jsonl, with TRL's names; the README explains every one."""
     stats, texts = [s for u in updates for s in u["stats"]], [t for g in groups for t in g.completions.texts]
@@ -235,7 +280,7 @@ def step_metrics(groups, updates):
     row = {
         "loss": sum(s["loss"] for s in stats) / len(updates),
         "grad_norm": mean([u["grad_norm"] for u in updates]),
-        "skipped_updates": sum(not math.isfinite(u["grad_norm"]) for u in updates),
+        "skipped_updates": sum(not u["finite"] for u in updates),
         "reward": total.mean().item(),
         "reward_std": total.std(1).mean().item(),
         "frac_reward_zero_std": mean([g.zero_std for g in groups]),
@@ -269,7 +314,7 @@ def evaluate(vlm, examples, cfg, name, before=None):
     results = []
     for i in tqdm(range(len(examples)), desc=f"evaluate {name}"):
         example, old = examples[i], before[i] if before else None
-        prompt = vlm.encode(example.image, f"{example.question} {cfg.instruction}".strip())
+        prompt = ask(vlm, example, cfg)
         region = example_region(example, prompt.grid)
         other = example_region(examples[(i + 1) % len(examples)], prompt.grid)
         greedy = vlm.sample(prompt, 1, cfg.max_completion_length, temperature=0)
@@ -298,81 +343,14 @@ def mean_gaze(vlm, prompt, completions, cfg, selected=None):
     return gaze.cpu(), selected
 
 
-class Run:
-    """One folder: config.json, metrics.jsonl, samples.jsonl, checkpoint.safetensors, before.json, after.json,
-    adapter/ and look.png. Whatever moment a run is killed at, what stands there is whole."""
-
-    def __init__(self, cfg, params, optimizer, generator):
-        self.folder, self.params, self.optimizer, self.generator = Path(cfg.output_dir), params, optimizer, generator
-        self.step, self.resumed = 0, cfg.resume
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.keep("config.json", asdict(cfg) | {"resume": False})
-        except OSError as error:
-            raise InputError(f"cannot write to --output_dir {self.folder}: {error.strerror}") from None
-        if cfg.resume:
-            self.restore()
-        for name in ("metrics.jsonl", "samples.jsonl"):  # what was logged after the checkpoint will be logged again
-            lines = (self.folder / name).read_text().splitlines() if (self.folder / name).exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-            self.replace(name, lambda path, kept=kept: path.write_text("".join(f"{line}\n" for line in kept)))
-
-    def replace(self, name, write):
-        """Let `write` make a file of another name, then rename it: there is the old file or the new one, no half."""
-        unfinished = self.folder / f"unfinished-{name}"
-        write(unfinished)
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())  # else a power cut soon after could leave the new name without its content
-        os.replace(unfinished, self.folder / name)
-
-    def keep(self, name, content):
-        self.replace(name, lambda path: path.write_text(json.dumps(content)))
-        return content
-
-    def read(self, name):
-        """What an interrupted run kept under `name`, or None."""
-        path = self.folder / name
-        return json.loads(path.read_text()) if self.resumed and path.exists() else None
-
-    def log(self, step, metrics, samples):
-        self.step = step
-        for name, rows in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
-            with open(self.folder / name, "a") as file:
-                file.write("".join(json.dumps({"step": step} | row) + "\n" for row in rows))
-
-    def save(self):
-        """Checkpoint: adapter, both moments of AdamW, and the state of the one source of randomness."""
-        tensors = {"generator": self.generator.get_state()}
-        for name, p in self.params.items():
-            tensors |= {f"{name}|{key}": value for key, value in self.optimizer.state[p].items()}
-            tensors[f"{name}|value"] = p.detach()
-        self.replace("checkpoint.safetensors", lambda path: save_file(tensors, path, {"step": str(self.step)}))
-
-    def restore(self):
-        path = self.folder / "checkpoint.safetensors"
-        if not path.exists():
-            return print(f"no checkpoint in {self.folder} yet: starting from the beginning")
-        with safe_open(path, "pt") as saved:
-            self.step = int(saved.metadata()["step"])
-            self.generator.set_state(saved.get_tensor("generator"))
-            for key in set(saved.keys()) - {"generator"}:
-                name, what = key.split("|")
-                p, tensor = self.params[name], saved.get_tensor(key)
-                if what == "value":
-                    p.data.copy_(tensor)
-                else:  # AdamW wants its step count on the CPU
-                    self.optimizer.state[p][what] = tensor if what == "step" else tensor.to(p.device)
-        print(f"resuming {self.folder} after step {self.step}")
-
-
 def load_data(cfg):
     """(training, held-out) examples."""
-    if cfg.dataset != "scenes":
-        return JsonLines(cfg.dataset).split(cfg.eval_examples)
-    tiny = Path(cfg.model_name_or_path).resolve() == HERE / "tiny"
-    style = {} if tiny else {"image_size": 448, "card_size": (56, 80), "marks": "digits"}
-    train_set = Scenes("train", max(1, cfg.max_steps * cfg.prompts_per_step), cfg.seed, **style)
-    return train_set, Scenes("test", cfg.eval_examples, **style)
+    if cfg.dataset == "scenes":
+        tiny = Path(cfg.model_name_or_path).resolve() == HERE / "tiny"
+        style = {} if tiny else {"image_size": 448, "card_size": (56, 80), "marks": "digits"}
+        train_set = Scenes("train", max(1, cfg.max_steps * cfg.prompts_per_step), cfg.seed, **style)
+        return train_set, Scenes("test", cfg.eval_examples, **style)
+    return read_datasets(cfg)
 
 
 def shuffled(k, n, seed):
@@ -418,11 +396,10 @@ def parse(argv):
             how = {"choices": f.metadata["choices"]}
         help = f"{f.metadata['help']} (default: {f.default}{tiny})".replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **how)
-    argv = sys.argv[1:] if argv is None else argv
     given = vars(parser.parse_args(argv[1:] if argv[:1] == ["train"] else argv))
     folder, base = Path(given.get("output_dir", Config.output_dir)), {}
     if given.get("resume") and (folder / "config.json").exists():
-        base = json.loads((folder / "config.json").read_text())
+        base = saved_config(folder / "config.json", {f.name: f.type for f in fields(Config)})
     elif (folder / "metrics.jsonl").exists():
         raise InputError(f"{folder} holds a run already: go on with it (--resume) or choose another --output_dir")
     elif "model_name_or_path" in given:
@@ -435,7 +412,8 @@ def parse(argv):
         if f.metadata["least"] is not None and not getattr(cfg, f.name) >= f.metadata["least"]:
             raise InputError(f"--{f.name} {getattr(cfg, f.name)}: must be at least {f.metadata['least']}")
     read = {}
-    for name, reader in zip(("reward_weights", "layers", "heads", "format_lengths"), (weights, *[numbers] * 3)):
+    readers = {"reward_weights": weights, "layers": numbers, "heads": numbers, "format_lengths": numbers}
+    for name, reader in readers.items():
         try:
             read[name] = reader(getattr(cfg, name))
         except ValueError:
@@ -448,15 +426,28 @@ def parse(argv):
 
 
 def main(argv=None):
+    argv, cfg = sys.argv[1:] if argv is None else argv, None
     disable_progress_bar()
+    usual = signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # outside the loop it ends the program like Ctrl-C
     try:
-        return train(parse(argv))
+        if argv[:1] == ["--check_dataset"]:
+            return check_dataset(argv[1:])
+        cfg = parse(argv)
+        return train(cfg)
     except torch.OutOfMemoryError:
         problem = "out of GPU memory: lower --completions_per_forward, --max_pixels or --num_generations"
     except InputError as error:
         problem = " ".join(str(error).split())
     except KeyboardInterrupt:  # in loading or evaluation: nothing is half-written
+        begun = cfg and (Path(cfg.output_dir) / "config.json").exists()
+        print(
+            f"stopped; go on with: {how_to_go_on(cfg.output_dir)}" if begun else "stopped before anything was written"
+        )
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, usual)
     print(f"sayo_mini.py: {problem}", file=sys.stderr)
     return 2
 
