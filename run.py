@@ -183,6 +183,7 @@ class Run:
         else:
             raise InputError(f"no checkpoint in {self.folder} is whole: begin again in another --output_dir")
         if path != paths[0]:  # else the next save would keep the damaged one as the one before
+            remove(paths[0])
             os.replace(path, paths[0])
         own = {f"{name}|value": p.shape for name, p in self.params.items()}
         if own != {name: t.shape for name, t in tensors.items() if name.endswith("|value")}:

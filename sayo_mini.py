@@ -428,9 +428,7 @@ def parse(argv):
 def main(argv=None):
     argv, cfg = sys.argv[1:] if argv is None else argv, None
     disable_progress_bar()
-    usual = signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # outside the loop it ends the program like Ctrl-C
+    usual = signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside the loop, too, it is like Ctrl-C
     try:
         if argv[:1] == ["--check_dataset"]:
             return check_dataset(argv[1:])
@@ -442,9 +440,7 @@ def main(argv=None):
         problem = " ".join(str(error).split())
     except KeyboardInterrupt:  # in loading or evaluation: nothing is half-written
         begun = cfg and (Path(cfg.output_dir) / "config.json").exists()
-        print(
-            f"stopped; go on with: {how_to_go_on(cfg.output_dir)}" if begun else "stopped before anything was written"
-        )
+        print(f"stopped; {f'go on with: {how_to_go_on(cfg.output_dir)}' if begun else 'nothing was begun'}")
         return 130
     finally:
         signal.signal(signal.SIGTERM, usual)
