@@ -1,13 +1,19 @@
 """Where the model looks: on held-out questions before and after training, on one image, and layer by layer, head by
 head. Nothing here trains."""
 
+import argparse
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean as mean
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import reward as R
-from data import example_region
+from config import flags, refuse, saved, settings
+from data import Example, InputError, example_region, reading, upright
+from look import answer_sheet, heat_table
 from model import Completions
 from page import pack_map
 
@@ -42,8 +48,11 @@ def gaze(vlm, prompt, cfg, completion=None, selected=None):
 
 
 def ask(vlm, example, cfg):
-    """The prompt of an example, with the instruction that every question gets."""
-    return vlm.encode(example.image, f"{example.question} {cfg.instruction}".strip())
+    """The Prompt of an example. Raises: InputError naming it."""
+    try:
+        return vlm.encode(example.image, f"{example.question} {cfg.instruction}".strip())
+    except ValueError as error:  # of the image processor, or that the question is no plain text
+        raise InputError(f"example {example.id}: {error}") from None
 
 
 def evaluate(vlm, examples, cfg, name, before=None):
@@ -126,3 +135,73 @@ def best(auroc):
     """The layer that finds the region best by all its heads together, and up to three heads that do best in it."""
     layer = auroc[:-1, -1].argmax().item()
     return layer, sorted(auroc[layer, :-1].topk(min(3, auroc.shape[1] - 1)).indices.tolist())
+
+
+def show_probe(vlm, examples, cfg):
+    """`--probe`: which layers and heads find the region, before any training? Asked of training questions, which are
+    still new to the model, so that the held-out ones stay unspoilt for the judgement."""
+    count = min(len(examples), cfg.eval_examples or 64)
+    auroc, permuted = (t.tolist() for t in probe(vlm, [examples[i] for i in range(count)], cfg))
+    heads = len(auroc[0]) - 1
+    print(f"AUROC of {count} questions, {cfg.alignment} rows" + " " * 9 + "head 0 to " + f"{heads - 1}, all")
+    for i, row in enumerate(auroc):
+        print(f"{'all' if i == len(auroc) - 1 else f'layer {i}':>8} " + " ".join(f"{v:.2f}" for v in row))
+    layer, chosen = best(torch.tensor(auroc))
+    print(f"held against another's box: {mean(permuted[layer]):.2f} in layer {layer}, {mean(sum(permuted, [])):.2f} "
+          f"overall; chance is 0.50")  # fmt: skip
+    print(f"best layer {layer} ({auroc[layer][-1]:.2f}), best heads in it {chosen}: "
+          f"--alignment {cfg.alignment} --layers {layer} --heads {','.join(map(str, chosen))}")  # fmt: skip
+    folder = Path(cfg.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    heat_table(auroc, folder / "probe.png")
+    print(f"the table as a picture: {folder / 'probe.png'}")
+    return 0
+
+
+def look(argv, load):
+    """Ask one question about one image, and draw where the model looks while it answers. With --adapter, before and
+    after training, with that run's settings."""
+    parser = argparse.ArgumentParser("sayo_mini.py look", description=look.__doc__, allow_abbrev=False,
+                                     epilog="The flags of training that choose a model, layers, heads, tokens and "
+                                     "lengths work here too: see sayo_mini.py --help.")  # fmt: skip
+    parser.error = refuse
+    parser.add_argument("--image", required=True, help="any picture that Pillow reads")
+    parser.add_argument("--question", required=True, help="what to ask")
+    parser.add_argument("--box", metavar="x1,y1,x2,y2", help="where the answer is, in pixels: drawn, and scored")
+    parser.add_argument("--adapter", type=Path, help="the adapter/ of a run: answers before and after are compared")
+    parser.add_argument("--output", default="look.png", help="the picture (default: look.png)")
+    own, rest = parser.parse_known_args(argv)
+    ran = own.adapter and (own.adapter.parent / "config.json").exists()
+    cfg = settings(flags(rest), saved(own.adapter.parent) if ran else None)
+    try:
+        boxes = [tuple(float(v) for v in own.box.split(","))] if own.box else []
+    except ValueError:
+        raise InputError(f"--box {own.box}: give four numbers, x1,y1,x2,y2") from None
+    with reading({"image": own.image}), Image.open(own.image) as stored:
+        image, boxes = upright(stored, boxes)
+    example = Example(image, own.question, "", boxes, f"--image {own.image}")
+    vlm = load(cfg)
+    sides = [see(vlm, example, cfg, "before training" if own.adapter else "")]
+    if own.adapter:
+        vlm.load_adapter(own.adapter)
+        sides.append(see(vlm, example, cfg, "after training"))
+    try:
+        answer_sheet(image, boxes, sides, own.output)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--output {own.output}: {error}") from None
+    print(f"the picture: {own.output}")
+    return 0
+
+
+def see(vlm, example, cfg, when):
+    """One answer, printed with its scores. Returns: a side of `look.answer_sheet`."""
+    prompt = ask(vlm, example, cfg)
+    region = example_region(example, prompt.grid) if example.boxes else None
+    found = gaze(vlm, prompt, cfg)
+    print(f"{when or 'answer'}: {found.completion.texts[0]}")
+    if region is not None:
+        r_v = R.attention_reward(found.attention[None], region, found.selected[None]).item()
+        scores = R.localization(found.map, region)
+        print(f"  r_v {r_v:.3f}, AUROC {scores['auroc']:.3f}, mass / area {scores['mass_over_area']:.2f}")
+    return {"caption": when, "map": found.map.tolist(), "grid": prompt.grid, "words": words(vlm, found.completion),
+            "entropy": found.entropy.tolist(), "selected": found.selected.tolist()}  # fmt: skip

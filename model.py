@@ -326,15 +326,16 @@ def load_vlm(name_or_path, load_in_4bit=True, lora_r=16, lora_alpha=32, device=N
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=[".*visual", "lm_head"],
     )  # fmt: skip
+    safe = {"trust_remote_code": False}  # unless told, the library asks whether to run the code in a folder
     try:
-        kind = AutoConfig.from_pretrained(name).model_type
+        kind = AutoConfig.from_pretrained(name, **safe).model_type
         if kind not in ("qwen2_5_vl", "qwen3_vl"):
             raise InputError(f"{name} is a {kind}; this program knows qwen2_5_vl and qwen3_vl")
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        processor = AutoImageProcessor.from_pretrained(name, backend="pil")  # needs no torchvision
+        tokenizer = AutoTokenizer.from_pretrained(name, **safe)
+        processor = AutoImageProcessor.from_pretrained(name, backend="pil", **safe)  # needs no torchvision
         model = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, quantization_config=quantization if load_in_4bit else None, use_safetensors=True,
-            attn_implementation="sayo", device_map={"": device},
+            attn_implementation="sayo", device_map={"": device}, **safe,
         )  # fmt: skip
     except torch.OutOfMemoryError:
         raise InputError(

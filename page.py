@@ -82,8 +82,8 @@ def response_charts(before, after):
             for title, lines in response(results).items() if lines["text"]}  # fmt: skip
 
 
-def write_page(folder, examples):
-    """Write report.html and response.svg from what the run has left in its folder so far."""
+def pages(folder, examples):
+    """report.html and response.svg of what the run has left in its folder so far, as {name: text}."""
     folder = Path(folder)
 
     def read(name):
@@ -112,9 +112,7 @@ def write_page(folder, examples):
     page = (Path(__file__).parent / "page.html").read_text()
     for name, text in parts.items():
         page = page.replace(f"@{name}@", text)
-    for name, text in (("report.html", page), ("response.svg", stacked(along.values()))):
-        (folder / f"unfinished-{name}").write_text(text)
-        (folder / f"unfinished-{name}").replace(folder / name)
+    return {"report.html": page, "response.svg": stacked(along.values())}
 
 
 def stacked(charts):
