@@ -23,6 +23,9 @@ from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small: a run takes one core, so runs go side by side
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft.tuners.lora.bnb import Linear4bit
+from torch.nn.functional import linear
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
@@ -117,6 +120,23 @@ def variants(found):
     return {name: weights(1, 1, 0) + flags for name, flags in changes.items()}
 
 
+def unpack_once():
+    """A third less time and the same numbers to the bit: bitsandbytes unpacks a weight anew for every product, but
+    these are frozen, and small. (For a large model that would undo the 4 bits.)"""
+
+    def forward(self, x, *args, **kwargs):
+        base = self.base_layer
+        if not hasattr(base, "unpacked"):
+            base.unpacked = [dequantize_4bit(base.weight.data, base.weight.quant_state).to(x.dtype)]
+        result = linear(x, base.unpacked[0], base.bias)
+        if self.disable_adapters:
+            return result
+        A, B = (part["default"].weight for part in (self.lora_A, self.lora_B))
+        return result + linear(linear(x, A), B) * self.scaling["default"]
+
+    return patch.object(Linear4bit, "forward", forward)
+
+
 def train(name, flags, seed, folder):
     """One run of `sayo_mini.py`, its bars and prints in log.txt. Returns: False if it was interrupted."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,16 +165,16 @@ def trained(folder):
 
 def one(kind, name, flags, seed, folder, sizes, telling):
     """A worker's job: train if it is not the base, then measure. Returns: a row of the results, or None."""
-    began = time.time()
-    if flags is not None and not train(name, flags, seed, folder):
-        return None
-    vlm, cfg = trained(folder if flags is not None else None)
-    row = {"kind": kind, "arm": name, "seed": seed}
-    if kind == "choice":  # on validation scenes, and nothing but the accuracy
-        scenes = Scenes("validation", 400)
-        asked = [(scenes[i], scenes.layout(i)[0]) for i in range(len(scenes))]
-        return row | {"validation_accuracy": mean(right(vlm, asked, cfg.max_completion_length)[1])}
-    row |= {"measured": measure(vlm, cfg, sizes, telling)}
+    began, row = time.time(), {"kind": kind, "arm": name, "seed": seed}
+    with unpack_once():
+        if flags is not None and not train(name, flags, seed, folder):
+            return None
+        vlm, cfg = trained(folder if flags is not None else None)
+        if kind == "choice":  # on validation scenes, and nothing but the accuracy
+            scenes = Scenes("validation", 400)
+            asked = [(scenes[i], scenes.layout(i)[0]) for i in range(len(scenes))]
+            return row | {"validation_accuracy": mean(right(vlm, asked, cfg.max_completion_length)[1])}
+        row |= {"measured": measure(vlm, cfg, sizes, telling)}
     if flags is not None:
         steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         curve = ("rewards/attention/mean", "rewards/attention/std", "rewards/accuracy/mean", "frac_reward_zero_std")

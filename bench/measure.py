@@ -159,7 +159,7 @@ def diagnose(vlm, asked, cfg):
         _, stat = R.grpo_loss(group.old_logps, group.old_logps, ref_logps, group.advantages, mask)
         stats.append(stat | {"loss": 0.0, "tokens": mask.sum().item()})
         groups.append(group)
-    row = step_metrics(groups, [{"stats": stats, "grad_norm": 0.0}])
+    row = step_metrics(groups, [{"stats": stats, "grad_norm": 0.0, "finite": True}])
     return {name: row[name] for name in DIAGNOSTICS}
 
 

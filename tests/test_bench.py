@@ -67,6 +67,15 @@ def test_every_arm_is_a_command_line_of_the_program(tmp_path):
         sayo_mini.parse([*ablation.FLAGS, *flags, "--output_dir", str(tmp_path / "none")])
 
 
+def test_weights_unpacked_once_give_the_same_run_to_the_bit(tmp_path):
+    flags = [*ablation.FLAGS, "--max_steps", "2", "--prompts_per_step", "1", "--learning_rate", "1e-3"]
+    assert sayo_mini.main([*flags, "--output_dir", str(tmp_path / "usual")]) == 0
+    with ablation.unpack_once():
+        assert sayo_mini.main([*flags, "--output_dir", str(tmp_path / "once")]) == 0
+    for name in ("metrics.jsonl", "samples.jsonl", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "usual" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
+
+
 def test_a_worker_trains_through_the_program_and_adds_its_row(tmp_path, capfd):
     """Two arms and the base, one step each: rows, curves, and nothing done twice."""
     sizes = {"accuracy": 3, "sampled": 2, "harder": 1, "gaze": 2, "causal": 2, "groups": 2}
