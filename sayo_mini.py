@@ -30,7 +30,7 @@ from data import Example, InputError, example_region
 from look import alarms, before_after, table
 from model import Completions, Prompt, load_vlm
 from paper_data import read_datasets
-from run import Run, Stopped, how_to_go_on, saved_config, signals
+from run import CHECKPOINTS, Run, Stopped, how_to_go_on, saved_config, signals
 from scenes import Scenes
 
 HERE = Path(__file__).parent
@@ -250,7 +250,7 @@ def halve(vlm, cfg, run):
     iterations, of which one may be done already: else the error goes on."""
     size = cfg.completions_per_forward or cfg.num_generations
     if run.halved or size == 1 or cfg.num_iterations > 1:
-        raise  # noqa: PLE0704
+        raise  # what `train` has caught
     run.halved = True
     vlm.completions_per_forward = cfg.completions_per_forward = size // 2
     run.keep_config(cfg)  # a resumed run goes on with it
@@ -400,7 +400,7 @@ def parse(argv):
     folder, base = Path(given.get("output_dir", Config.output_dir)), {}
     if given.get("resume") and (folder / "config.json").exists():
         base = saved_config(folder / "config.json", {f.name: f.type for f in fields(Config)})
-    elif (folder / "metrics.jsonl").exists():
+    elif any((folder / name).exists() for name in ("metrics.jsonl", *CHECKPOINTS)):
         raise InputError(f"{folder} holds a run already: go on with it (--resume) or choose another --output_dir")
     elif "model_name_or_path" in given:
         base = TINY if Path(given["model_name_or_path"]).resolve() == HERE / "tiny" else {}

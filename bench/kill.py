@@ -2,8 +2,8 @@
 
     python bench/kill.py --kills 50
 
-Every process is the real command; the next one resumes what the last one left, and may be killed itself. 50 kills take
-about 9 minutes. `tests/test_durability.py` does the same with 20.
+Every process is the real command; the next one resumes what the last one left, and may be killed itself. Most
+of the time goes into starting them. `tests/test_durability.py` does the same with 20.
 """
 
 import argparse
