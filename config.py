@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from data import InputError
-from run import saved_config
+from run import CHECKPOINTS, saved_config
 
 HERE = Path(__file__).parent
 REWARDS = ("attention", "format", "accuracy")
@@ -107,7 +107,7 @@ def parse(argv, about=None):
     folder = Path(given.get("output_dir", Config.output_dir))
     if given.get("resume") and (folder / "config.json").exists():
         return settings(given, saved(folder))
-    if (folder / "metrics.jsonl").exists() and not given.get("probe"):
+    if any((folder / name).exists() for name in ("metrics.jsonl", *CHECKPOINTS)) and not given.get("probe"):
         raise InputError(f"{folder} holds a run already: go on with it (--resume) or choose another --output_dir")
     return settings(given)
 

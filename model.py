@@ -351,7 +351,7 @@ def load_vlm(name_or_path, load_in_4bit=True, lora_r=16, lora_alpha=32, device=N
         )
         raise InputError(f"{name} {where} ({str(error).splitlines()[0]})") from None
     if max_pixels:
-        least = min(processor.size["shortest_edge"], max_pixels)
+        least = min(processor.size["shortest_edge"], max_pixels // 2)  # half: small images are rounded up to cells
         processor.size = {"shortest_edge": least, "longest_edge": max_pixels}
     model.requires_grad_(False)
     for module in model.modules():

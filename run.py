@@ -17,7 +17,7 @@ from safetensors.torch import save
 
 from data import InputError
 
-CHECKPOINTS = "checkpoint.safetensors", "checkpoint-before.safetensors"  # the last, and the one before it
+CHECKPOINTS = "checkpoint.safetensors", "checkpoint-previous.safetensors"  # the last and the one before
 
 
 class Stopped(Exception):
@@ -51,9 +51,9 @@ class Run:
         self.halved = False  # whether memory has been short already
         with self.writing("the run"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.keep_config(cfg)
         if cfg.resume:
             self.restore()
+        self.keep_config(cfg)
         for name in ("metrics.jsonl", "samples.jsonl"):  # what was logged after the checkpoint will be logged again
             kept = self.logged(name)
             self.replace(name, lambda path, kept=kept: path.write_bytes(b"".join(line + b"\n" for line in kept)))
@@ -158,7 +158,7 @@ class Run:
             tensors |= {f"{name}|{key}": value.cpu() for key, value in self.optimizer.state[p].items()}
             tensors[f"{name}|value"] = p.detach().cpu()
         metadata = {"step": str(self.step), "checksum": checksum(tensors, self.step)}
-        last, before = (self.folder / name for name in CHECKPOINTS)
+        last, previous = (self.folder / name for name in CHECKPOINTS)
         with self.writing("a checkpoint"):
             for name in ("metrics.jsonl", "samples.jsonl"):  # a checkpoint may not outlive the log of its steps
                 sync(self.folder / name)
@@ -168,7 +168,7 @@ class Run:
             path.write_bytes(content)
             sync(path)
             if last.exists():
-                os.replace(last, before)
+                os.replace(last, previous)
 
         self.replace(last.name, write)
         self.saved = self.step

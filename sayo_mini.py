@@ -186,7 +186,7 @@ def halve(vlm, cfg, run):
     iterations, of which one may be done already: else the error goes on."""
     size = cfg.completions_per_forward or cfg.num_generations
     if run.halved or size == 1 or cfg.num_iterations > 1:
-        raise  # noqa: PLE0704
+        raise  # what `train` has caught
     run.halved = True
     vlm.completions_per_forward = cfg.completions_per_forward = size // 2
     run.keep_config(cfg)  # a resumed run goes on with it

@@ -59,7 +59,7 @@ def whole(tmp_path_factory):
 def test_twenty_sigkills_at_random_moments_change_no_bit(tmp_path):
     finish(tmp_path / "whole")
     logged = kill_and_resume(tmp_path / "cut", 20)
-    assert len(logged) == 20 and any(0 < n < 24 for n in logged)  # some came in mid-run
+    assert len(logged) == 20 and any(0 < n < 16 for n in logged)  # some came in mid-run
     assert not differences(tmp_path / "whole", tmp_path / "cut")
 
 
@@ -172,6 +172,8 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, capfd, whole):
     folder = copy(whole, tmp_path / "run")
     assert sayo_mini.main(["--resume", "--output_dir", str(folder), "--lora_r", "4"]) == 2
     assert "--lora_r" in the_line(capfd)
+    resume(folder)  # with its own it goes on
+    assert not differences(whole, folder)
 
 
 BROKEN = {
@@ -314,13 +316,14 @@ def test_an_infinite_loss_with_a_finite_gradient_is_no_update(tmp_path, monkeypa
 
 
 def memory_for(monkeypatch, most):
-    """A GPU with room for `most` completions in a training forward. Returns the sizes asked of it."""
+    """A GPU with room for `most` completions in a training forward, the first aside: there is a gradient by then that
+    may not be counted twice. Returns the sizes asked of it."""
     original, sizes = model.Vlm._score, []
 
     def _score(vlm, prompt, completions, attention):
         if torch.is_grad_enabled():
             sizes.append(len(completions.ids))
-            if len(completions.ids) > most:
+            if len(completions.ids) > most and len(sizes) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
         return original(vlm, prompt, completions, attention)
 
@@ -333,19 +336,22 @@ def test_out_of_memory_halves_a_forward_once(tmp_path, capsys, monkeypatch):
     run(tmp_path / "halves", *flags, "--completions_per_forward", 2)
     sizes = memory_for(monkeypatch, 2)
     run(tmp_path / "run", *flags)
-    assert sizes[0] == 4 and set(sizes[1:]) == {2}
+    assert sizes[:2] == [4, 4] and set(sizes[2:]) == {2}
     assert "--completions_per_forward 2" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "config.json").read_text())["completions_per_forward"] == 2
     assert not differences(tmp_path / "halves", tmp_path / "run")  # nothing of the attempt is left
 
 
-@pytest.mark.parametrize("flags", [[], ["--completions_per_forward", "1"], ["--num_iterations", "2"]])
-def test_out_of_memory_for_good_ends_in_one_line(tmp_path, capfd, monkeypatch, flags):
+@pytest.mark.parametrize(
+    "flags, asked",
+    [([], [4, 4, 2]), (["--completions_per_forward", "1"], [1, 1]), (["--num_iterations", "2"], [4, 4])],
+)
+def test_out_of_memory_for_good_ends_in_one_line(tmp_path, capfd, monkeypatch, flags, asked):
     sizes = memory_for(monkeypatch, 0)
     run(tmp_path / "run", "--temperature", 2, *flags, expect=2)
     line = the_line(capfd)
     assert all(flag in line for flag in ("--completions_per_forward", "--max_pixels", "--num_generations"))
-    assert sizes == {0: [4, 2], 1: [1], 2: [4]}[(flags[0][2] == "c") + 2 * (flags[0][2] == "n") if flags else 0]
+    assert sizes == asked
     monkeypatch.undo()
     resume(tmp_path / "run")  # nothing was lost
     assert steps(tmp_path / "run") == [1, 2, 3, 4]

@@ -263,7 +263,7 @@ def test_resume_without_checkpoint_starts_from_the_beginning_and_says_so(tmp_pat
     assert [row["step"] for row in rows(tmp_path / "run")] == [1]
 
 
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
+def test_ctrl_c_finishes_the_group_saves_and_says_how_to_go_on(tmp_path):
     folder = tmp_path / "run"
     program = subprocess.Popen([sys.executable, "sayo_mini.py", *FAST, "--max_steps", "500", "--eval_examples", "0",
                                 "--output_dir", str(folder)], cwd=HERE, stdout=subprocess.PIPE, text=True)  # fmt: skip
