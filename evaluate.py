@@ -174,7 +174,7 @@ def look(argv, load):
     ran = own.adapter and (own.adapter.parent / "config.json").exists()
     cfg = settings(flags(rest), saved(own.adapter.parent) if ran else None)
     try:
-        boxes = [tuple(float(v) for v in own.box.split(","))] if own.box else []
+        boxes = [(float(a), float(b), float(c), float(d)) for a, b, c, d in [own.box.split(",")]] if own.box else []
     except ValueError:
         raise InputError(f"--box {own.box}: give four numbers, x1,y1,x2,y2") from None
     with reading({"image": own.image}), Image.open(own.image) as stored:

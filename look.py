@@ -93,25 +93,23 @@ def answer_sheet(image, boxes, sides, path):
 
 
 def heat_table(values, path):
-    """Write a table of AUROC as a heat map: a row a layer, a column a head, `all` last; 0.5 (chance) is black.
+    """Write a table of AUROC as a heat map, chance black: a row a layer, a column a head, the last for all together.
     Args: values (L + 1, H + 1)."""
-    width, height, left, top, font = 52, 24, 76, 30, ImageFont.load_default(size=13)
-    layers, heads = len(values) - 1, len(values[0]) - 1
-    sheet = Image.new("RGB", (left + width * (heads + 1) + 8, top + height * (layers + 1) + 8), "white")
+    rows, cols, width, height, left = len(values), len(values[0]), 52, 24, 70
+    above_chance = [max(0.0, value - 0.5) for row in values for value in row]
+    blank = Image.new("RGB", (cols * width, rows * height))
+    heat = overlay(blank, above_chance, (rows, cols), size=max(blank.size))
+    sheet, font = Image.new("RGB", (left + heat.width, 24 + heat.height), "white"), ImageFont.load_default(size=13)
+    sheet.paste(heat, (left, 24))
     pen = ImageDraw.Draw(sheet)
-    for j in range(heads + 1):
-        name = "all" if j == heads else f"head {j}" if j == 0 else str(j)
-        pen.text((left + width * (j + 0.5), 15), name, fill="black", font=font, anchor="mm")
+    for j, name in enumerate(["head 0", *map(str, range(1, cols - 1)), "all"]):
+        pen.text((left + width * (j + 0.5), 12), name, fill="black", font=font, anchor="mm")
     for i, row in enumerate(values):
-        y, name = top + height * i, "all" if i == layers else f"layer {i}"
-        pen.text((left - 8, y + height / 2), name, fill="black", font=font, anchor="rm")
+        y = 24 + height * (i + 0.5)
+        pen.text((left - 6, y), f"layer {i}" if i < rows - 1 else "all", fill="black", font=font, anchor="rm")
         for j, value in enumerate(row):
-            share = min(1.0, max(0.0, 2 * (value - 0.5)))
-            color = ImageOps.colorize(Image.new("L", (width - 2, height - 2), round(255 * share)), *RAMP)
-            sheet.paste(color, (left + width * j, y))
-            ink = "black" if share > 0.6 else "white"
-            where = left + width * j + width / 2 - 1, y + height / 2 - 1
-            pen.text(where, f"{value:.2f}", fill=ink, font=font, anchor="mm")
+            where = left + width * (j + 0.5), y
+            pen.text(where, f"{value:.2f}", "white", font, anchor="mm", stroke_width=1, stroke_fill="black")
     sheet.save(path)
 
 

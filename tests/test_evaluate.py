@@ -146,7 +146,7 @@ def mistake(photo, adapter, tmp_path, name):
         "a text": (["look", "--image", str(tmp_path / "text.png"), *flags[3:]], "text.png"),
         "no question": (flags[:3], "--question"),
         "a box of words": ([*flags, "--box", "left"], "--box left"),
-        "a box of three": ([*flags, "--box", "1,2,3"], "four finite numbers"),
+        "a box of three": ([*flags, "--box", "1,2,3"], "--box 1,2,3"),
         "a box outside": ([*flags, "--box", "500,500,600,600"], "outside"),
         "a flag nobody knows": ([*flags, "--bocks", "1"], "--bocks"),
         "no adapter": ([*flags, "--adapter", str(tmp_path)], "adapter"),

@@ -298,7 +298,7 @@ def test_what_a_run_leaves(tmp_path):
     run("--max_steps", 2, "--output_dir", folder)
     names = {p.name for p in folder.iterdir()}
     assert names == {"config.json", "metrics.jsonl", "samples.jsonl", "before.json", "after.json", "look.png",
-                     "checkpoint.safetensors", "adapter"}  # fmt: skip
+                     "checkpoint.safetensors", "adapter", "report.html", "response.svg"}  # fmt: skip
     assert json.loads((folder / "config.json").read_text())["num_generations"] == 4
     assert len(rows(folder, "samples.jsonl")) == 2 * 2 * 4
     assert Image.open(folder / "look.png").width > 3 * 300
