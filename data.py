@@ -81,6 +81,12 @@ def stored_size(image):
     return image.size[::-1] if turned else image.size
 
 
+def cut(box, size):
+    """The box, cut off at the edge of the image. One that needs no cut is returned as it is."""
+    inside = max(box[0], 0), max(box[1], 0), min(box[2], size[0]), min(box[3], size[1])
+    return box if inside == tuple(box) else inside
+
+
 def upright(image, boxes):
     """The image as it is meant to be seen, in RGB, and its boxes, turned with it.
 
@@ -187,9 +193,9 @@ class Rows:
         try:
             with reading(row), self.open(row) as image:
                 size = stored_size(image)
-                picture, boxes = upright(image, row["boxes"])
-            for fault in faults_in_region(row["boxes"], size):  # the file may have changed since its header was read
-                raise InputError(fault)
+                for fault in faults_in_region(row["boxes"], size):  # the file may have changed since it was checked
+                    raise ValueError(fault)
+                picture, boxes = upright(image, [cut(box, size) for box in row["boxes"]])
         except InputError as error:
             raise InputError(f"{row['where']}: {error}") from None
         return Example(picture, row["question"], row["answer"], boxes, str(row["id"]))

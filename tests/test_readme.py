@@ -29,7 +29,7 @@ def test_every_metric_and_file_of_the_tables_exists():
     for line in listed.strip().splitlines():
         for name in line[:22].replace(",", " ").split():
             assert (ROOT / name).exists(), name
-    program = (ROOT / "sayo_mini.py").read_text()
+    program = "".join((ROOT / name).read_text() for name in ("config.py", "evaluate.py", "sayo_mini.py"))
     for flag in set(re.findall(r"python sayo_mini\.py[^`\n]*", README)):
         for name in re.findall(r"--(?:no-)?(\w+)", flag):
             assert name == "help" or f" {name}: " in program or f'"--{name}"' in program, name

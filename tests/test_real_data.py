@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import re
 import sys
 import types
@@ -301,6 +302,19 @@ def test_damaged_pixels_end_in_one_line_or_the_next_stands_in(folder, capfd, cas
     assert said.out.count("skipped") == 1 and "(1 so far)" in said.out and not said.err
 
 
+@pytest.mark.parametrize(
+    "name, word", [("more", "a folder"), ("nowhere.png", "no such file"), ("pipe", "no such file")]
+)
+def test_what_is_no_file_is_not_opened(folder, name, word, monkeypatch):
+    """Opening a pipe would wait for ever."""
+    if not (folder / "pipe").exists():
+        os.mkfifo(folder / "pipe")
+    path = write(folder, good(image=name))
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(InputError, match=word):
+        JsonLines(path)
+
+
 def test_the_last_example_is_replaced_by_the_first_and_no_sound_one_is_an_error(folder):
     data = JsonLines(write(folder, GOOD, good(image="pixels.png")), problems=[])
     assert data[1].id.endswith(":1")
@@ -377,6 +391,13 @@ def test_the_check_names_every_problem_and_counts_the_rest(folder, capfd, monkey
     assert counted[1] == [("0 to 5", "2"), ("5 to 10", "1")]
     picture = Image.open(path.with_suffix(".check.png"))
     assert len(set(picture.convert("L").crop((8, 8, 232, 176)).get_flattened_data())) > 50  # a photograph, not a blank
+
+
+def test_the_largest_boxes_can_be_drawn_on_the_smallest_image(tmp_path):
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    path = write(tmp_path, good(image="dot.png", boxes=[[-(10**400), -1e300, 1e300, 10**400]]))
+    assert sayo_mini.main(["--check_dataset", str(path)]) == 0
+    assert JsonLines(path)[0].boxes == [(0, 0, 1, 1)]  # as their regions are, they are cut off at the edge
 
 
 @pytest.mark.parametrize("arguments", [[], ["a.jsonl", "b.jsonl"], ["nowhere.jsonl"], ["."]])
