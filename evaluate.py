@@ -4,7 +4,6 @@ head. Nothing here trains."""
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean as mean
 
 import torch
 from PIL import Image
@@ -114,10 +113,11 @@ def words(vlm, completion):
 def probe(vlm, examples, cfg):
     """How well every layer and head finds the region, in greedy answers before any training.
 
-    Returns: (auroc, permuted), each (L + 1, H + 1): a row a layer, the last for all together, a column a head, the last
-    for all together. `permuted` holds the same maps against the next question's box.
+    Returns: auroc, permuted, gap, each (L + 1, H + 1): a row a layer, the last for all together, a column a head, the
+    last for all together. `permuted`: the same maps against the next question's box. `gap`: the AUROC on right answers
+    less that on wrong ones. A gaze that is the same whether the answer is right or wrong has nothing to teach.
     """
-    tables = []
+    tables, correct = [], []
     for i in tqdm(range(len(examples)), desc="probe"):
         prompt = ask(vlm, examples[i], cfg)
         own = gaze(vlm, prompt, cfg)
@@ -128,7 +128,10 @@ def probe(vlm, examples, cfg):
         rows = maps[:, :, :-1] if cfg.alignment == "predict" else maps[:, :, 1:]  # (L + 1, H + 1, C, N)
         looks = rows[:, :, own.selected].mean(2)  # (L + 1, H + 1, N)
         tables.append([[[R.localization(m, region)["auroc"] for m in layer] for layer in looks] for region in regions])
-    return torch.tensor(tables).nanmean(0).unbind()
+        correct.append(R.accuracy_reward(own.completion.texts[0], examples[i].answer) == 1)
+    tables, correct = torch.tensor(tables), torch.tensor(correct)  # (examples, 2, L + 1, H + 1)
+    auroc, permuted = tables.nanmean(0)
+    return auroc, permuted, tables[correct, 0].nanmean(0) - tables[~correct, 0].nanmean(0)
 
 
 def best(auroc):
@@ -137,23 +140,30 @@ def best(auroc):
     return layer, sorted(auroc[layer, :-1].topk(min(3, auroc.shape[1] - 1)).indices.tolist())
 
 
+def most_telling(gap):
+    """(layer, head) of the largest gap between right and wrong answers; None if all answers were alike."""
+    heads = gap[:-1, :-1]
+    return None if heads.isnan().any() else divmod(heads.argmax().item(), heads.shape[1])
+
+
 def show_probe(vlm, examples, cfg):
     """`--probe`: which layers and heads find the region, before any training? Asked of training questions, which are
     still new to the model, so that the held-out ones stay unspoilt for the judgement."""
     count = min(len(examples), cfg.eval_examples or 64)
-    auroc, permuted = (t.tolist() for t in probe(vlm, [examples[i] for i in range(count)], cfg))
-    heads = len(auroc[0]) - 1
-    print(f"AUROC of {count} questions, {cfg.alignment} rows" + " " * 9 + "head 0 to " + f"{heads - 1}, all")
-    for i, row in enumerate(auroc):
+    auroc, permuted, gap = probe(vlm, [examples[i] for i in range(count)], cfg)
+    print(f"AUROC of {count} questions, {cfg.alignment} rows; columns: head 0 to {auroc.shape[1] - 2}, all")
+    for i, row in enumerate(auroc.tolist()):
         print(f"{'all' if i == len(auroc) - 1 else f'layer {i}':>8} " + " ".join(f"{v:.2f}" for v in row))
-    layer, chosen = best(torch.tensor(auroc))
-    print(f"held against another's box: {mean(permuted[layer]):.2f} in layer {layer}, {mean(sum(permuted, [])):.2f} "
-          f"overall; chance is 0.50")  # fmt: skip
-    print(f"best layer {layer} ({auroc[layer][-1]:.2f}), best heads in it {chosen}: "
-          f"--alignment {cfg.alignment} --layers {layer} --heads {','.join(map(str, chosen))}")  # fmt: skip
+    (layer, heads), telling = best(auroc), most_telling(gap)
+    print(f"held against another's box: {permuted[layer, -1]:.2f} in layer {layer}, {permuted.nanmean():.2f} overall; "
+          f"chance is 0.50\nbest layer {layer} ({auroc[layer, -1]:.2f}), best heads in it {heads}: "
+          f"--alignment {cfg.alignment} --layers {layer} --heads {','.join(map(str, heads))}")  # fmt: skip
+    if telling:
+        print(f"tells right answers from wrong ones best (AUROC {gap[telling]:+.2f}): "
+              f"--alignment {cfg.alignment} --layers {telling[0]} --heads {telling[1]}")  # fmt: skip
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    heat_table(auroc, folder / "probe.png")
+    heat_table(auroc.tolist(), folder / "probe.png")
     print(f"the table as a picture: {folder / 'probe.png'}")
     return 0
 

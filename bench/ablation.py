@@ -16,6 +16,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean as mean
@@ -33,7 +34,8 @@ sys.path.insert(0, str(HERE.parent))
 import reward as R
 import sayo_mini
 from bench import report
-from bench.measure import QUICK, SIZES, VARIANTS, measure, probe, right
+from bench.measure import QUICK, SIZES, VARIANTS, measure, right
+from evaluate import most_telling, probe
 from model import load_vlm
 from scenes import Scenes
 
@@ -91,11 +93,20 @@ OTHERS = [BOTH, ACCURACY, "format only", ROLLED, DEALT, "length"]  # in the tabl
 PATCHES = {ROLLED: rolled, "length": length, "lowest 30 % of tokens": lowest}  # DEALT needs the seed as well
 
 
-def most_telling(found):
-    """The single head, of either alignment, with the largest `gap` of `measure.probe`."""
-    heads = [(gap, how, i, j) for how, tables in found.items()
-             for i, row in enumerate(tables["gap"][:-1]) for j, gap in enumerate(row[:-1])]  # fmt: skip
-    _, how, layer, head = max(heads)
+def look_around(vlm, cfg, count):
+    """The probe of the untrained model on validation scenes, as {alignment: {"auroc": rows, "gap": rows}}."""
+    scenes, found = Scenes("validation", count), {}
+    for alignment in ("query", "predict"):
+        auroc, _, gap = probe(vlm, scenes, replace(cfg, alignment=alignment))
+        found[alignment] = {"auroc": auroc.tolist(), "gap": gap.tolist()}
+    return found
+
+
+def telling_head(found):
+    """The single head, of either alignment, whose gaze tells right answers from wrong ones best."""
+    gaps = {how: torch.tensor(tables["gap"]) for how, tables in found.items()}
+    how = max(gaps, key=lambda name: gaps[name][:-1, :-1].max())
+    layer, head = most_telling(gaps[how])
     return {"alignment": how, "layer": layer, "head": head}
 
 
@@ -106,7 +117,7 @@ def variants(found):
     of_best = auroc["query"][best["query"]][:-1]
     heads = sorted(sorted(range(len(of_best)), key=lambda h: of_best[h])[-3:])
     three = ["--layers", str(best["query"]), "--heads", ",".join(map(str, heads))]
-    telling = most_telling(found)
+    telling = telling_head(found)
     one_head = ["--layers", str(telling["layer"]), "--heads", str(telling["head"]), "--alignment", telling["alignment"]]
     changes = {
         "all tokens": ["--token_fraction", "1"],
@@ -211,9 +222,9 @@ def study(args):
     if "probe" not in results:
         vlm, cfg = trained(None)
         results |= {"command": f"python bench/ablation.py{' --quick' if args.quick else ''}", "sizes": sizes,
-                    "machine": report.machine(), "probe": probe(vlm, cfg)}  # fmt: skip
+                    "machine": report.machine(), "probe": look_around(vlm, cfg, 60 if args.quick else 300)}  # fmt: skip
         save(results, args.results)
-    out, telling = args.output_dir, most_telling(results["probe"])
+    out, telling = args.output_dir, telling_head(results["probe"])
 
     def job(kind, name, flags, seed, extra=()):
         folder = out / "".join(c if c.isalnum() else "_" for c in f"{name} {seed}")

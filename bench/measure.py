@@ -9,7 +9,6 @@ from statistics import fmean as mean
 import torch
 from PIL import ImageDraw
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import reward as R
@@ -185,32 +184,3 @@ def measure(vlm, cfg, sizes, telling):
         layouts = Scenes(count=sizes["causal"], **TEST)
         out |= causal(vlm, asked[: sizes["causal"]], [layouts.layout(i) for i in range(len(layouts))])
     return out | (diagnose(vlm, asked[: sizes["groups"]], cfg) if sizes["groups"] else {})
-
-
-def probe(vlm, cfg, count=300):
-    """AUROC of every layer and head on the model's own greedy answers to `count` validation scenes.
-
-    Returns: {"query": {"auroc": rows, "gap": rows}, "predict": ...}: a row a layer, the last for all together; in it a
-    number a head, the last for all together. `gap` is the AUROC on right answers less that on wrong ones: a reward on
-    a gaze that is the same whether the answer is right or wrong teaches nothing.
-    """
-    scenes, usual = Scenes("validation", count), (vlm.layers, vlm.heads)
-    examples, config = [scenes[i] for i in range(count)], vlm.core.config.text_config
-    layers = [[i] for i in range(config.num_hidden_layers)] + [list(range(config.num_hidden_layers))]
-    heads = [[i] for i in range(config.num_attention_heads)] + [list(range(config.num_attention_heads))]
-    found = {how: torch.zeros(count, len(layers), len(heads)) for how in ("query", "predict")}
-    correct = torch.zeros(count, dtype=torch.bool)
-    for k, own in enumerate(tqdm(write(vlm, examples, cfg.max_completion_length), desc="probe")):
-        prompt, region = vlm.encode(examples[k].image, examples[k].question), example_region(examples[k], (7, 7))
-        correct[k] = R.accuracy_reward(own.texts[0], examples[k].answer) == 1
-        for i, vlm.layers in enumerate(layers):
-            for j, vlm.heads in enumerate(heads):
-                with torch.no_grad():
-                    scores = vlm.score(prompt, own)
-                selected = R.select_tokens(scores.entropy, own.mask, cfg.token_fraction)
-                for how, table in found.items():
-                    rows = R.align_attention(scores.attention, scores.prompt_attention, how)
-                    table[k, i, j] = R.localization(rows[selected].mean(0), region)["auroc"]
-    vlm.layers, vlm.heads = usual
-    return {how: {"auroc": t.mean(0).tolist(), "gap": (t[correct].mean(0) - t[~correct].mean(0)).tolist()}
-            for how, t in found.items()}  # fmt: skip

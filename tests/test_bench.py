@@ -55,7 +55,7 @@ FOUND = {
 
 
 def test_the_probe_decides_layers_and_heads_without_the_sums():
-    assert ablation.most_telling(FOUND) == {"alignment": "predict", "layer": 0, "head": 1}
+    assert ablation.telling_head(FOUND) == {"alignment": "predict", "layer": 0, "head": 1}
     flags = ablation.variants(FOUND)
     assert "predict, best layer (0)" in flags and "best three heads (0,1 of layer 1)" in flags
     assert flags["most telling head (predict, 1 of layer 0)"][-6:] == [
@@ -79,7 +79,7 @@ def test_weights_unpacked_once_give_the_same_run_to_the_bit(tmp_path):
 def test_a_worker_trains_through_the_program_and_adds_its_row(tmp_path, capfd):
     """Two arms and the base, one step each: rows, curves, and nothing done twice."""
     sizes = {"accuracy": 3, "sampled": 2, "harder": 1, "gaze": 2, "causal": 2, "groups": 2}
-    telling, short = ablation.most_telling(FOUND), ["--max_steps", "1", "--prompts_per_step", "1"]
+    telling, short = ablation.telling_head(FOUND), ["--max_steps", "1", "--prompts_per_step", "1"]
     jobs = [("arm", name, flags, 0, tmp_path / name, sizes, telling) for name, flags in
             (("base", None), (ablation.SAYO, ablation.weights(1, 1, 0) + short), ("length", short))]  # fmt: skip
     args, results = Namespace(jobs=2, results=tmp_path / "results.json"), {"runs": []}

@@ -1,6 +1,7 @@
 """Looking at a model: every layer and head apart, the probe, and `sayo_mini.py look` on a picture of one's own."""
 
 import json
+from statistics import fmean
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import reward as R
 import sayo_mini
 from data import region_mask
-from evaluate import best, evaluate, for_page, gaze, probe
+from evaluate import best, evaluate, for_page, gaze, most_telling, probe
 from page import pack_map
 from sayo_mini import TINY as PRESET
 from sayo_mini import Config
@@ -39,13 +40,15 @@ def test_maps_of_every_layer_and_head_are_what_score_averages(layers, heads):
 @pytest.mark.parametrize("alignment", ["query", "predict"])
 def test_the_probe_agrees_with_an_evaluation_of_one_layer_and_head(alignment):
     cfg = Config(**PRESET | {"alignment": alignment})
-    auroc, permuted = probe(load(), SCENES, cfg)
-    assert auroc.shape == permuted.shape == (5, 5)
+    auroc, permuted, gap = probe(load(), SCENES, cfg)
+    assert auroc.shape == permuted.shape == gap.shape == (5, 5)
     # The tokens chosen, and so the text, do not depend on whose attention counts.
     for layer, head in ((0, 1), (3, 2), (3, 4), (4, 4)):
         where = {"layers": (layer,) if layer < 4 else None, "heads": (head,) if head < 4 else None}
         rows = evaluate(load(**where), SCENES, cfg, "one")
         assert auroc[layer, head] == pytest.approx(sum(r["auroc"] for r in rows) / 4, abs=1e-5)
+        right, wrong = ([r["auroc"] for r in rows if r["correct"] == c] for c in (1, 0))
+        assert right and wrong and gap[layer, head] == pytest.approx(fmean(right) - fmean(wrong), abs=1e-5)
         assert permuted[layer, head] == pytest.approx(sum(r["permuted_auroc"] for r in rows) / 4, abs=1e-5)
 
 
@@ -53,6 +56,12 @@ def test_best_layer_by_all_heads_and_best_heads_in_it():
     auroc = torch.tensor([[0.9, 0.9, 0.9, 0.9, 0.6], [0.7, 0.5, 0.8, 0.9, 0.7], [1.0, 1.0, 1.0, 1.0, 1.0]])
     assert best(auroc) == (1, [0, 2, 3])
     assert best(auroc[:, [0, 4]]) == (1, [0])
+
+
+def test_the_most_telling_head_has_the_largest_gap():
+    gap = torch.tensor([[0.1, 0.3, 0.9], [0.2, 0.4, 0.9], [0.9, 0.9, 0.9]])
+    assert most_telling(gap) == (1, 1)
+    assert most_telling(gap * torch.nan) is None  # all answers right, or all wrong
 
 
 def test_probe_prints_the_flags_and_draws_the_table(tmp_path, capsys):
