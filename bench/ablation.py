@@ -35,11 +35,14 @@ import reward as R
 import sayo_mini
 from bench import report
 from bench.measure import QUICK, SIZES, VARIANTS, measure, right
-from evaluate import most_telling, probe
+from evaluate import best, most_telling, probe
 from model import load_vlm
 from scenes import Scenes
 
-FLAGS = ["--model_name_or_path", str(HERE.parent / "tiny"), "--device", "cpu", "--eval_examples", "0"]
+# the paper's setting, where the tiny model's own differs
+PAPER = {"alignment": "query", "layers": "-1", "heads": "all"}
+FLAGS = ["--model_name_or_path", str(HERE.parent / "tiny"), "--device", "cpu", "--eval_examples", "0",
+         *(part for name, value in PAPER.items() for part in (f"--{name}", value))]  # fmt: skip
 RATES = ("1e-4", "2e-4", "4e-4")
 
 
@@ -107,26 +110,22 @@ def telling_head(found):
     gaps = {how: torch.tensor(tables["gap"]) for how, tables in found.items()}
     how = max(gaps, key=lambda name: gaps[name][:-1, :-1].max())
     layer, head = most_telling(gaps[how])
-    return {"alignment": how, "layer": layer, "head": head}
+    return {"alignment": how, "layers": layer, "heads": head}
 
 
 def variants(found):
-    """Variants of SAYO, with the layers and heads that the probe found. Returns: name -> flags."""
-    auroc = {how: tables["auroc"] for how, tables in found.items()}
-    best = {how: max(range(len(t) - 1), key=lambda i: t[i][-1]) for how, t in auroc.items()}  # by all heads together
-    of_best = auroc["query"][best["query"]][:-1]
-    heads = sorted(sorted(range(len(of_best)), key=lambda h: of_best[h])[-3:])
-    three = ["--layers", str(best["query"]), "--heads", ",".join(map(str, heads))]
-    telling = telling_head(found)
-    one_head = ["--layers", str(telling["layer"]), "--heads", str(telling["head"]), "--alignment", telling["alignment"]]
+    """Variants of SAYO, with the heads that the probe found. (The best layer that it found is the last: SAYO itself.)
+    Returns: name -> flags."""
+    layer, heads = best(torch.tensor(found["query"]["auroc"]))
+    heads, telling = ",".join(map(str, heads)), telling_head(found)
+    one_head = [part for name, value in telling.items() for part in (f"--{name}", str(value))]
     changes = {
         "all tokens": ["--token_fraction", "1"],
         "lowest 30 % of tokens": [],
         "predict": ["--alignment", "predict"],
-        f"predict, best layer ({best['predict']})": ["--alignment", "predict", "--layers", str(best["predict"])],
         "all layers": ["--layers", "all"],
-        f"best three heads ({three[3]} of layer {three[1]})": three,
-        f"most telling head ({telling['alignment']}, {telling['head']} of layer {telling['layer']})": one_head,
+        f"best three heads ({heads} of layer {layer})": ["--layers", str(layer), "--heads", heads],
+        f"most telling head ({telling['alignment']}, {telling['heads']} of layer {telling['layers']})": one_head,
     }
     return {name: weights(1, 1, 0) + flags for name, flags in changes.items()}
 
@@ -166,7 +165,7 @@ def train(name, flags, seed, folder):
 
 def trained(folder):
     """The tiny model as every arm sees it, with the adapter of a run; without, if `folder` is None."""
-    cfg = sayo_mini.Config(**sayo_mini.TINY)
+    cfg = sayo_mini.Config(**sayo_mini.TINY | PAPER)
     vlm = load_vlm(cfg.model_name_or_path, cfg.load_in_4bit, device="cpu", max_pixels=cfg.max_pixels)
     torch.set_num_threads(1)
     if folder:

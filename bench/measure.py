@@ -178,7 +178,7 @@ def measure(vlm, cfg, sizes, telling):
         out[f"accuracy, {name}"] = mean(right(vlm, harder, tokens)[1])
     looked = asked[: sizes["gaze"]]
     out |= gaze(vlm, looked, answers, cfg, "query", vlm.layers, vlm.heads)
-    ruler = telling["alignment"], [telling["layer"]], [telling["head"]]
+    ruler = telling["alignment"], [telling["layers"]], [telling["heads"]]
     out |= {f"telling_{name}": value for name, value in gaze(vlm, looked, answers, cfg, *ruler).items()}
     if sizes["causal"]:
         layouts = Scenes(count=sizes["causal"], **TEST)

@@ -55,11 +55,11 @@ FOUND = {
 
 
 def test_the_probe_decides_layers_and_heads_without_the_sums():
-    assert ablation.telling_head(FOUND) == {"alignment": "predict", "layer": 0, "head": 1}
+    assert ablation.telling_head(FOUND) == {"alignment": "predict", "layers": 0, "heads": 1}
     flags = ablation.variants(FOUND)
-    assert "predict, best layer (0)" in flags and "best three heads (0,1 of layer 1)" in flags
+    assert flags["best three heads (0,1 of layer 1)"][-4:] == ["--layers", "1", "--heads", "0,1"]
     assert flags["most telling head (predict, 1 of layer 0)"][-6:] == [
-        "--layers", "0", "--heads", "1", "--alignment", "predict"]  # fmt: skip
+        "--alignment", "predict", "--layers", "0", "--heads", "1"]  # fmt: skip
 
 
 def test_every_arm_is_a_command_line_of_the_program(tmp_path):

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import reward as R
 import sayo_mini
+from config import TINY as PRESET
+from config import Config, numbers
 from data import region_mask
 from evaluate import best, evaluate, for_page, gaze, most_telling, probe
 from page import pack_map
-from sayo_mini import TINY as PRESET
-from sayo_mini import Config
 from scenes import Scenes
 
 CFG = Config(**PRESET)
@@ -68,7 +68,7 @@ def test_probe_prints_the_flags_and_draws_the_table(tmp_path, capsys):
     flags = [*FAST, "--probe", "--eval_examples", "3", "--max_steps", "1", "--output_dir", str(tmp_path)]
     assert sayo_mini.main(flags) == 0
     out = capsys.readouterr().out
-    assert "--alignment query --layers " in out and "held against another's box" in out
+    assert "--alignment predict --layers " in out and "held against another's box" in out
     assert Image.open(tmp_path / "probe.png").width > 200
     chosen = out.split("--layers ")[1].split()
     assert sayo_mini.parse([*FAST, "--layers", chosen[0], "--heads", chosen[2]])
@@ -115,7 +115,7 @@ def test_look_answers_scores_and_draws(tmp_path, capsys, photo):
     flags, box = photo
     assert sayo_mini.main([*flags, "--box", box, "--output", str(tmp_path / "out.png")]) == 0
     out = capsys.readouterr().out
-    vlm = load()
+    vlm = load(layers=numbers(CFG.layers), heads=numbers(CFG.heads))
     for name, p in vlm.model.named_parameters():
         if "lora_B" in name:
             p.data.zero_()

@@ -176,7 +176,7 @@ def test_an_alarm_is_given_once(tmp_path, capsys, monkeypatch):
 
 
 def test_evaluation_holds_maps_against_another_box_and_fixed_text(tmp_path):
-    cfg = parse([*FAST, "--output_dir", str(tmp_path / "run")])
+    cfg = parse([*FAST, "--alignment", "query", "--output_dir", str(tmp_path / "run")])
     scenes, vlm = Scenes("validation", 3), load()
     before = evaluate(load(heads=(0,)), scenes, cfg, "before")  # another "model": one that looks with one head only
     for row in before:
