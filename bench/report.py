@@ -101,10 +101,12 @@ def comparisons(results, ours, others):
     return markdown([f"{ours}, less", "greedy accuracy", "p", "AUROC, own text", "p"], rows)
 
 
-def everything(results, kind):
+def everything(results, kind, order):
     """All that was measured: a metric a row, an arm a column."""
-    arms = by_arm(results, "arm") if kind == "arm" else {"base": by_arm(results)["base"]} | by_arm(results, "variant")
-    metrics = next(iter(next(iter(arms.values())).values()))
+    found = by_arm(results) | by_arm(results, "variant")
+    order = ["base", *order] if kind == "arm" else [order[0], *by_arm(results, "variant")]
+    arms = {name: found[name] for name in order if name in found}
+    metrics = [*list(arms.values())[-1].values()][0]  # variants have fewer
     rows = [[m, *(cell([values[m] for values in seeds.values()]) for seeds in arms.values())] for m in metrics]
     return markdown(["", *arms], rows)
 
@@ -127,8 +129,8 @@ def insert(path, name, text):
 def publish(results, ours, others):
     """The README's tables and picture, and the long tables of bench/README.md."""
     insert(ROOT / "README.md", "ablation", tables(results, ours, others))
-    insert(ROOT / "bench" / "README.md", "arms", everything(results, "arm"))
-    insert(ROOT / "bench" / "README.md", "variants", everything(results, "variant"))
+    insert(ROOT / "bench" / "README.md", "arms", everything(results, "arm", [ours, *others]))
+    insert(ROOT / "bench" / "README.md", "variants", everything(results, "variant", [ours, *others]))
     picture(results, [ours, *others], ROOT / "docs" / "ablation.png")
 
 

@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import sayo_mini
 from bench import ablation, measure, report
 from scenes import Scenes
 
+ROOT = Path(__file__).parent.parent
 SCENES = Scenes("validation", 20)
 
 
@@ -137,3 +139,11 @@ def test_the_rate_is_the_best_on_average_over_both_arms():
     runs = [{"kind": "choice", "arm": f"{rate} {arm}", "validation_accuracy": value} for rate, arm, value in
             (("1e-4", "x", 0.9), ("1e-4", "y", 0.1), ("2e-4", "x", 0.6), ("2e-4", "y", 0.6))]  # fmt: skip
     assert report.best_rate({"runs": runs}) == "2e-4"
+
+
+def test_the_readme_says_what_the_results_say():
+    results = json.loads((ROOT / "bench" / "results" / "ablation.json").read_text())
+    assert report.tables(results, ablation.SAYO, ablation.OTHERS) in (ROOT / "README.md").read_text()
+    page = (ROOT / "bench" / "README.md").read_text()
+    for kind in ("arm", "variant"):
+        assert report.everything(results, kind, [ablation.SAYO, *ablation.OTHERS]) in page
