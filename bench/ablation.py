@@ -238,7 +238,7 @@ def study(args):
         )
 
     if args.quick:
-        rate, arms, chosen, seeds = "2e-4", {a: ARMS[a] for a in (ACCURACY, SAYO, ROLLED)}, {}, 2
+        rate, arms, chosen, seeds = "4e-4", {a: ARMS[a] for a in (ACCURACY, SAYO, ROLLED)}, {}, 2
     else:
         # the rule: the rate at which the two rewards in question do best on average, on validation scenes, by a seed
         # that the study does not use
