@@ -9,6 +9,7 @@ python sayo_mini.py --check_dataset mine.jsonl   looks a data set of your own ov
 
 import logging
 import math
+import os
 import signal
 import sys
 import warnings
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean as mean
 
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled here, and the compiler takes seconds to load
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel that is not used here
 warnings.filterwarnings("ignore", category=FutureWarning)
 
