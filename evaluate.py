@@ -162,8 +162,11 @@ def show_probe(vlm, examples, cfg):
         print(f"tells right answers from wrong ones best (AUROC {gap[telling]:+.2f}): "
               f"--alignment {cfg.alignment} --layers {telling[0]} --heads {telling[1]}")  # fmt: skip
     folder = Path(cfg.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    heat_table(auroc.tolist(), folder / "probe.png")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        heat_table(auroc.tolist(), folder / "probe.png")
+    except OSError as error:
+        raise InputError(f"cannot write probe.png to --output_dir {folder}: {error.strerror}") from None
     print(f"the table as a picture: {folder / 'probe.png'}")
     return 0
 

@@ -74,6 +74,13 @@ def test_probe_prints_the_flags_and_draws_the_table(tmp_path, capsys):
     assert sayo_mini.parse([*FAST, "--layers", chosen[0], "--heads", chosen[2]])
 
 
+def test_probe_that_cannot_write_ends_in_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder")
+    flags = [*FAST, "--probe", "--eval_examples", "1", "--max_steps", "1", "--output_dir", str(tmp_path / "file" / "x")]
+    assert sayo_mini.main(flags) == 2
+    assert "cannot write probe.png" in capsys.readouterr().err
+
+
 def test_what_the_page_gets_is_what_was_captured():
     vlm = load()
     prompt = vlm.encode(SCENES[0].image, SCENES[0].question)
