@@ -46,10 +46,15 @@ def gaze(vlm, prompt, cfg, completion=None, selected=None):
     return Gaze(completion, attention.cpu(), scores.entropy[0].cpu(), selected.cpu())
 
 
+def asked(example, cfg):
+    """An example's question as it is put to the model."""
+    return f"{example.question} {cfg.instruction}".strip()
+
+
 def ask(vlm, example, cfg):
     """The Prompt of an example. Raises: InputError naming it."""
     try:
-        return vlm.encode(example.image, f"{example.question} {cfg.instruction}".strip())
+        return vlm.encode(example.image, asked(example, cfg))
     except ValueError as error:  # of the image processor, or that the question is no plain text
         raise InputError(f"example {example.id}: {error}") from None
 
