@@ -43,6 +43,7 @@ class Config:
     num_iterations: int = flag(1, "updates made of each batch of samples", least=1)
     lora_r: int = flag(16, "rank of the adapter", least=1)
     lora_alpha: int = flag(32, "its scale: LoRA adds alpha / r times its product")
+    adapter: str = flag("", "begin from this adapter of an earlier run; KL is still to the model without any")
     load_in_4bit: bool = flag(True, "NF4 with double quantisation for the language model")
     max_pixels: int = flag(2**18, "larger images are scaled down to this (Qwen3-VL: 1024 an image token)", least=1)
     completions_per_forward: int = flag(0, "answers in one forward: fewer need less memory; 0 is all", least=0)

@@ -176,6 +176,8 @@ class Run:
     def restore(self):
         """Go on from the last checkpoint that is whole."""
         paths = [self.folder / name for name in CHECKPOINTS if (self.folder / name).exists()]
+        if any(self.folder.glob("checkpoint-*/trainer_state.json")):
+            raise InputError(f"{self.folder} holds a run of scale_trl.py: choose another --output_dir")
         if not paths:
             return print(f"no checkpoint in {self.folder} yet: starting from the beginning")
         for path in paths:

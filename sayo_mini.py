@@ -245,6 +245,8 @@ def load(cfg):
     where = {"layers": numbers(cfg.layers), "heads": numbers(cfg.heads)}  # whose attention counts
     vlm = load_vlm(cfg.model_name_or_path, cfg.load_in_4bit, cfg.lora_r, cfg.lora_alpha, cfg.device, cfg.max_pixels,
                    cfg.gradient_checkpointing, cfg.completions_per_forward, **where)  # fmt: skip
+    if cfg.adapter:
+        vlm.load_adapter(cfg.adapter)
     if vlm.core.num_parameters() < 1e7:
         torch.set_num_threads(1)  # on tensors so small, threads only wait for each other
     return vlm
