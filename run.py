@@ -51,6 +51,10 @@ class Run:
         self.halved = False  # whether memory has been short already
         with self.writing("the run"):
             self.folder.mkdir(parents=True, exist_ok=True)
+        theirs = list(self.folder.glob("checkpoint-*/trainer_state.json"))  # of scale_trl.py, which resumes by itself
+        if theirs if cfg.resume else any((self.folder / name).exists() for name in CHECKPOINTS):
+            whose = "scale_trl.py" if theirs else "sayo_mini.py"
+            raise InputError(f"{self.folder} holds a run of {whose}: choose another --output_dir")
         if cfg.resume:
             self.restore()
         self.keep_config(cfg)
@@ -176,8 +180,6 @@ class Run:
     def restore(self):
         """Go on from the last checkpoint that is whole."""
         paths = [self.folder / name for name in CHECKPOINTS if (self.folder / name).exists()]
-        if any(self.folder.glob("checkpoint-*/trainer_state.json")):
-            raise InputError(f"{self.folder} holds a run of scale_trl.py: choose another --output_dir")
         if not paths:
             return print(f"no checkpoint in {self.folder} yet: starting from the beginning")
         for path in paths:
@@ -217,8 +219,8 @@ def saved_config(path, kinds):
     raise InputError(f"{path} is damaged: remove it, and give the run's flags again with --resume")
 
 
-def how_to_go_on(folder):
-    return f"python sayo_mini.py --resume --output_dir {shlex.quote(str(folder))}"
+def how_to_go_on(folder, program="python sayo_mini.py"):
+    return f"{program} --resume --output_dir {shlex.quote(str(folder))}"
 
 
 def load_checkpoint(path):

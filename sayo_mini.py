@@ -276,7 +276,8 @@ def learning_rate(cfg, step):
     return cfg.learning_rate * (1 if cfg.lr_scheduler_type == "constant" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def main(argv=None):
+def main(argv=None, train=train, program="python sayo_mini.py"):
+    """The command line; scale_trl.py has its own `train`. Returns the exit code."""
     argv, cfg = sys.argv[1:] if argv is None else argv, None
     disable_progress_bar()
     usual = signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside the loop, too, it is like Ctrl-C
@@ -293,11 +294,11 @@ def main(argv=None):
         problem = " ".join(str(error).split())
     except KeyboardInterrupt:  # in loading or evaluation: nothing is half-written
         begun = cfg and (Path(cfg.output_dir) / "config.json").exists()
-        print(f"stopped; {f'go on with: {how_to_go_on(cfg.output_dir)}' if begun else 'nothing was begun'}")
+        print(f"stopped; {f'go on with: {how_to_go_on(cfg.output_dir, program)}' if begun else 'nothing was begun'}")
         return 130
     finally:
         signal.signal(signal.SIGTERM, usual)
-    print(f"sayo_mini.py: {problem}", file=sys.stderr)
+    print(f"{program.split()[-1]}: {problem}", file=sys.stderr)
     return 2
 
 
