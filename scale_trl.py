@@ -99,11 +99,11 @@ def settings(cfg):
     same = ("output_dir", "num_generations", "num_iterations", "max_completion_length", "temperature", "beta",
             "epsilon", "max_grad_norm", "gradient_checkpointing", "seed")  # fmt: skip
     args = GRPOConfig(
-        **{name: getattr(cfg, name) for name in same}, loss_type="dapo", scale_rewards="group", shuffle_dataset=False,
-        per_device_train_batch_size=size, gradient_accumulation_steps=rows // size, bf16=False, save_total_limit=2,
+        **{name: getattr(cfg, name) for name in same}, loss_type="dapo", shuffle_dataset=False, report_to="none",
+        per_device_train_batch_size=size, gradient_accumulation_steps=rows // size, bf16=False, logging_steps=1,
         max_steps=cfg.max_steps * cfg.num_iterations, save_steps=cfg.save_steps * cfg.num_iterations,  # TRL's: updates
-        reward_weights=[weights(cfg.reward_weights).get(name, 0.0) for name in REWARDS], logging_steps=1,
-        report_to="none", use_cpu=cfg.device == "cpu" or not torch.cuda.is_available(),
+        reward_weights=[weights(cfg.reward_weights).get(name, 0.0) for name in REWARDS], save_total_limit=2,
+        use_cpu=cfg.device == "cpu" or not torch.cuda.is_available(), use_bias_correction_kl=False,  # as in grpo_loss
     )  # fmt: skip
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or getattr(args.deepspeed_plugin, "zero_stage", 0) == 3:
         raise InputError(SHARDED)
