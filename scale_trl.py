@@ -91,10 +91,10 @@ def questions(train_set, cfg):
 
 
 def settings(cfg):
-    """A Config as TRL's. Raises: InputError if answers cannot be dealt out evenly, or weights are to be sharded."""
+    """A Config as TRL's. Raises: InputError if there is nothing to deal out evenly, or weights are to be sharded."""
     rows, odd = divmod(cfg.prompts_per_step * cfg.num_generations, int(os.environ.get("WORLD_SIZE", 1)))
-    if odd:
-        raise InputError("--prompts_per_step times --num_generations must divide by the number of processes")
+    if odd or not cfg.max_steps:
+        raise InputError("--max_steps must be above 0, --prompts_per_step x --num_generations a multiple of processes")
     size = math.gcd(rows, cfg.completions_per_forward or cfg.num_generations)
     same = ("output_dir", "num_generations", "num_iterations", "max_completion_length", "temperature", "beta",
             "epsilon", "max_grad_norm", "gradient_checkpointing", "seed")  # fmt: skip
