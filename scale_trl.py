@@ -2,7 +2,6 @@
 "When one GPU is not enough", says how to start it, what works, and where TRL does otherwise than sayo_mini.py."""
 
 import json
-import math
 import os
 import sys
 from dataclasses import replace
@@ -95,35 +94,36 @@ def settings(cfg):
     rows, odd = divmod(cfg.prompts_per_step * cfg.num_generations, int(os.environ.get("WORLD_SIZE", 1)))
     if odd or not cfg.max_steps:
         raise InputError("--max_steps must be above 0, --prompts_per_step x --num_generations a multiple of processes")
-    size = math.gcd(rows, cfg.completions_per_forward or cfg.num_generations)
-    same = ("output_dir", "num_generations", "num_iterations", "max_completion_length", "temperature", "beta",
-            "epsilon", "max_grad_norm", "gradient_checkpointing", "seed")  # fmt: skip
+    size = max(n for n in range(1, (cfg.completions_per_forward or cfg.num_generations) + 1) if rows % n == 0)
+    same = ("output_dir", "num_generations", "num_iterations", "max_completion_length", "temperature", "beta", "seed",
+            "epsilon", "learning_rate", "weight_decay", "max_grad_norm", "gradient_checkpointing")  # fmt: skip
     args = GRPOConfig(
-        **{name: getattr(cfg, name) for name in same}, loss_type="dapo", shuffle_dataset=False, report_to="none",
-        per_device_train_batch_size=size, gradient_accumulation_steps=rows // size, bf16=False, logging_steps=1,
+        **{name: getattr(cfg, name) for name in same}, loss_type="dapo", use_bias_correction_kl=False,  # as grpo_loss
+        reward_weights=[weights(cfg.reward_weights).get(name, 0.0) for name in REWARDS], shuffle_dataset=False,
         max_steps=cfg.max_steps * cfg.num_iterations, save_steps=cfg.save_steps * cfg.num_iterations,  # TRL's: updates
-        reward_weights=[weights(cfg.reward_weights).get(name, 0.0) for name in REWARDS], save_total_limit=2,
-        use_cpu=cfg.device == "cpu" or not torch.cuda.is_available(), use_bias_correction_kl=False,  # as in grpo_loss
-    )  # fmt: skip
+        per_device_train_batch_size=size, gradient_accumulation_steps=rows // size, bf16=False, save_total_limit=2,
+        use_cpu=cfg.device == "cpu" or not torch.cuda.is_available(), report_to="none", logging_steps=1)  # fmt: skip
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or getattr(args.deepspeed_plugin, "zero_stage", 0) == 3:
         raise InputError(SHARDED)
     return args
 
 
 def make_trainer(cfg, args, vlm, train_set):
+    def schedule(num_training_steps, optimizer=None):  # DeepSpeed would drop one handed over ready-made
+        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or trainer.optimizer, lambda i:
+            sayo_mini.learning_rate(cfg, i // cfg.num_iterations) / (cfg.learning_rate or 1))  # fmt: skip
+
     head, score = vlm.core.lm_head, SayoReward(vlm, cfg)
     head.bias = torch.nn.Parameter(torch.zeros_like(head.weight[:, 0]), requires_grad=False)
     head.bias[vlm.placeholders] = -1e4  # TRL would sample and score them as words; a bias it honours in both
     params = {p: p.data.clone() for p in vlm.model.parameters() if p.requires_grad}
-    adam = torch.optim.AdamW(params, lr=1.0, weight_decay=cfg.weight_decay)
-    rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda i: sayo_mini.learning_rate(cfg, i // cfg.num_iterations))
     rewards, processor = [score, score.format, score.accuracy], Processor(vlm.image_processor, vlm.tokenizer)
-    data = questions(train_set, cfg)
-    trainer = GRPOTrainer(vlm.model, rewards, args, data, processing_class=processor, optimizers=(adam, rate))
+    trainer = GRPOTrainer(vlm.model, rewards, args, questions(train_set, cfg), processing_class=processor)
     if cfg.beta:
         vlm.model.delete_adapter("ref")  # a copy that TRL has made; here the reference is the adapter switched off
     for p, value in params.items():
         p.data = value  # over four bits TRL rounds LoRA to bf16, in which steps of 5e-6 vanish
+    trainer.create_scheduler = schedule
     return trainer
 
 

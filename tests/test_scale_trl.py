@@ -121,7 +121,7 @@ def test_one_step_is_that_of_sayo_mini(tmp_path, monkeypatch, split):
         return [ids[mask].tolist() for c in seen for ids, mask in zip(c.ids, c.mask)], None
 
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", same_answers)
-    theirs = gradients(vlm, trainer.optimizer)
+    theirs = gradients(vlm, trainer.create_optimizer())
     trainer.train()
     row = trainer.state.log_history[0]
     for name in ("loss", "grad_norm", "reward", "rewards/attention/mean", "rewards/accuracy/mean"):
