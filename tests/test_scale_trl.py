@@ -134,8 +134,9 @@ def test_one_step_is_that_of_sayo_mini(tmp_path, monkeypatch, split):
 
 def test_updates_are_those_of_sayo_mini(tmp_path, monkeypatch):
     """AdamW, its learning rate, its decay, several iterations, the order of the questions: two steps of two updates."""
-    flags = ["--max_steps", "2", "--num_iterations", "2", "--learning_rate", "1e-3", "--weight_decay", "20", "--beta",
-             "0.1", "--warmup_steps", "1", "--format_lengths", "14,16", "--token_fraction", "1"]  # fmt: skip
+    flags = ["--max_steps", "2", "--num_iterations", "2", "--learning_rate", "1e-3", "--weight_decay", "20",
+             "--beta", "0.1", "--warmup_steps", "1", "--epsilon", "0.01", "--format_lengths", "14,16",
+             "--token_fraction", "1"]  # fmt: skip
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", deal)
     run(tmp_path / "trl", *flags)
     groups = itertools.count()
@@ -151,7 +152,7 @@ def test_updates_are_those_of_sayo_mini(tmp_path, monkeypatch):
     assert sayo_mini.main([*FAST, *flags, "--eval_examples", "0", "--output_dir", str(tmp_path / "mini")]) == 0
     ours, theirs = adapter(tmp_path / "mini"), adapter(tmp_path / "trl")
     for name, value in ours.items():  # by norm: Adam makes a full step of a gradient that is all but 0
-        assert (value - theirs[name]).norm() < 1e-2 * value.norm(), name
+        assert (value - theirs[name]).norm() < 1e-3 * value.norm(), name
 
 
 def test_trl_samples_what_sayo_mini_samples(tmp_path):
@@ -196,6 +197,17 @@ def test_four_bits_leave_the_adapter_in_full_precision(tmp_path):
     assert list(vlm.model.peft_config) == ["default"]
     trainer.train()
     assert apart({n: p for n, p in vlm.model.named_parameters() if n in fresh}, fresh) > 0
+
+
+def test_deepspeed_cannot_drop_the_learning_rate(tmp_path):
+    """It forgets the optimiser and the scheduler that a trainer was given, and asks the trainer to make them."""
+    flags = ["--learning_rate", "3e-4", "--weight_decay", "0.3", "--warmup_steps", "4", "--max_grad_norm", "0.7"]
+    _, trainer, _ = made(tmp_path, *flags)
+    trainer.optimizer = trainer.lr_scheduler = None
+    optimizer = trainer.create_optimizer()
+    trainer.create_scheduler(num_training_steps=9)
+    assert {group["weight_decay"] for group in optimizer.param_groups if group["params"]} == {0.3}
+    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(3e-4 / 4)
 
 
 # --- several processes, resuming -------------------------------------------------------------------------------------
@@ -294,7 +306,8 @@ def test_sharded_weights_are_refused_in_the_words_of_the_readme(capfd, tmp_path,
         patch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch --use_fsdp` sets it
         assert refused(capfd, tmp_path / "run", "FSDP") in readme
     with monkeypatch.context() as patch:
-        patch.setattr(scale_trl.GRPOConfig, "deepspeed_plugin", SimpleNamespace(zero_stage=3), raising=False)
+        zero3 = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))  # a real one needs DeepSpeed
+        patch.setattr(scale_trl, "GRPOConfig", lambda **settings: zero3)
         assert "ZeRO-2" in refused(capfd, tmp_path / "run", "ZeRO-3")
     assert not (tmp_path / "run").exists()
     sharded = torch.nn.Parameter(torch.zeros(1))
