@@ -43,9 +43,8 @@ class Processor(ProcessorMixin):
 class SayoReward:
     """SAYO's attention reward as a reward function of TRL, read from the policy that is being trained.
 
-    Args: vlm, a `Vlm` around the trainer's own module; cfg, a `Config`. A call gets of B rows what TRL gives: lists of
-    token ids, and the data's columns; it returns B floats in [-1, 1]. A row's score does not depend on its siblings: a
-    process may hold part of a group. Raises: InputError, of sharded weights or an example that cannot be used."""
+    Args: vlm, a `Vlm` around the trainer's own module; cfg, a `Config`. A call takes B rows of TRL, parts of groups, too:
+    a row's score does not depend on its siblings. Returns: B floats in [-1, 1]. Raises: InputError, in one line why."""
 
     __name__ = "attention"  # TRL logs rewards/attention/mean
 
@@ -132,6 +131,7 @@ def train(cfg):
     args = settings(cfg)
     torch.manual_seed(cfg.seed)
     (train_set, _), vlm = sayo_mini.load_data(cfg), sayo_mini.load(replace(cfg, device=str(args.device)))
+    args.distributed_state.wait_for_everyone()  # till all have seen that the folder holds no run yet
     run = Run(replace(cfg, resume=False), {}, None, None) if args.process_index == 0 else None
     trainer = make_trainer(cfg, args, vlm, train_set)
     found = Path(cfg.output_dir).glob("checkpoint-*/trainer_state.json")  # a checkpoint's last file: it is whole

@@ -253,6 +253,18 @@ def test_two_processes_go_the_way_of_one_and_resume(tmp_path, monkeypatch):
     assert [row["step"] for row in rows(tmp_path / "two")] == [1, 2, 3, 4]
 
 
+def test_a_sampled_run_resumes_to_the_same_bits(tmp_path):
+    """The random numbers go on, too. And a run that is done stays as it is."""
+    run(tmp_path, "--max_steps", 2, "--save_steps", 1)
+    whole, logged = adapter(tmp_path), rows(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    for _ in range(2):
+        shutil.rmtree(tmp_path / "adapter")
+        assert sayo_mini.main(["--resume", "--output_dir", str(tmp_path)], scale_trl.train, PROGRAM) == 0
+        assert apart(adapter(tmp_path), whole) == 0
+        assert [row["reward"] for row in rows(tmp_path)] == [row["reward"] for row in logged]
+
+
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
