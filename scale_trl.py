@@ -43,7 +43,7 @@ class Processor(ProcessorMixin):
 class SayoReward:
     """SAYO's attention reward as a reward function of TRL, read from the policy that is being trained.
 
-    Args: vlm, a `Vlm` around the trainer's own module; cfg, a `Config`. A call takes B rows of TRL, parts of groups, too:
+    Args: vlm, a `Vlm` around the trainer's own module; cfg, a `Config`. A call takes B rows of TRL, groups or parts:
     a row's score does not depend on its siblings. Returns: B floats in [-1, 1]. Raises: InputError, in one line why."""
 
     __name__ = "attention"  # TRL logs rewards/attention/mean

@@ -248,20 +248,21 @@ def test_two_processes_go_the_way_of_one_and_resume(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "two" / "checkpoint-4")
     (tmp_path / "two" / "checkpoint-4").mkdir()  # as a kill may leave it
     out = two_processes(tmp_path / "two", "--resume")
-    assert out.count(f"resuming {tmp_path / 'two' / 'checkpoint-2'}") == 1
+    assert out.count(f"resuming {tmp_path / 'two' / 'checkpoint-2'}") == 1 and out.count("'loss'") == 2  # steps made
     assert apart(adapter(tmp_path / "two"), whole) == 0
     assert [row["step"] for row in rows(tmp_path / "two")] == [1, 2, 3, 4]
 
 
-def test_a_sampled_run_resumes_to_the_same_bits(tmp_path):
+def test_a_sampled_run_resumes_to_the_same_bits(tmp_path, capsys):
     """The random numbers go on, too. And a run that is done stays as it is."""
     run(tmp_path, "--max_steps", 2, "--save_steps", 1)
     whole, logged = adapter(tmp_path), rows(tmp_path)
     shutil.rmtree(tmp_path / "checkpoint-2")
-    for _ in range(2):
+    for steps in (1, 0):
+        capsys.readouterr()
         shutil.rmtree(tmp_path / "adapter")
         assert sayo_mini.main(["--resume", "--output_dir", str(tmp_path)], scale_trl.train, PROGRAM) == 0
-        assert apart(adapter(tmp_path), whole) == 0
+        assert apart(adapter(tmp_path), whole) == 0 and capsys.readouterr().out.count("'loss'") == steps
         assert [row["reward"] for row in rows(tmp_path)] == [row["reward"] for row in logged]
 
 
