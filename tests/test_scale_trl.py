@@ -351,6 +351,7 @@ def test_one_programs_run_is_not_resumed_by_the_other(capfd, tmp_path):
 def test_a_users_mistake_ends_in_one_line(capfd, tmp_path):
     refused(capfd, tmp_path / "run", "nowhere", "--adapter", tmp_path / "nowhere")
     refused(capfd, tmp_path / "run", "--beta", "--beta", "much")
+    refused(capfd, tmp_path / "run", "--max_steps", "--max_steps", "0")
     (tmp_path / "file").write_text("")
     refused(capfd, tmp_path / "file" / "run", "file/run")
 
