@@ -102,6 +102,7 @@ def test_one_step_is_that_of_sayo_mini(tmp_path, monkeypatch, split):
     flags = ["--beta", "0.1", "--temperature", "2", "--learning_rate", "0", "--completions_per_forward", str(split),
              "--reward_weights", "attention=1,format=0.5,accuracy=0.25", "--instruction", "look ?"]  # fmt: skip
     cfg, trainer, vlm = made(tmp_path, *flags)
+    assert trainer.args.per_device_train_batch_size == (split or cfg.num_generations)
     stir(vlm)
     seen, train_set = [], load_data(cfg)[0]
     examples = [train_set[shuffled(i, len(train_set), cfg.seed)] for i in range(cfg.prompts_per_step)]
