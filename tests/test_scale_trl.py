@@ -24,7 +24,7 @@ import scale_trl
 from config import parse
 from data import InputError
 from evaluate import ask
-from model import Completions
+from model import Completions, Vlm
 from sayo_mini import load_data, shuffled, train_step
 
 HERE = Path(__file__).parent.parent
@@ -106,8 +106,13 @@ def test_one_step_is_that_of_sayo_mini(tmp_path, monkeypatch, split):
     stir(vlm)
     seen, train_set = [], load_data(cfg)[0]
     examples = [train_set[shuffled(i, len(train_set), cfg.seed)] for i in range(cfg.prompts_per_step)]
-    sample = vlm.sample
-    vlm.sample = lambda *args: seen.append(sample(*args)) or seen[-1]
+    judge = sayo_mini.judge
+
+    def listen(vlm, group, *args, **kwargs):
+        seen.append(group.completions)
+        return judge(vlm, group, *args, **kwargs)
+
+    monkeypatch.setattr(sayo_mini, "judge", listen)
     optimizer = torch.optim.SGD([p for p in vlm.model.parameters() if p.requires_grad], lr=0)
     ours = gradients(vlm, optimizer)
     metrics, samples = train_step(vlm, examples, cfg, optimizer, torch.Generator().manual_seed(0))
@@ -142,14 +147,15 @@ def test_updates_are_those_of_sayo_mini(tmp_path, monkeypatch):
     run(tmp_path / "trl", *flags)
     groups = itertools.count()
 
-    def sample(vlm, prompt, G, *args):
+    def sample(vlm, prompt, G, *rest):
         step, group = divmod(next(groups), 3)
         ids = [torch.tensor(answer(vlm.tokenizer, step, group * G + i)) for i in range(G)]
         mask = pad_sequence([torch.ones_like(row).bool() for row in ids], batch_first=True)
         texts = [vlm.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
         return Completions(pad_sequence(ids, batch_first=True), mask, texts, finished=mask.any(1))
 
-    monkeypatch.setattr("model.Vlm.sample", sample)
+    monkeypatch.setattr(Vlm, "sample", sample)
+    monkeypatch.setattr(Vlm, "sample_groups", lambda v, prompts, *a: [sample(v, p, *a) for p in prompts], raising=False)
     assert sayo_mini.main([*FAST, *flags, "--eval_examples", "0", "--output_dir", str(tmp_path / "mini")]) == 0
     ours, theirs = adapter(tmp_path / "mini"), adapter(tmp_path / "trl")
     for name, value in ours.items():  # by norm: Adam makes a full step of a gradient that is all but 0
