@@ -8,6 +8,7 @@ and itself, never its siblings: time and memory grow with G * C * (P + C), and n
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -28,13 +29,13 @@ class Capture:
 def sayo_attention(module, query, key, value, attention_mask, packed=None, capture=None, prefix=None, **kwargs):
     """Three ways to come here. *Packed*: (P, G, C) of one sequence `[prompt | c_1 | ... | c_G]`, with `attention_mask`
     what a completion sees of the prompt and itself, (1, 1, C, P + C). *Decoding*: one new token of each completion,
-    with the prompt's cache as `prefix`. Neither: the prompt alone, or the vision tower; the library's own attention.
+    with the prompts' keys and values as `prefix`, see `stack`. Neither: a prompt alone, or the vision tower; the
+    library's own attention.
 
     Returns: (B, S, H, D) and None, as the library's functions do.
     """
     if prefix is not None:
-        prompt = prefix.layers[module.layer_idx]
-        return decode_attention(query, key, value, prompt.keys, prompt.values, module.scaling), None
+        return decode_attention(query, key, value, *prefix[module.layer_idx], module.scaling), None
     if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     # Gradient checkpointing calls this twice; the second time the map is there already.
@@ -53,20 +54,36 @@ def sayo_attention(module, query, key, value, attention_mask, packed=None, captu
     return torch.cat([of_prompt, of_own.flatten(0, 1)[None]], 1), None  # (1, P + G*C, H, D)
 
 
-def decode_attention(query, key, value, prompt_key, prompt_value, scaling):
-    """One new token of every completion looks at the prompt, whose keys are kept once for all, and at its own past.
+def stack(caches):
+    """The caches of B prompts for `decode_attention`: a layer each of keys (B, H_kv, P, D), values, and (B, P), where
+    a shorter prompt has been padded. Every prompt is kept once, however many completions look at it."""
+    lengths = [cache.get_seq_length() for cache in caches]
 
-    Args: query (G, H, 1, D); key and value (G, H_kv, t, D); prompt_key and prompt_value (1, H_kv, P, D).
-    Returns: (G, 1, H, D).
+    def together(tensors):
+        return torch.cat([pad(t, (0, 0, 0, max(lengths) - t.shape[2])) for t in tensors])
+
+    padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
+    padding = padding.to(caches[0].layers[0].keys.device)
+    layers = zip(*(cache.layers for cache in caches))
+    return [(together([x.keys for x in layer]), together([x.values for x in layer]), padding) for layer in layers]
+
+
+def decode_attention(query, key, value, prompt_key, prompt_value, padding, scaling):
+    """One new token of every completion looks at its prompt, whose keys are kept once for all G, and at its own past.
+
+    Args: query (B*G, H, 1, D); key and value (B*G, H_kv, t, D); the others of B prompts, see `stack`.
+    Returns: (B*G, 1, H, D).
     """
-    (G, H, _, D), kv_heads = query.shape, key.shape[1]
-    q = query.view(G, kv_heads, H // kv_heads, D) * scaling
-    to_prompt = torch.einsum("gkhd,kpd->gkhp", q, prompt_key[0])
-    to_own = torch.einsum("gkhd,gktd->gkht", q, key)
+    B, kv_heads, P, D = prompt_key.shape
+    q = query.view(B, -1, kv_heads, query.shape[1] // kv_heads, D) * scaling  # (B, G, H_kv, H / H_kv, D)
+    key, value = key.unflatten(0, (B, -1)), value.unflatten(0, (B, -1))
+    to_prompt = torch.einsum("bgkhd,bkpd->bgkhp", q, prompt_key)
+    to_prompt = to_prompt.masked_fill(padding[:, None, None, None], -torch.inf)
+    to_own = torch.einsum("bgkhd,bgktd->bgkht", q, key)
     weights = torch.cat([to_prompt, to_own], -1).softmax(-1, dtype=torch.float32).to(value.dtype)  # over P + t
-    on_prompt, on_own = weights.split([to_prompt.shape[-1], to_own.shape[-1]], -1)
-    seen = torch.einsum("gkhp,kpd->gkhd", on_prompt, prompt_value[0]) + torch.einsum("gkht,gktd->gkhd", on_own, value)
-    return seen.reshape(G, 1, H, D)
+    seen = torch.einsum("bgkhp,bkpd->bgkhd", weights[..., :P], prompt_value)
+    seen = seen + torch.einsum("bgkht,bgktd->bgkhd", weights[..., P:], value)
+    return seen.reshape(query.shape).transpose(1, 2)
 
 
 @torch.no_grad()

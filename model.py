@@ -23,7 +23,7 @@ from transformers import (
     DynamicCache,
 )
 
-from attention import Capture
+from attention import Capture, stack
 from data import InputError
 
 LINEAR = r".*language_model\.layers.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -127,22 +127,29 @@ class Vlm:
         values = ids[0], is_image[0].nonzero()[:, 0], pixels["pixel_values"], patches, positions[:, 0]
         return Prompt(*(v.to(self.device) for v in values), grid=(rows, cols))
 
-    @torch.no_grad()
     def sample(self, prompt, num_generations, max_tokens, temperature=1.0, generator=None):
-        """Write `num_generations` completions of at most `max_tokens` tokens, all together.
+        """The Completions of one prompt, see `sample_groups`."""
+        return self.sample_groups([prompt], num_generations, max_tokens, temperature, generator)[0]
 
-        The prompt runs once and its cache serves every completion. Temperature 0 is greedy. There is no top-p: what
-        is sampled is the whole distribution that `score` scores.
-        Returns: Completions, scored at the same temperature (greedy ones at 1).
+    @torch.no_grad()
+    def sample_groups(self, prompts, num_generations, max_tokens, temperature=1.0, generator=None):
+        """Write `num_generations` completions of at most `max_tokens` tokens to each of B prompts, all side by side.
+
+        Every prompt runs once, and its cache serves all its completions. Temperature 0 is greedy. There is no top-p:
+        what is sampled is the whole distribution that `score` scores.
+        Returns: Completions of each prompt, scored at the same temperature (greedy ones at 1).
         """
         self.model.eval()
-        G = num_generations
-        hidden, prefix = self._forward(prompt, prompt.input_ids[None], prompt.position_ids[:, None], use_cache=True)
-        hidden, own = hidden[:, -1].expand(G, -1), DynamicCache()  # (G, D), and what the completions add
-        position = prompt.position_ids.max() + 1  # M-RoPE: an image takes fewer positions than tokens
-        ids, live, done = [], [], torch.zeros(G, dtype=torch.bool, device=self.device)
+        G, all_rows = num_generations, len(prompts) * num_generations
+        runs = [self._forward(p, p.input_ids[None], p.position_ids[:, None], use_cache=True) for p in prompts]
+        hidden = torch.cat([states[:, -1].expand(G, -1) for states, _ in runs])  # (B*G, D)
+        prefix, own = stack([cache for _, cache in runs]), DynamicCache()
+        del runs  # their caches are in the stack
+        # M-RoPE: an image takes fewer positions than tokens
+        position = torch.stack([p.position_ids.max() + 1 for p in prompts]).repeat_interleave(G)[:, None]  # (B*G, 1)
+        ids, live, done = [], [], torch.zeros(all_rows, dtype=torch.bool, device=self.device)
         for step in range(max_tokens):
-            logits = self._logits(hidden, temperature or 1.0)  # (G, V)
+            logits = self._logits(hidden, temperature or 1.0)  # (B*G, V)
             if temperature == 0:
                 token = logits.argmax(-1)
             else:
@@ -152,13 +159,19 @@ class Vlm:
             done = done | torch.isin(token, self.stop_ids)
             if done.all() or step + 1 == max_tokens:
                 break
-            positions = (position + step).expand(3, G, 1)
+            positions = (position + step).expand(3, -1, -1)
             new = ids[-1][:, None]
             hidden, own = self._forward(None, new, positions, use_cache=True, past_key_values=own, prefix=prefix)
             hidden = hidden[:, -1]
-        ids, mask = torch.stack(ids, 1), torch.stack(live, 1)  # (G, C)
+        ids, mask = torch.stack(ids, 1), torch.stack(live, 1)  # (B*G, C)
+        groups = zip(ids.split(G), mask.split(G), done.split(G))
+        return [self._completions(*group, temperature or 1.0) for group in groups]
+
+    def _completions(self, ids, mask, done, temperature):
+        longest = mask.sum(1).max()  # other groups may have written on
+        ids, mask = ids[:, :longest], mask[:, :longest]  # (G, C)
         texts = [self.tokenizer.decode(row[real], skip_special_tokens=True) for row, real in zip(ids, mask)]
-        return Completions(ids, mask, texts, temperature or 1.0, done)
+        return Completions(ids, mask, texts, temperature, done)
 
     def score(self, prompt, completions, attention=True, reference=False):
         """Log-probability, entropy and attention to the image of every token of a group, in one packed forward.

@@ -200,6 +200,40 @@ def test_sampling_beside_the_prompt_s_cache_equals_sampling_without_cache(folder
     assert (completions.finished == done).all()
 
 
+def test_groups_side_by_side_equal_groups_alone(folder):
+    """Greedy answers to questions of unequal length, and with sampling the tokens that the same draws give: padding of
+    a shorter prompt is never looked at. Each group is as wide as its own longest answer."""
+    vlm = load(folder)
+    scenes = Scenes("validation", 100)
+    questions = [scenes[0].question, "dot", scenes[1].question + " the red card"]
+    prompts = [vlm.encode(scenes[i].image, question) for i, question in enumerate(questions)]
+    assert len({len(p.input_ids) for p in prompts}) == 3
+    together = vlm.sample_groups(prompts, 2, 12, temperature=0)
+    for prompt, group in zip(prompts, together):
+        alone = vlm.sample(prompt, 2, 12, temperature=0)
+        assert torch.equal(group.ids, alone.ids) and torch.equal(group.mask, alone.mask)
+        assert group.texts == alone.texts and torch.equal(group.finished, alone.finished)
+    for group in vlm.sample_groups(prompts, 4, 30, generator=torch.Generator().manual_seed(3)):
+        assert group.mask[:, -1].any() and group.ids.shape == group.mask.shape
+
+
+def test_what_is_decoded_side_by_side_is_what_score_scores(folder):
+    """The log-probabilities that sampling works with, token by token, are those of the packed forward."""
+    vlm = load(folder)
+    scenes, seen = Scenes("validation", 100), []
+    prompts = [vlm.encode(scenes[0].image, scenes[0].question), vlm.encode(scenes[1].image, "dot")]
+    original = vlm._logits
+    vlm._logits = lambda *args: seen.append(original(*args)) or seen[-1]
+    groups = vlm.sample_groups(prompts, 3, 8, generator=torch.Generator().manual_seed(1))
+    vlm._logits = original
+    logps = torch.stack(seen, 1).log_softmax(-1)  # (B*G, C, V)
+    for i, (prompt, group) in enumerate(zip(prompts, groups)):
+        C = group.ids.shape[1]
+        expected = logps[3 * i : 3 * i + 3, :C].gather(-1, group.ids[..., None])[..., 0]
+        found = vlm.score(prompt, group).logps
+        torch.testing.assert_close(found[group.mask], expected[group.mask], atol=1e-5, rtol=0)
+
+
 def test_completions_end_with_the_stop_token_and_are_masked_by_position():
     vlm = load()
     _, completions = ask(vlm, G=8, C=24)
