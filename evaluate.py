@@ -17,6 +17,7 @@ from model import Completions
 from page import pack_map
 
 PAGE = 70_000  # characters of maps an answer
+ASKED = 8  # held-out questions answered side by side
 SHOWN = 8  # held-out examples whose maps go into report.html; the first four into look.png
 
 
@@ -70,10 +71,13 @@ def evaluate(vlm, examples, cfg, name, before=None):
     results = []
     for i in tqdm(range(len(examples)), desc=f"evaluate {name}"):
         example, old = examples[i], before[i] if before else None
-        prompt = ask(vlm, example, cfg)
+        if i % ASKED == 0:
+            prompts = [ask(vlm, examples[j], cfg) for j in range(i, min(i + ASKED, len(examples)))]
+            answers = vlm.sample_groups(prompts, 1, cfg.max_completion_length, temperature=0)
+        prompt = prompts[i % ASKED]
         region = example_region(example, prompt.grid)
         other = example_region(examples[(i + 1) % len(examples)], prompt.grid)
-        own = fixed = gaze(vlm, prompt, cfg)
+        own = fixed = gaze(vlm, prompt, cfg, answers[i % ASKED])
         if old:
             ids, chosen = (torch.tensor(old[key], device=vlm.device) for key in ("ids", "selected"))
             fixed = gaze(vlm, prompt, cfg, Completions(ids[None], torch.ones_like(chosen)[None]), chosen)

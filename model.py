@@ -1,12 +1,12 @@
 """One vision-language model: load it in 4 bits with LoRA, lay out its tokens, sample a group, score a group.
 
-*The prompt and its image run once per group*: sampling expands one cached prompt, and scoring packs it with all G
-completions into one sequence. *Attention is captured where it is computed*: a registered attention function runs the
-library's own SDPA and, in the chosen layers, keeps the completions' attention to the image; never L x L for all heads.
+*The prompt and its image run once per group, and are kept once*: sampling decodes G completions beside one cached
+prompt, scoring packs it with all of them into one sequence. The attention that makes this possible, and the record of
+where it looks, are in attention.py.
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,67 +15,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
     BitsAndBytesConfig,
+    DynamicCache,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from attention import Capture, stack
 from data import InputError
 
 LINEAR = r".*language_model\.layers.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 LOGITS = 2**24  # floats of logits alive at once: 64 MiB, about 110 tokens of Qwen's vocabulary
-
-
-@dataclass
-class Capture:
-    """What to keep of the attention in one forward: of `layers`, the mean over `heads` from `rows` to `columns`; or
-    each head apart."""
-
-    layers: list[int]
-    heads: list[int]
-    rows: torch.Tensor  # (R,) positions of the queries
-    columns: torch.Tensor  # (N,) positions of the image tokens
-    each_head: bool = False
-    maps: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (R, N), or (H, R, N)
-
-
-def sayo_attention(module, query, key, value, attention_mask, capture=None, **kwargs):
-    """The library's SDPA; in the layers that `capture` names, the attention to the image is kept on the side.
-
-    Gradient checkpointing calls this twice; the second time the map is there already. The vision tower comes through
-    here too, without a `capture`.
-    """
-    if capture is not None and module.layer_idx in capture.layers and module.layer_idx not in capture.maps:
-        capture.maps[module.layer_idx] = image_attention(query, key, attention_mask, capture, module.scaling)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-
-@torch.no_grad()
-def image_attention(query, key, mask, capture, scaling):
-    """softmax(q k^T) in fp32 for the rows wanted, one head at a time; the image columns, averaged over the heads.
-
-    Args: query (1, H, S, D), key (1, H_kv, S, D), mask bool (1, 1, S, S), true where a query may look.
-    Returns: (R, N) fp32, or (H, R, N) if `capture.each_head`. Memory beside it: R x S floats, however many the heads.
-    """
-    group = query.shape[1] // key.shape[1]  # query heads that share a key head
-    unseen = ~mask[0, 0, capture.rows]  # (R, S)
-
-    def map_of(head):
-        scores = query[0, head, capture.rows].float() @ key[0, head // group].float().T * scaling  # (R, S)
-        return scores.masked_fill_(unseen, -torch.inf).softmax(-1)[:, capture.columns]  # (R, N)
-
-    if capture.each_head:
-        return torch.stack([map_of(head) for head in capture.heads])
-    return sum(map_of(head) for head in capture.heads) / len(capture.heads)
-
-
-AttentionInterface.register("sayo", sayo_attention)
-AttentionMaskInterface.register("sayo", sdpa_mask)  # without it the mask is silently None, and causality lost
 
 
 @dataclass
@@ -175,23 +127,29 @@ class Vlm:
         values = ids[0], is_image[0].nonzero()[:, 0], pixels["pixel_values"], patches, positions[:, 0]
         return Prompt(*(v.to(self.device) for v in values), grid=(rows, cols))
 
-    @torch.no_grad()
     def sample(self, prompt, num_generations, max_tokens, temperature=1.0, generator=None):
-        """Write `num_generations` completions of at most `max_tokens` tokens, all together.
+        """The Completions of one prompt, see `sample_groups`."""
+        return self.sample_groups([prompt], num_generations, max_tokens, temperature, generator)[0]
 
-        The prompt runs once; its cache is then copied to every completion. Temperature 0 is greedy. There is no
-        top-p: what is sampled is the whole distribution that `score` scores.
-        Returns: Completions, scored at the same temperature (greedy ones at 1).
+    @torch.no_grad()
+    def sample_groups(self, prompts, num_generations, max_tokens, temperature=1.0, generator=None):
+        """Write `num_generations` completions of at most `max_tokens` tokens to each of B prompts, all side by side.
+
+        Every prompt runs once, and its cache serves all its completions. Temperature 0 is greedy. There is no top-p:
+        what is sampled is the whole distribution that `score` scores.
+        Returns: Completions of each prompt, scored at the same temperature (greedy ones at 1).
         """
         self.model.eval()
-        G = num_generations
-        hidden, cache = self._forward(prompt, prompt.input_ids[None], prompt.position_ids[:, None], use_cache=True)
-        hidden = hidden[:, -1].expand(G, -1)  # (G, D)
-        cache.batch_repeat_interleave(G)
-        position = prompt.position_ids.max() + 1  # M-RoPE: an image takes fewer positions than tokens
-        ids, live, done = [], [], torch.zeros(G, dtype=torch.bool, device=self.device)
+        G, all_rows = num_generations, len(prompts) * num_generations
+        runs = [self._forward(p, p.input_ids[None], p.position_ids[:, None], use_cache=True) for p in prompts]
+        hidden = torch.cat([states[:, -1].expand(G, -1) for states, _ in runs])  # (B*G, D)
+        prefix, own = stack([cache for _, cache in runs]), DynamicCache()
+        del runs  # their caches are in the stack
+        # M-RoPE: an image takes fewer positions than tokens
+        position = torch.stack([p.position_ids.max() + 1 for p in prompts]).repeat_interleave(G)[:, None]  # (B*G, 1)
+        ids, live, done = [], [], torch.zeros(all_rows, dtype=torch.bool, device=self.device)
         for step in range(max_tokens):
-            logits = self._logits(hidden, temperature or 1.0)  # (G, V)
+            logits = self._logits(hidden, temperature or 1.0)  # (B*G, V)
             if temperature == 0:
                 token = logits.argmax(-1)
             else:
@@ -201,12 +159,19 @@ class Vlm:
             done = done | torch.isin(token, self.stop_ids)
             if done.all() or step + 1 == max_tokens:
                 break
-            positions = (position + step).expand(3, G, 1)
-            hidden, cache = self._forward(None, ids[-1][:, None], positions, use_cache=True, past_key_values=cache)
+            positions = (position + step).expand(3, -1, -1)
+            new = ids[-1][:, None]
+            hidden, own = self._forward(None, new, positions, use_cache=True, past_key_values=own, prefix=prefix)
             hidden = hidden[:, -1]
-        ids, mask = torch.stack(ids, 1), torch.stack(live, 1)  # (G, C)
+        ids, mask = torch.stack(ids, 1), torch.stack(live, 1)  # (B*G, C)
+        groups = zip(ids.split(G), mask.split(G), done.split(G))
+        return [self._completions(*group, temperature or 1.0) for group in groups]
+
+    def _completions(self, ids, mask, done, temperature):
+        longest = mask.sum(1).max()  # other groups may have written on
+        ids, mask = ids[:, :longest], mask[:, :longest]  # (G, C)
         texts = [self.tokenizer.decode(row[real], skip_special_tokens=True) for row, real in zip(ids, mask)]
-        return Completions(ids, mask, texts, temperature or 1.0, done)
+        return Completions(ids, mask, texts, temperature, done)
 
     def score(self, prompt, completions, attention=True, reference=False):
         """Log-probability, entropy and attention to the image of every token of a group, in one packed forward.
@@ -231,19 +196,16 @@ class Vlm:
         the prompt's last token and all tokens of a group. Memory grows with L x H: keep the group small."""
         text = self.core.config.text_config
         layers, heads = range(text.num_hidden_layers), range(text.num_attention_heads)
-        P, (G, C) = len(prompt.input_ids), completions.ids.shape
-        rows = torch.arange(P - 1, P + G * C, device=self.device)
-        capture = Capture(layers, heads, rows, prompt.image_positions, each_head=True)
+        capture = Capture(layers, heads, prompt.image_positions, each_head=True)
         self._packed(prompt, completions, capture)
         return torch.stack([capture.maps[layer] for layer in layers])
 
     def _score(self, prompt, completions, attention):
         P, (G, C) = len(prompt.input_ids), completions.ids.shape
-        rows = torch.arange(P - 1, P + G * C, device=self.device)  # the prompt's last token, then all completions
-        capture = Capture(self.layers, self.heads, rows, prompt.image_positions) if attention else None
+        capture = Capture(self.layers, self.heads, prompt.image_positions) if attention else None
         hidden = self._packed(prompt, completions, capture)
         # The first token of every completion is predicted by the last of the prompt, the others by their predecessor.
-        before = rows[:-1].view(G, C).clone()
+        before = torch.arange(P - 1, P + G * C - 1, device=self.device).view(G, C)
         before[:, 0] = P - 1
         targets, temperature = completions.ids.flatten(), completions.temperature
         logps, entropy = self._token_scores(hidden[0, before.flatten()], targets, temperature)
@@ -261,8 +223,9 @@ class Vlm:
         ids = torch.cat([prompt.input_ids, completions.ids.flatten()])  # (P + G*C,): prompt | c_1 | ... | c_G
         after = prompt.position_ids.max() + 1 + torch.arange(C, device=self.device)  # every completion starts there
         positions = torch.cat([prompt.position_ids, after.repeat(3, G)], dim=1)  # (3, P + G*C)
-        mask = group_mask(P, G, C, self.device)
-        return self._forward(prompt, ids[None], positions[:, None], attention_mask=mask, capture=capture)[0]
+        sees = torch.ones(1, 1, C, P + C, dtype=torch.bool, device=self.device).tril(P)  # the prompt, and its own past
+        layout = {"packed": (P, G, C), "attention_mask": sees, "capture": capture}
+        return self._forward(prompt, ids[None], positions[:, None], **layout)[0]
 
     def _forward(self, prompt, ids, positions, **kwargs):
         """Hidden states (B, S, D) of the last layer, and the cache. `prompt` brings the image, if `ids` holds one;
@@ -278,7 +241,7 @@ class Vlm:
 
     def _logits(self, hidden, temperature):
         """fp32 logits (R, V) of the distribution that is sampled and scored, from hidden states (R, D)."""
-        logits = self.core.lm_head(hidden).float() / temperature
+        logits = self.core.lm_head(hidden).float().div_(temperature)
         logits[:, self.placeholders] = -torch.inf
         return logits
 
@@ -288,21 +251,13 @@ class Vlm:
 
         def chunk(hidden, targets):
             logps = self._logits(hidden, temperature).log_softmax(-1)  # (rows, V)
-            entropy = torch.special.entr(logps.detach().exp()).sum(-1)
-            return logps.gather(-1, targets[:, None])[:, 0], entropy
+            chosen = logps.gather(-1, targets[:, None])[:, 0]  # before the entropy: recomputation ends here
+            return chosen, torch.special.entr(logps.detach().exp()).sum(-1)
 
         rows = max(1, LOGITS // self.core.config.text_config.vocab_size)
         parts = [checkpoint(chunk, h, t, use_reentrant=False)
                  for h, t in zip(hidden.split(rows), targets.split(rows))]  # fmt: skip
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-
-
-def group_mask(P, G, C, device=None):
-    """Who sees whom in `[prompt | c_1 | ... | c_G]`: bool (1, 1, S, S), S = P + G * C, true where row may see column.
-    Causal; and a completion sees the prompt and itself, not its siblings. One byte a pair, shared by all layers."""
-    i = torch.arange(P + G * C, device=device)
-    owner = (i - P).div(C, rounding_mode="floor").clamp(min=-1)  # -1 for the prompt, else the completion
-    return ((i[:, None] >= i) & ((owner == -1) | (owner[:, None] == owner)))[None, None]
 
 
 def load_vlm(name_or_path, load_in_4bit=True, lora_r=16, lora_alpha=32, device=None, max_pixels=None,

@@ -37,6 +37,8 @@ from paper_data import read_datasets
 from run import Run, Stopped, how_to_go_on, signals
 from scenes import Scenes
 
+TOGETHER = 64  # answers written side by side, of several questions: decoding one token costs about as much for many
+
 
 @dataclass
 class Group:
@@ -44,7 +46,7 @@ class Group:
 
     example: Example
     prompt: Prompt
-    completions: Completions
+    completions: Completions = None
     rewards: dict = None  # name -> (G,), unweighted
     total: torch.Tensor = None  # (G,) their weighted sum
     advantages: torch.Tensor = None  # (G,)
@@ -114,13 +116,16 @@ def train_step(vlm, examples, cfg, optimizer, generator, stop=()):
     `completions_per_forward`, scoring is one more.  Returns: (metrics, with TRL's names; samples, a dict an answer).
     Raises: Stopped after the group in hand if `stop` is no longer empty and nothing was updated yet.
     """
-    groups = []
-    for example in examples:
+    groups = [Group(example, ask(vlm, example, cfg)) for example in examples]
+    together = max(1, TOGETHER // cfg.num_generations)
+    for i in range(0, len(groups), together):
         if stop:
             raise Stopped
-        prompt = ask(vlm, example, cfg)
-        completions = vlm.sample(prompt, cfg.num_generations, cfg.max_completion_length, cfg.temperature, generator)
-        groups.append(Group(example, prompt, completions))
+        batch = groups[i : i + together]
+        written = vlm.sample_groups([g.prompt for g in batch], cfg.num_generations, cfg.max_completion_length,
+                                    cfg.temperature, generator)  # fmt: skip
+        for group, completions in zip(batch, written):
+            group.completions = completions
     tokens = sum(g.completions.mask.sum().item() for g in groups)  # of the whole step, as in TRL's "dapo" loss
     size = cfg.completions_per_forward or cfg.num_generations
     updates = []

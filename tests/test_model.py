@@ -1,14 +1,18 @@
 """model.py against independent paths: the library's own forward, one completion at a time, and eager attention."""
 
+from types import SimpleNamespace
+
 import bitsandbytes
 import pytest
 import torch
 from conftest import TINY, ask, load
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import attention
 import model
 from data import InputError
-from model import Completions, group_mask, load_vlm
+from model import Completions, load_vlm
 from scenes import Scenes
 
 
@@ -110,8 +114,8 @@ def test_captured_attention_equals_eager(folder, layers, heads, checkpointing):
 
 def test_checkpointing_does_not_capture_twice(monkeypatch):
     """The backward pass runs every layer again; the map is there already."""
-    calls, original = [], model.image_attention
-    monkeypatch.setattr(model, "image_attention", lambda *args: calls.append(1) or original(*args))
+    calls, original = [], attention.image_attention
+    monkeypatch.setattr(attention, "image_attention", lambda *args: calls.append(1) or original(*args))
     vlm = load(gradient_checkpointing=True, layers=(1, 3))
     vlm.score(*ask(vlm)).logps.sum().backward()
     assert len(calls) == 2
@@ -130,15 +134,50 @@ def test_the_library_still_masks_padding():
     torch.testing.assert_close(plain, other, atol=1e-5, rtol=0)
 
 
-def test_mask_lets_a_completion_see_the_prompt_and_itself():
-    # P = 2, two completions of two tokens each: rows see columns
-    expected = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0],
-                [1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]]  # fmt: skip
-    assert group_mask(2, 2, 2)[0, 0].int().tolist() == expected
+def test_a_completion_sees_the_prompt_and_its_own_past_only():
+    """Another token in the second of three answers changes what follows in that answer, to the bit nothing else."""
+    vlm = load()
+    prompt, completions = ask(vlm, G=3, C=6)
+    other = Completions(completions.ids.clone(), completions.mask)
+    other.ids[1, 2] = (other.ids[1, 2] + 7) % 40 + 10
+    with torch.no_grad():
+        a, b = vlm.score(prompt, completions), vlm.score(prompt, other)
+    changed = a.entropy != b.entropy  # before token j, so from the token after the changed one on
+    assert changed.int().tolist() == [[0] * 6, [0, 0, 0, 1, 1, 1], [0] * 6]
+    changed = (a.attention != b.attention).any(-1)  # of token j itself
+    assert changed.int().tolist() == [[0] * 6, [0, 0, 1, 1, 1, 1], [0] * 6]
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.numel = max(self.numel, out.untyped_storage().nbytes() // out.element_size())
+        return out
+
+
+def test_attention_never_grows_with_the_square_of_the_whole():
+    """By hand: capture makes nothing larger than (1 + G*C) x (P + C), the output nothing larger than its keys, G times;
+    the packed sequence is 2,100 long, its square 4.4 million."""
+    P, G, C, D = 100, 20, 100, 4
+    query, key = torch.randn(1, 2, P + G * C, D), torch.randn(1, 1, P + G * C, D)
+    capture = attention.Capture([0], [0, 1], torch.arange(10))
+    with Largest() as largest:
+        attention.image_attention(query, key, (P, G, C), capture, 0.5)
+    assert largest.numel == (1 + G * C) * (P + C)
+    layer = SimpleNamespace(layer_idx=0, scaling=0.5, is_causal=True, num_key_value_groups=2)
+    sees = torch.ones(1, 1, C, P + C, dtype=torch.bool).tril(P)
+    with Largest() as largest, torch.no_grad():
+        attention.sayo_attention(layer, query, key, key, sees, packed=(P, G, C), scaling=0.5)
+    assert largest.numel < 100_000
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7])
-def test_sampling_with_the_expanded_cache_equals_sampling_without_cache(folder, temperature):
+def test_sampling_beside_the_prompt_s_cache_equals_sampling_without_cache(folder, temperature):
     vlm = load(folder)
     prompt, completions = ask(vlm, G=3, C=10, temperature=temperature, seed=5)
     generator = torch.Generator().manual_seed(5)
@@ -159,6 +198,40 @@ def test_sampling_with_the_expanded_cache_equals_sampling_without_cache(folder, 
         done |= torch.isin(token, vlm.stop_ids)
         written.ids = torch.cat([written.ids, completions.ids[:, step : step + 1]], 1)
     assert (completions.finished == done).all()
+
+
+def test_groups_side_by_side_equal_groups_alone(folder):
+    """Greedy answers to questions of unequal length, and with sampling the tokens that the same draws give: padding of
+    a shorter prompt is never looked at. Each group is as wide as its own longest answer."""
+    vlm = load(folder)
+    scenes = Scenes("validation", 100)
+    questions = [scenes[0].question, "dot", scenes[1].question + " the red card"]
+    prompts = [vlm.encode(scenes[i].image, question) for i, question in enumerate(questions)]
+    assert len({len(p.input_ids) for p in prompts}) == 3
+    together = vlm.sample_groups(prompts, 2, 12, temperature=0)
+    for prompt, group in zip(prompts, together):
+        alone = vlm.sample(prompt, 2, 12, temperature=0)
+        assert torch.equal(group.ids, alone.ids) and torch.equal(group.mask, alone.mask)
+        assert group.texts == alone.texts and torch.equal(group.finished, alone.finished)
+    for group in vlm.sample_groups(prompts, 4, 30, generator=torch.Generator().manual_seed(3)):
+        assert group.mask[:, -1].any() and group.ids.shape == group.mask.shape
+
+
+def test_what_is_decoded_side_by_side_is_what_score_scores(folder):
+    """The log-probabilities that sampling works with, token by token, are those of the packed forward."""
+    vlm = load(folder)
+    scenes, seen = Scenes("validation", 100), []
+    prompts = [vlm.encode(scenes[0].image, scenes[0].question), vlm.encode(scenes[1].image, "dot")]
+    original = vlm._logits
+    vlm._logits = lambda *args: seen.append(original(*args)) or seen[-1]
+    groups = vlm.sample_groups(prompts, 3, 8, generator=torch.Generator().manual_seed(1))
+    vlm._logits = original
+    logps = torch.stack(seen, 1).log_softmax(-1)  # (B*G, C, V)
+    for i, (prompt, group) in enumerate(zip(prompts, groups)):
+        C = group.ids.shape[1]
+        expected = logps[3 * i : 3 * i + 3, :C].gather(-1, group.ids[..., None])[..., 0]
+        found = vlm.score(prompt, group).logps
+        torch.testing.assert_close(found[group.mask], expected[group.mask], atol=1e-5, rtol=0)
 
 
 def test_completions_end_with_the_stop_token_and_are_masked_by_position():

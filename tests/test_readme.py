@@ -17,7 +17,7 @@ def test_the_worked_example_runs():
 
 
 def test_lines_quoted_are_lines_of_the_program():
-    source = {line.strip() for name in ("model", "reward", "data", "sayo_mini") for line in
+    source = {line.strip() for name in ("model", "attention", "reward", "data", "sayo_mini") for line in
               (ROOT / f"{name}.py").read_text().splitlines()}  # fmt: skip
     quoted = [line.strip() for block in BLOCKS if ">>>" not in block for line in block.splitlines()]
     assert len(quoted) >= 8 and set(quoted) <= source

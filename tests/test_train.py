@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,28 @@ def test_forward_tokens_of_a_step(tmp_path, monkeypatch, beta, forwards):
     assert (forwards - 1) * sum(budget) < sum(seen) <= forwards * sum(budget)
 
 
+def test_questions_are_sampled_together_as_far_as_is_allowed(tmp_path, monkeypatch):
+    """So many answers side by side; and a stop between two batches counts."""
+    vlm, sizes, stop = load(), [], []
+    original = vlm.sample_groups
+
+    def sample(prompts, *args):
+        sizes.append(len(prompts))
+        stop.extend(end)
+        return original(prompts, *args)
+
+    monkeypatch.setattr(vlm, "sample_groups", sample)
+    optimizer = torch.optim.AdamW([p for p in vlm.model.parameters() if p.requires_grad], lr=1e-3)
+    scenes = [Scenes("train", 8)[i] for i in range(3)]
+    cfg = parse([*FAST, "--num_generations", "4", "--output_dir", str(tmp_path / "run")])
+    for together, expected, end in ((64, [3], []), (9, [2, 1], []), (1, [1, 1, 1], []), (1, [1], ["SIGINT"])):
+        monkeypatch.setattr(sayo_mini, "TOGETHER", together)
+        sizes.clear()
+        with pytest.raises(sayo_mini.Stopped) if end else nullcontext():
+            train_step(vlm, scenes, cfg, optimizer, torch.Generator().manual_seed(0), stop)
+        assert sizes == expected
+
+
 def test_splitting_a_group_changes_nothing_but_memory(tmp_path):
     """One forward for four completions or one for each: the same update; with another beta it is another. All tokens
     count here, and the answers vary: else rounding decides which entropies near 0 are the highest, and is divided by
@@ -158,12 +181,14 @@ def test_a_degenerate_policy_is_flagged(tmp_path, capsys, monkeypatch, text, met
     """Policies that replications of such rewards ended in: constant text, names repeated, tags left open."""
     if text:
 
-        def sample(vlm, prompt, G, *args):
+        def sample(vlm, prompts, G, *args):
             ids = vlm.tokenizer(text + vlm.tokenizer.eos_token, return_tensors="pt", add_special_tokens=False).input_ids
             ids = ids.expand(G, -1)
-            return Completions(ids, torch.ones_like(ids).bool(), [text] * G, 1.0, torch.ones(G).bool())
+            return [
+                Completions(ids, torch.ones_like(ids).bool(), [text] * G, 1.0, torch.ones(G).bool()) for _ in prompts
+            ]
 
-        monkeypatch.setattr("model.Vlm.sample", sample)
+        monkeypatch.setattr("model.Vlm.sample_groups", sample)
     run("--max_steps", 1, "--eval_examples", 0, "--output_dir", tmp_path)
     alarms = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1: ")]
     assert any(metric in alarm for alarm in alarms) if metric else not alarms
