@@ -95,12 +95,18 @@ def gradients(vlm, optimizer):
 # --- parity ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("split", [0, 2], ids=["whole groups", "half groups"])
-def test_one_step_is_that_of_sayo_mini(tmp_path, monkeypatch, split):
+CASES = {"half groups": (2, []), "recomputed": (0, ["--gradient_checkpointing"]), "Qwen2.5-VL": (0, [])}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_step_is_that_of_sayo_mini(tmp_path, monkeypatch, qwen2_5, case):
     """On the same completions: prompts, rewards, advantages, loss (KL in it) and gradient, to 1e-5. The adapter is not
     the identity, so the reference is not the policy; the temperature is not 1."""
+    split, more = CASES[case]
     flags = ["--beta", "0.1", "--temperature", "2", "--learning_rate", "0", "--completions_per_forward", str(split),
-             "--reward_weights", "attention=1,format=0.5,accuracy=0.25", "--instruction", "look ?"]  # fmt: skip
+             "--reward_weights", "attention=1,format=0.5,accuracy=0.25", "--instruction", "look ?", *more]  # fmt: skip
+    if case == "Qwen2.5-VL":
+        flags += ["--model_name_or_path", str(qwen2_5), "--max_pixels", "12544", "--max_completion_length", "9"]
     cfg, trainer, vlm = made(tmp_path, *flags)
     assert trainer.args.per_device_train_batch_size == (split or cfg.num_generations)
     stir(vlm)
@@ -129,6 +135,7 @@ def test_one_step_is_that_of_sayo_mini(tmp_path, monkeypatch, split):
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", same_answers)
     theirs = gradients(vlm, trainer.create_optimizer())
     trainer.train()
+    assert vlm.core.is_activation_checkpointing == cfg.gradient_checkpointing
     row = trainer.state.log_history[0]
     for name in ("loss", "grad_norm", "reward", "rewards/attention/mean", "rewards/accuracy/mean"):
         assert row[name] == pytest.approx(metrics[name], abs=1e-5), name
