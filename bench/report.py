@@ -21,7 +21,7 @@ HEADLINE = {  # column -> metric
 
 
 def machine():
-    """Where numbers come from: processor, cores, versions."""
+    """Where numbers come from: processor, cores, card, versions."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
