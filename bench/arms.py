@@ -63,7 +63,6 @@ class Memory:
 
         thread = Thread(target=look)
         thread.start()
-        self.allocate_from(2**16)
         try:
             yield
         finally:

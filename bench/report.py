@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean as mean
 from statistics import stdev
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 HEADLINE = {  # column -> metric
     "greedy accuracy": "accuracy",
@@ -26,7 +28,8 @@ def machine():
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     packages = ("torch", "transformers", "bitsandbytes", "peft")
-    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(),
+    card = {"card": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(), **card,
             "python": platform.python_version(), **{name: version(name) for name in packages}}  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """bench/: that the arms compared do the same work, that the floors of memory are floors, and the tables."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from bench import memory, step
 from bench.arms import repeat_prompt
 from bench.shapes import CELL, configuration, make, question
 from model import load_vlm
+
+linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read the Linux way")
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,7 @@ def test_naive_arm_computes_the_same():
     torch.testing.assert_close(other.attention, scores.attention, atol=1e-6, rtol=0)
 
 
+@linux
 def test_arms_do_the_work_they_are_said_to_do(folder):
     """Tokens of one step: ours within the floor of 3 (P + G C), the others all G prompts, in language and vision."""
     P, C, G = 40, 4, 2
@@ -119,6 +123,7 @@ def test_floor_against_a_loaded_model(folder, vlm):
     assert parts["floor"] == parts["weights"] + parts["LoRA"] + parts["layer inputs"] + parts["one layer"]
 
 
+@linux
 def test_a_measured_step_needs_more_than_the_floor(vlm):
     seen = {"tokens": 0}
     row = memory.measured(vlm, seen, "30m", 256, 4, 1)

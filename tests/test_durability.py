@@ -258,10 +258,10 @@ def test_a_signal_between_two_updates_of_a_step_finishes_it(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("when", [1, 2], ids=["before", "after"])
+@pytest.mark.parametrize("when", [1, 6], ids=["before", "after"])  # four steps between the two
 def test_a_signal_during_an_evaluation_stops_at_once(tmp_path, capsys, monkeypatch, whole, when, number):
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    at_call(monkeypatch, model.Vlm, "sample", when, lambda: signal.raise_signal(number))
+    at_call(monkeypatch, model.Vlm, "sample_groups", when, lambda: signal.raise_signal(number))
     folder = tmp_path / "run"
     run(folder, expect=130)
     assert f"stopped; go on with: python sayo_mini.py --resume --output_dir {folder}" in capsys.readouterr().out
