@@ -181,10 +181,10 @@ def main():
     parser.add_argument("--shape", default="30m", choices=TEXT, help="of the random model (default: 30m)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", default="runs/bench", help="where random models are kept (default: runs/bench)")
-    parser.add_argument("--results", help="default: bench/results/step.json, or step_cuda.json")
+    parser.add_argument("--results", help="default: step.json in bench/results; of --points, in --models")
     parser.add_argument("--report", action="store_true", help="only make the tables again")
     args = parser.parse_args()
-    file = Path(args.results or HERE / "results" / ("step.json" if args.device == "cpu" else "step_cuda.json"))
+    file = results_file(args)
     if args.report or file.exists():
         results = json.loads(file.read_text())
     else:
@@ -201,6 +201,13 @@ def main():
                 insert(ROOT / "README.md", "cost", text)
 
 
+def results_file(args):
+    """Each device, and each shape, has its own; points apart are no part of the study."""
+    device, shape = "" if args.device == "cpu" else "_cuda", "" if args.shape == "30m" else f"_{args.shape}"
+    folder = Path(args.models) if args.points else HERE / "results"
+    return Path(args.results or folder / f"step{device}{shape}.json")
+
+
 def measure(args, results, file):
     """Add to `results`, and write into `file`, what is not in them yet."""
     folder = make(args.shape, args.models, args.device)
@@ -211,7 +218,7 @@ def measure(args, results, file):
             bar.set_postfix_str(f"{part}: P {point[0]}, C {point[1]}, G {point[2]}")
             if entry not in known:
                 results["measured"].append(entry | {"rows": compare(point, arms, rounds, folder, options)})
-                file.parent.mkdir(exist_ok=True)
+                file.parent.mkdir(parents=True, exist_ok=True)
                 Path(f"{file}.new").write_text(json.dumps(results, indent=1))
                 os.replace(f"{file}.new", file)
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +99,14 @@ def test_tables_of_steps():
     assert "| 2.00 = 1.00 + 0.00 + 1.00 | 4.00 = 1.00 + 0.00 + 1.00 |  " in step.tables({"measured": [alone]})["point"]
     bent = [entry("scaling G", (20, 20, G), G * G) for G in (4, 8, 16)]
     assert "| 0 %" in text["scaling"] and "| 0 %" not in step.tables({"measured": bent})["scaling"]
+
+
+def test_results_of_another_kind_go_to_another_file():
+    names = []
+    for points, device, shape in ((None, "cpu", "30m"), (["1,1,1"], "cpu", "30m"), (None, "cuda", "2b")):
+        args = SimpleNamespace(points=points, device=device, shape=shape, models="runs/bench", results=None)
+        names.append(step.results_file(args).relative_to(step.ROOT if not points else Path()).as_posix())
+    assert names == ["bench/results/step.json", "runs/bench/step.json", "bench/results/step_cuda_2b.json"]
 
 
 def test_capture_grows_with_what_a_completion_sees():
