@@ -294,7 +294,8 @@ def main(argv=None, train=train, program="python sayo_mini.py"):
         cfg = parse(argv[1:] if argv[:1] == ["train"] else argv, __doc__)
         return show_probe(load(cfg), load_data(cfg)[0], cfg) if cfg.probe else train(cfg)
     except torch.OutOfMemoryError:
-        problem = "out of GPU memory: lower --completions_per_forward, --prompts_per_step or --max_pixels"
+        flags = "--completions_per_forward, --prompts_per_step, --max_pixels or --num_generations"
+        problem = f"out of GPU memory: lower {flags}"
     except InputError as error:
         problem = " ".join(str(error).split())
     except KeyboardInterrupt:  # in loading or evaluation: nothing is half-written

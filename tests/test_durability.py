@@ -349,7 +349,8 @@ def test_out_of_memory_for_good_ends_in_one_line(tmp_path, capfd, monkeypatch, f
     sizes = memory_for(monkeypatch, 0)
     run(tmp_path / "run", "--temperature", 2, *flags, expect=2)
     line = the_line(capfd)
-    assert all(flag in line for flag in ("--completions_per_forward", "--max_pixels", "--num_generations"))
+    flags = ("--completions_per_forward", "--prompts_per_step", "--max_pixels", "--num_generations")
+    assert all(flag in line for flag in flags)
     assert sizes == asked
     monkeypatch.undo()
     resume(tmp_path / "run")  # nothing was lost
