@@ -70,14 +70,15 @@ def evaluate(vlm, examples, cfg, name, before=None):
     """
     results = []
     for i in tqdm(range(len(examples)), desc=f"evaluate {name}"):
-        example, old = examples[i], before[i] if before else None
         if i % ASKED == 0:
-            prompts = [ask(vlm, examples[j], cfg) for j in range(i, min(i + ASKED, len(examples)))]
+            batch = [examples[j] for j in range(i, min(i + ASKED, len(examples)))]
+            prompts = [ask(vlm, example, cfg) for example in batch]
             answers = vlm.sample_groups(prompts, 1, cfg.max_completion_length, temperature=0)
-        prompt = prompts[i % ASKED]
+        example, prompt, answer = batch[i % ASKED], prompts[i % ASKED], answers[i % ASKED]
+        old = before[i] if before else None
         region = example_region(example, prompt.grid)
         other = example_region(examples[(i + 1) % len(examples)], prompt.grid)
-        own = fixed = gaze(vlm, prompt, cfg, answers[i % ASKED])
+        own = fixed = gaze(vlm, prompt, cfg, answer)
         if old:
             ids, chosen = (torch.tensor(old[key], device=vlm.device) for key in ("ids", "selected"))
             fixed = gaze(vlm, prompt, cfg, Completions(ids[None], torch.ones_like(chosen)[None]), chosen)

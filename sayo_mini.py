@@ -114,7 +114,7 @@ def train_step(vlm, examples, cfg, optimizer, generator, stop=()):
     On-policy, the forward that trains also gives the attention and entropies of which the reward is made: a group
     costs three forwards of P + G*C tokens, sampling, training and reference, or two without KL. If it is split by
     `completions_per_forward`, scoring is one more.  Returns: (metrics, with TRL's names; samples, a dict an answer).
-    Raises: Stopped after the group in hand if `stop` is no longer empty and nothing was updated yet.
+    Raises: Stopped after what is being sampled or scored if `stop` is no longer empty and nothing was updated yet.
     """
     groups = [Group(example, ask(vlm, example, cfg)) for example in examples]
     together = max(1, TOGETHER // cfg.num_generations)

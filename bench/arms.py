@@ -187,7 +187,7 @@ def trl(pipe, arm, folder, point, options):
 
     P, C, G = point
     vlm = model.load_vlm(folder, options["load_in_4bit"], device=options["device"])  # for tokens, pixels, data types
-    example, device, dtype = question(vlm, P, options.get("image_tokens")), vlm.device, vlm.core.dtype
+    example, device, dtype = question(vlm, P), vlm.device, vlm.core.dtype
     processor = Processor(vlm.image_processor, vlm.tokenizer)
     quantization = vlm.core.config.quantization_config if options["load_in_4bit"] else None
     del vlm

@@ -1,6 +1,7 @@
 """What one optimiser step costs: ours, ours with the prompt repeated G times, and TRL's GRPOTrainer.
 
-    python bench/step.py                          # the grid and the scaling tables
+    python bench/step.py                          # what bench/results/step.json still lacks of the study
+    python bench/step.py --results mine.json      # all of it anew
     python bench/step.py --points 512,64,8        # one point: P, C, G
     python bench/step.py --report                 # the tables again, from the JSON
 

@@ -178,6 +178,7 @@ def test_committed_results_are_the_tables_in_the_readmes():
     steps = step.tables(json.loads((step.HERE / "results" / "step.json").read_text()))
     for name, text in steps.items():
         assert f"<!-- step {name} -->\n{text}\n<!-- end step {name} -->" in readme, name
+    assert f"<!-- cost -->\n{steps['setting']}\n<!-- end cost -->" in (step.ROOT / "README.md").read_text()
     results = {d: json.loads(p.read_text()) if (p := step.HERE / "results" / f"memory_{d}.json").exists() else
                {"measured": []} for d in ("cpu", "cuda")}  # fmt: skip
     for name, text in memory.tables(results["cpu"], results["cuda"]).items():

@@ -200,6 +200,19 @@ def test_an_alarm_is_given_once(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.count("always") == 1
 
 
+def test_evaluation_asks_in_batches(tmp_path, monkeypatch):
+    """Two at a time, the last alone, or all at once: the same row for every question."""
+    cfg, scenes, vlm = parse([*FAST, "--output_dir", str(tmp_path / "run")]), Scenes("validation", 5), load()
+    rows = []
+    for asked in (2, 8):
+        monkeypatch.setattr("evaluate.ASKED", asked)
+        rows.append(
+            [(row["id"], row["text"], row["ids"], row["auroc"]) for row in evaluate(vlm, scenes, cfg, "before")]
+        )
+    assert rows[0] == [(*row[:3], pytest.approx(row[3], abs=1e-4)) for row in rows[1]]
+    assert [row[0] for row in rows[0]] == [scenes[i].id for i in range(5)] and len({row[1] for row in rows[0]}) > 2
+
+
 def test_evaluation_holds_maps_against_another_box_and_fixed_text(tmp_path):
     cfg = parse([*FAST, "--alignment", "query", "--output_dir", str(tmp_path / "run")])
     scenes, vlm = Scenes("validation", 3), load()
