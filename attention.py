@@ -1,8 +1,8 @@
-"""Attention of the language model: one prompt shared by G completions, and a record of who looks at the image.
+"""Attention of the language model: G completions share one prompt, and where they look is recorded.
 
-`sayo_attention` is registered with transformers and stands in every layer. The output comes from the library's own
-SDPA; in the layers that a `Capture` names, the attention to the image is kept on the side. A completion sees the prompt
-and itself, never its siblings: time and memory grow with G * C * (P + C), and never with the square of the whole.
+`sayo_attention` runs in every layer; its output comes from transformers' own SDPA. A completion
+attends to the prompt and to itself, never to its siblings: time and memory grow with
+G * C * (P + C), not with the square of the packed length.
 """
 
 from dataclasses import dataclass, field
@@ -10,107 +10,121 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import pad
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 
 @dataclass
 class Capture:
-    """What to keep of one packed forward: of `layers`, the attention to the tokens at `columns`, mean over `heads` or
-    each head apart."""
+    """What to record during one packed forward: some layers' attention to the image tokens."""
 
     layers: list[int]
     heads: list[int]
-    columns: torch.Tensor  # (N,) positions of the image tokens
-    each_head: bool = False
-    maps: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (1 + G*C, N), or (H, 1 + G*C, N)
+    image_positions: torch.Tensor  # (N,)
+    average_heads: bool = True
+    maps: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> see image_attention
 
 
-def sayo_attention(module, query, key, value, attention_mask, packed=None, capture=None, prefix=None, **kwargs):
-    """Three ways to come here. *Packed*: (P, G, C) of one sequence `[prompt | c_1 | ... | c_G]`, with `attention_mask`
-    what a completion sees of the prompt and itself, (1, 1, C, P + C). *Decoding*: one new token of each completion,
-    with the prompts' keys and values as `prefix`, see `stack`. Neither: a prompt alone, or the vision tower; the
-    library's own attention.
+@dataclass
+class PromptCache:
+    """One layer's keys and values of B prompts, each kept once however many completions use it."""
 
-    Returns: (B, S, H, D) and None, as the library's functions do.
-    """
-    if prefix is not None:
-        return decode_attention(query, key, value, *prefix[module.layer_idx], module.scaling), None
+    keys: torch.Tensor  # (B, H_kv, P, D), shorter prompts padded on the right
+    values: torch.Tensor  # (B, H_kv, P, D)
+    padding: torch.Tensor  # (B, P) bool, true on padding
+
+
+def sayo_attention(layer, query, key, value, attention_mask, packed=None, prompts=None, **kwargs):
+    """The attention function of every layer: `prompts`, a PromptCache per layer, means decoding;
+    `packed`, (P, G, C), a packed sequence; neither, a prompt alone or the vision tower.
+    Returns: (B, S, H, D) and None, as every attention function of transformers does."""
+    capture = kwargs.pop("capture", None)
+    if prompts is not None:
+        return decode_attention(query, key, value, prompts[layer.layer_idx], layer.scaling), None
     if packed is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    # Gradient checkpointing calls this twice; the second time the map is there already.
-    if capture is not None and module.layer_idx in capture.layers and module.layer_idx not in capture.maps:
-        capture.maps[module.layer_idx] = image_attention(query, key, packed, capture, module.scaling)
+        return sdpa(layer, query, key, value, attention_mask, **kwargs)
+    # Gradient checkpointing runs a layer twice; the second time its map is there already.
+    if capture and layer.layer_idx in set(capture.layers) - set(capture.maps):
+        weights = image_attention(query, key, packed, capture, layer.scaling)
+        capture.maps[layer.layer_idx] = weights
+    return packed_attention(layer, query, key, value, attention_mask, packed, **kwargs), None
+
+
+def packed_attention(layer, query, key, value, mask, packed, **kwargs):
+    """One sequence `[prompt | c_1 | ... | c_G]`: the prompt attends to itself, each completion to
+    the prompt and its own past. Args: query (1, H, S, D), key and value (1, H_kv, S, D) with
+    S = P + G*C; mask (1, 1, C, P + C), for the completions. Returns: (1, S, H, D)."""
     P, G, C = packed
 
-    def own(x):
-        return x[0, :, P:].unflatten(1, (G, C)).transpose(0, 1)  # (G, H, C, D): a batch of completions
+    def completions(x):
+        return x[0, :, P:].unflatten(1, (G, C)).transpose(0, 1)  # (G, H, C, D)
 
-    def visible(x):
-        return torch.cat([x[:, :, :P].expand(G, -1, -1, -1), own(x)], 2)  # (G, H_kv, P + C, D)
+    def with_prompt(x):
+        return torch.cat([x[:, :, :P].expand(G, -1, -1, -1), completions(x)], 2)  # (G, H, P + C, D)
 
-    of_prompt, _ = sdpa_attention_forward(module, query[:, :, :P], key[:, :, :P], value[:, :, :P], None, **kwargs)
-    of_own, _ = sdpa_attention_forward(module, own(query), visible(key), visible(value), attention_mask, **kwargs)
-    return torch.cat([of_prompt, of_own.flatten(0, 1)[None]], 1), None  # (1, P + G*C, H, D)
+    q, k, v = (x[:, :, :P] for x in (query, key, value))
+    prompt_out, _ = sdpa(layer, q, k, v, None, **kwargs)  # (1, P, H, D)
+    q, k, v = completions(query), with_prompt(key), with_prompt(value)
+    completion_out, _ = sdpa(layer, q, k, v, mask, **kwargs)  # (G, C, H, D)
+    return torch.cat([prompt_out, completion_out.flatten(0, 1)[None]], 1)
 
 
-def stack(caches):
-    """The caches of B prompts for `decode_attention`: a layer each of keys (B, H_kv, P, D), values, and (B, P), where
-    a shorter prompt has been padded. Every prompt is kept once, however many completions look at it."""
+def stack_prompts(caches):
+    """The transformers caches of B prompts as a list of PromptCache, one per layer."""
     lengths = [cache.get_seq_length() for cache in caches]
+    padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]  # (B, P)
+    padding = padding.to(caches[0].layers[0].keys.device)
 
-    def together(tensors):
+    def stack(tensors):
         return torch.cat([pad(t, (0, 0, 0, max(lengths) - t.shape[2])) for t in tensors])
 
-    padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
-    padding = padding.to(caches[0].layers[0].keys.device)
-    layers = zip(*(cache.layers for cache in caches))
-    return [(together([x.keys for x in layer]), together([x.values for x in layer]), padding) for layer in layers]
+    return [
+        PromptCache(stack([x.keys for x in xs]), stack([x.values for x in xs]), padding)
+        for xs in zip(*(cache.layers for cache in caches))
+    ]
 
 
-def decode_attention(query, key, value, prompt_key, prompt_value, padding, scaling):
-    """One new token of every completion looks at its prompt, whose keys are kept once for all G, and at its own past.
+def decode_attention(query, key, value, prompt, scaling):
+    """One new token of every completion attends to its prompt and to its own past.
 
-    Args: query (B*G, H, 1, D); key and value (B*G, H_kv, t, D); the others of B prompts, see `stack`.
-    Returns: (B*G, 1, H, D).
-    """
-    B, kv_heads, P, D = prompt_key.shape
-    q = query.view(B, -1, kv_heads, query.shape[1] // kv_heads, D) * scaling  # (B, G, H_kv, H / H_kv, D)
-    key, value = key.unflatten(0, (B, -1)), value.unflatten(0, (B, -1))
-    to_prompt = torch.einsum("bgkhd,bkpd->bgkhp", q, prompt_key)
-    to_prompt = to_prompt.masked_fill(padding[:, None, None, None], -torch.inf)
+    Args: query (B*G, H, 1, D); key and value (B*G, H_kv, t, D) of the completions so far; prompt,
+    the layer's PromptCache of B prompts. Returns: (B*G, 1, H, D)."""
+    B, kv_heads, P, D = prompt.keys.shape
+    q = query.view(B, -1, kv_heads, query.shape[1] // kv_heads, D) * scaling  # (B, G, H_kv, h, D)
+    key, value = key.unflatten(0, (B, -1)), value.unflatten(0, (B, -1))  # (B, G, H_kv, t, D)
+    to_prompt = torch.einsum("bgkhd,bkpd->bgkhp", q, prompt.keys)
+    to_prompt = to_prompt.masked_fill(prompt.padding[:, None, None, None], -torch.inf)
     to_own = torch.einsum("bgkhd,bgktd->bgkht", q, key)
-    weights = torch.cat([to_prompt, to_own], -1).softmax(-1, dtype=torch.float32).to(value.dtype)  # over P + t
-    seen = torch.einsum("bgkhp,bkpd->bgkhd", weights[..., :P], prompt_value)
-    seen = seen + torch.einsum("bgkht,bgktd->bgkhd", weights[..., P:], value)
-    return seen.reshape(query.shape).transpose(1, 2)
+    weights = torch.cat([to_prompt, to_own], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+    out = torch.einsum("bgkhp,bkpd->bgkhd", weights[..., :P], prompt.values)
+    out = out + torch.einsum("bgkht,bgktd->bgkhd", weights[..., P:], value)
+    return out.reshape(query.shape).transpose(1, 2)
 
 
 @torch.no_grad()
 def image_attention(query, key, packed, capture, scaling):
-    """softmax(q k^T) in fp32 of the prompt's last token and of all completions, one head at a time; the image columns,
-    averaged over the heads.
+    """The attention weights to the image tokens: softmax(q k^T) in fp32, one head at a time.
 
     Args: query (1, H, S, D) and key (1, H_kv, S, D), S = P + G*C; packed, (P, G, C).
-    Returns: (1 + G*C, N) fp32, or (H, 1 + G*C, N) if `capture.each_head`. Memory beside it: 1 + G*C times P + C floats,
-    a few times over, however many the heads.
+    Returns: (1 + G*C, N), the mean over `capture.heads`, or (H, 1 + G*C, N) if not averaged: the
+    prompt's last token, then the completions. Extra memory: a few times (1 + G*C) * (P + C) floats.
     """
     P, G, C = packed
-    share = query.shape[1] // key.shape[1]  # query heads that share a key head
-    later = torch.ones(C, C, dtype=torch.bool, device=query.device).triu(1)
+    queries_per_key = query.shape[1] // key.shape[1]
+    future = torch.ones(C, C, dtype=torch.bool, device=query.device).triu(1)
 
-    def map_of(head):
-        q, k = query[0, head].float(), key[0, head // share].float()  # (S, D)
+    def head_map(head):
+        q, k = query[0, head].float(), key[0, head // queries_per_key].float()  # (S, D)
         own = q[P:].view(G, C, -1) @ k[P:].view(G, C, -1).mT  # (G, C, C)
-        own = own.masked_fill_(later, -torch.inf).flatten(0, 1)  # (G*C, C)
-        own = torch.cat([own.new_full((1, C), -torch.inf), own])  # the prompt's last token sees no completion
+        own = own.masked_fill_(future, -torch.inf).flatten(0, 1)  # (G*C, C)
+        own = torch.cat([own.new_full((1, C), -torch.inf), own])  # the prompt sees no completion
         scores = torch.cat([q[P - 1 :] @ k[:P].T, own], 1)  # (1 + G*C, P + C)
-        return scores.mul_(scaling).softmax(-1)[:, capture.columns]  # (1 + G*C, N)
+        return scores.mul_(scaling).softmax(-1)[:, capture.image_positions]  # (1 + G*C, N)
 
-    if capture.each_head:
-        return torch.stack([map_of(head) for head in capture.heads])
-    return sum(map_of(head) for head in capture.heads) / len(capture.heads)
+    if capture.average_heads:
+        return sum(head_map(head) for head in capture.heads) / len(capture.heads)
+    return torch.stack([head_map(head) for head in capture.heads])
 
 
 AttentionInterface.register("sayo", sayo_attention)
-AttentionMaskInterface.register("sayo", sdpa_mask)  # without it the mask is silently None, and causality lost
+AttentionMaskInterface.register("sayo", sdpa_mask)  # without it, padding would be attended to

@@ -1,12 +1,13 @@
-"""The paper's ablation in miniature, with placebos: which reward makes the tiny model look, and answer, right?
+"""The paper's ablation on the tiny model, with placebos: which reward improves attention and
+accuracy?
 
-    python bench/ablation.py             # choose the learning rate, probe, train and measure 53 runs, report
-    python bench/ablation.py --quick     # three arms, two seeds, fewer test scenes: a look, not a result
-    python bench/ablation.py --report    # the tables and the picture again, from the committed JSON
+    python bench/ablation.py             # everything: learning rate, probe, 53 runs, tables
+    python bench/ablation.py --quick     # three arms, two seeds, fewer test scenes: a smoke test
+    python bench/ablation.py --report    # the tables and the picture again, from the JSON
 
-Every arm is `sayo_mini.main` with other flags; a placebo replaces one function of the reward while it runs. Runs go to
---output_dir, are measured one by one, and add themselves to --results: stop with Ctrl-C and start again at any time.
-Arms share seeds, hence scenes, their order, and the adapter's first values.
+Every arm is `sayo_mini.main` with other flags, and a placebo replaces one function of the reward.
+Arms with the same seed share the scenes, their order and the initial adapter. Each finished run is
+added to --results; after Ctrl-C the same command continues.
 """
 
 import argparse
@@ -15,130 +16,72 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean as mean
 from unittest.mock import patch
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small: a run takes one core, so runs go side by side
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are small: one core per run
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora.bnb import Linear4bit
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-import reward as R
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import sayo_mini
-from bench import report
-from bench.measure import QUICK, SIZES, VARIANTS, measure, right
-from evaluate import best, most_telling, probe
+from bench import ablation_report
+from bench.ablation_arms import (
+    ACCURACY,
+    ARMS,
+    COMMON_FLAGS,
+    PAPER,
+    ROLLED_BOX,
+    SAYO,
+    discriminative_head,
+    patch_for,
+    probe_untrained_model,
+    variant_arms,
+)
+from bench.ablation_measure import QUICK_SIZES, SIZES, VARIANT_SIZES, grade_answers, measure
+from bench.doc_tables import RESULTS, machine, write_atomically
+from config import TINY, Config
 from model import load_vlm
-from scenes import Scenes
+from sources.scenes import Scenes
 
-# the paper's setting, where the tiny model's own differs
-PAPER = {"alignment": "query", "layers": "-1", "heads": "all"}
-FLAGS = ["--model_name_or_path", str(HERE.parent / "tiny"), "--device", "cpu", "--eval_examples", "0",
-         *(part for name, value in PAPER.items() for part in (f"--{name}", value))]  # fmt: skip
-RATES = ("1e-4", "2e-4", "4e-4")
-
-
-def rolled():
-    """Placebo A: the box moved by half the image, both ways, around its edges: as large, and wrong."""
-    true = sayo_mini.example_region
-    return patch.object(sayo_mini, "example_region", lambda example, grid: (
-        true(example, grid).view(grid).roll((grid[0] // 2, grid[1] // 2), (0, 1)).flatten()))  # fmt: skip
+LEARNING_RATES = ("1e-4", "2e-4", "4e-4")
+CURVES = (  # of metrics.jsonl, kept in the results
+    "rewards/attention/mean",
+    "rewards/attention/std",
+    "rewards/accuracy/mean",
+    "frac_reward_zero_std",
+)
 
 
-def shuffled(seed):
-    """Placebo B: the true scores of a group, dealt to its completions at random: the same mean and deviation."""
-    true, generator = R.attention_reward, torch.Generator().manual_seed(seed)
+@dataclass
+class Job:
+    """One model to train and measure."""
 
-    def dealt(*args):
-        scores = true(*args)
-        return scores[torch.randperm(len(scores), generator=generator)]
-
-    return patch.object(R, "attention_reward", dealt)
-
-
-def length():
-    """A reward for length and nothing else, in place of the format reward."""
-    return patch.object(R, "format_reward", lambda text, n_tokens, shortest, longest: n_tokens / longest)
+    kind: str  # "learning rate", "arm" or "variant"
+    arm: str
+    flags: list[str] | None  # None: the model as it ships
+    seed: int
+    folder: Path
+    sizes: dict[str, int]  # of what is measured
+    head: dict[str, str | int]  # the discriminative head, see `discriminative_head`
 
 
-def lowest():
-    """The tokens of which the model is surest, in place of the most uncertain."""
-    true = R.select_tokens
-    return patch.object(R, "select_tokens", lambda entropy, mask, fraction: true(-entropy, mask, fraction))
-
-
-def weights(attention, format, accuracy):
-    return ["--reward_weights", f"attention={attention},format={format},accuracy={accuracy}"]
-
-
-SAYO = "attention + format (SAYO)"
-BOTH = "attention + accuracy + format"
-ACCURACY = "accuracy + format"
-ROLLED, DEALT = "placebo A: rolled box", "placebo B: scores dealt at random"
-ARMS = {  # name -> flags
-    "format only": weights(0, 1, 0),
-    ACCURACY: weights(0, 1, 1),
-    SAYO: weights(1, 1, 0),
-    BOTH: weights(1, 1, 1),
-    ROLLED: weights(1, 1, 0),
-    DEALT: weights(1, 1, 0),
-    "length": weights(0, 1, 0),
-}
-OTHERS = [BOTH, ACCURACY, "format only", ROLLED, DEALT, "length"]  # in the tables' order
-PATCHES = {ROLLED: rolled, "length": length, "lowest 30 % of tokens": lowest}  # DEALT needs the seed as well
-
-
-def look_around(vlm, cfg, count):
-    """The probe of the untrained model on validation scenes, as {alignment: {"auroc": rows, "gap": rows}}."""
-    scenes, found = Scenes("validation", count), {}
-    for alignment in ("query", "predict"):
-        auroc, _, gap = probe(vlm, scenes, replace(cfg, alignment=alignment))
-        found[alignment] = {"auroc": auroc.tolist(), "gap": gap.tolist()}
-    return found
-
-
-def telling_head(found):
-    """The single head, of either alignment, whose gaze tells right answers from wrong ones best."""
-    gaps = {how: torch.tensor(tables["gap"]) for how, tables in found.items()}
-    how = max(gaps, key=lambda name: gaps[name][:-1, :-1].max())
-    layer, head = most_telling(gaps[how])
-    return {"alignment": how, "layers": layer, "heads": head}
-
-
-def variants(found):
-    """Variants of SAYO, with the heads that the probe found. (The best layer that it found is the last: SAYO itself.)
-    Returns: name -> flags."""
-    layer, heads = best(torch.tensor(found["query"]["auroc"]))
-    heads, telling = ",".join(map(str, heads)), telling_head(found)
-    one_head = [part for name, value in telling.items() for part in (f"--{name}", str(value))]
-    changes = {
-        "all tokens": ["--token_fraction", "1"],
-        "lowest 30 % of tokens": [],
-        "predict": ["--alignment", "predict"],
-        "all layers": ["--layers", "all"],
-        f"best three heads ({heads} of layer {layer})": ["--layers", str(layer), "--heads", heads],
-        f"most telling head ({telling['alignment']}, {telling['heads']} of layer {telling['layers']})": one_head,
-    }
-    return {name: weights(1, 1, 0) + flags for name, flags in changes.items()}
-
-
-def unpack_once():
-    """A third less time and the same numbers to the bit: bitsandbytes unpacks a weight anew for every product, but
-    these are frozen, and small. (For a large model that would undo the 4 bits.)"""
+def dequantize_once():
+    """Keep the dequantized weights instead of computing them for every product: the same bits in
+    two thirds of the time. The weights are frozen and few; a large model would not fit."""
 
     def forward(self, x, *args, **kwargs):
         base = self.base_layer
-        if not hasattr(base, "unpacked"):
-            base.unpacked = [dequantize_4bit(base.weight.data, base.weight.quant_state).to(x.dtype)]
-        result = linear(x, base.unpacked[0], base.bias)
+        if not hasattr(base, "dequantized"):  # in a list, so that torch does not register it
+            weight = dequantize_4bit(base.weight.data, base.weight.quant_state)
+            base.dequantized = [weight.to(x.dtype)]
+        result = linear(x, base.dequantized[0], base.bias)
         if self.disable_adapters:
             return result
         A, B = (part["default"].weight for part in (self.lora_A, self.lora_B))
@@ -147,132 +90,158 @@ def unpack_once():
     return patch.object(Linear4bit, "forward", forward)
 
 
-def train(name, flags, seed, folder):
-    """One run of `sayo_mini.py`, its bars and prints in log.txt. Returns: False if it was interrupted."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "adapter").exists():
+def train_arm(job):
+    """One run of sayo_mini.py, with its output in log.txt. Returns: False if it was interrupted."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if (job.folder / "adapter").exists():
         return True
-    change = shuffled(seed) if name == DEALT else PATCHES.get(name, nullcontext)()
-    resume = ["--resume"] if (folder / "config.json").exists() else []
-    with open(folder / "log.txt", "a") as log:
-        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-    with change:
-        code = sayo_mini.main([*FLAGS, *flags, "--seed", str(seed), "--output_dir", str(folder), *resume])
+    resume = ["--resume"] if (job.folder / "config.json").exists() else []
+    log_path = job.folder / "log.txt"
+    with open(log_path, "a") as log:  # the process runs one job, so this need not be undone
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    flags = [*COMMON_FLAGS, *job.flags, "--seed", str(job.seed), "--output_dir", str(job.folder)]
+    with patch_for(job.arm, job.seed):
+        code = sayo_mini.main([*flags, *resume])
     if code not in (0, 130):
-        raise RuntimeError(f"{name}, seed {seed}: exit code {code}, see {folder / 'log.txt'}")
+        raise RuntimeError(f"{job.arm}, seed {job.seed}: exit code {code}, see {log_path}")
     return code == 0
 
 
-def trained(folder):
-    """The tiny model as every arm sees it, with the adapter of a run; without, if `folder` is None."""
-    cfg = sayo_mini.Config(**sayo_mini.TINY | PAPER)
-    vlm = load_vlm(cfg.model_name_or_path, cfg.load_in_4bit, device="cpu", max_pixels=cfg.max_pixels)
+def load_trained(folder):
+    """The tiny model in the setting of all arms, with the adapter of a run unless `folder` is None.
+    Returns: (Vlm, Config)."""
+    cfg = Config(**TINY | PAPER)
+    vlm = load_vlm(cfg.model_name_or_path, device="cpu", max_pixels=cfg.max_pixels)
     torch.set_num_threads(1)
     if folder:
         vlm.load_adapter(folder / "adapter")
     return vlm, cfg
 
 
-def one(kind, name, flags, seed, folder, sizes, telling):
-    """A worker's job: train if it is not the base, then measure. Returns: a row of the results, or None."""
-    began, row = time.time(), {"kind": kind, "arm": name, "seed": seed}
-    with unpack_once():
-        if flags is not None and not train(name, flags, seed, folder):
+def run_job(job):
+    """Train, unless it is the base model, then measure. Runs in a process of its own.
+    Returns: a row of the results, or None if interrupted."""
+    start, row = time.time(), {"kind": job.kind, "arm": job.arm, "seed": job.seed}
+    trains = job.flags is not None
+    with dequantize_once():
+        if trains and not train_arm(job):
             return None
-        vlm, cfg = trained(folder if flags is not None else None)
-        if kind == "choice":  # on validation scenes, and nothing but the accuracy
-            scenes = Scenes("validation", 400)
-            asked = [(scenes[i], scenes.layout(i)[0]) for i in range(len(scenes))]
-            return row | {"validation_accuracy": mean(right(vlm, asked, cfg.max_completion_length)[1])}
-        row |= {"measured": measure(vlm, cfg, sizes, telling)}
-    if flags is not None:
-        steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        curve = ("rewards/attention/mean", "rewards/attention/std", "rewards/accuracy/mean", "frac_reward_zero_std")
-        row["curve"] = {key: [round(step[key], 4) for step in steps] for key in curve}
-    return row | {"minutes": round((time.time() - began) / 60, 1)}
+        vlm, cfg = load_trained(job.folder if trains else None)
+        if job.kind == "learning rate":
+            return row | {"validation_accuracy": validation_accuracy(vlm, cfg)}
+        row["measured"] = measure(vlm, cfg, job.sizes, job.head)
+    if trains:
+        lines = (job.folder / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line) for line in lines]
+        row["curve"] = {key: [round(step[key], 4) for step in steps] for key in CURVES}
+    return row | {"minutes": round((time.time() - start) / 60, 1)}
 
 
-def run_all(jobs, args, results):
-    """The jobs that are not in the results yet, `args.jobs` at a time; each adds its row as it ends."""
+def validation_accuracy(vlm, cfg):
+    """Greedy accuracy on 400 validation scenes."""
+    scenes = Scenes("validation", 400)
+    questions = [(scenes[i], scenes.layout(i)[0]) for i in range(len(scenes))]
+    return mean(grade_answers(vlm, questions, cfg.max_completion_length)[1])
+
+
+def run_jobs(jobs, args, results):
+    """Run the jobs that have no row in the results yet, `args.jobs` at a time; each adds its row
+    when it ends."""
     done = {(row["arm"], row["seed"]) for row in results["runs"]}
-    jobs = [job for job in jobs if (job[1], job[3]) not in done]
+    jobs = [job for job in jobs if (job.arm, job.seed) not in done]
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-        waiting = [pool.submit(one, *job) for job in jobs]
+        futures = [pool.submit(run_job, job) for job in jobs]
         try:
-            for future in tqdm(as_completed(waiting), total=len(jobs), desc="runs"):
+            for future in tqdm(as_completed(futures), total=len(jobs), desc="runs"):
                 if row := future.result():
                     results["runs"].append(row)
-                    save(results, args.results)
+                    save_results(results, args.results)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def save(results, path):
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(results).replace('{"kind"', '\n{"kind"') + "\n")  # a line a run
-    os.replace(unfinished, path)
+def save_results(results, path):
+    text = json.dumps(results).replace('{"kind"', '\n{"kind"')  # one line per run
+    write_atomically(path, text + "\n")
 
 
-def study(args):
-    """Choose, probe, run all. Returns: the results."""
+def run_study(args):
+    """Probe, choose the learning rate, and run all arms. Returns: the results."""
     results = json.loads(args.results.read_text()) if args.results.exists() else {"runs": []}
-    sizes = QUICK if args.quick else SIZES
+    sizes = QUICK_SIZES if args.quick else SIZES
     if "probe" not in results:
-        vlm, cfg = trained(None)
-        results |= {"command": f"python bench/ablation.py{' --quick' if args.quick else ''}", "sizes": sizes,
-                    "machine": report.machine(), "probe": look_around(vlm, cfg, 60 if args.quick else 300)}  # fmt: skip
-        save(results, args.results)
-    out, telling = args.output_dir, telling_head(results["probe"])
+        vlm, cfg = load_trained(None)
+        results |= {
+            "command": f"python bench/ablation.py{' --quick' if args.quick else ''}",
+            "sizes": sizes,
+            "machine": machine(),
+            "probe": probe_untrained_model(vlm, cfg, 60 if args.quick else 300),
+        }
+        save_results(results, args.results)
+    head = discriminative_head(results["probe"])
 
-    def job(kind, name, flags, seed, extra=()):
-        folder = out / "".join(c if c.isalnum() else "_" for c in f"{name} {seed}")
-        return (
-            kind,
-            name,
-            None if flags is None else [*flags, *extra],
-            seed,
-            folder,
-            (VARIANTS if kind == "variant" else sizes),
-            telling,
-        )
+    def job(kind, arm, flags, seed):
+        name = "".join(c if c.isalnum() else "_" for c in f"{arm} {seed}")
+        size = VARIANT_SIZES if kind == "variant" else sizes
+        return Job(kind, arm, flags, seed, args.output_dir / name, size, head)
 
     if args.quick:
-        rate, arms, chosen, seeds = "4e-4", {a: ARMS[a] for a in (ACCURACY, SAYO, ROLLED)}, {}, 2
+        rate, arms, variants, seeds = (
+            "4e-4",
+            {a: ARMS[a] for a in (ACCURACY, SAYO, ROLLED_BOX)},
+            {},
+            2,
+        )
     else:
-        # the rule: the rate at which the two rewards in question do best on average, on validation scenes, by a seed
-        # that the study does not use
-        run_all([job("choice", f"{rate} {arm}", ARMS[arm], 100, ["--learning_rate", rate])
-                 for rate in RATES for arm in (SAYO, ACCURACY)], args, results)  # fmt: skip
-        rate = report.best_rate(results)
-        arms, chosen, seeds = ARMS, variants(results["probe"]), 5
+        run_jobs(learning_rate_jobs(job), args, results)
+        rate = ablation_report.best_learning_rate(results)
+        arms, variants, seeds = ARMS, variant_arms(results["probe"]), 5
     extra = ["--learning_rate", rate]
     jobs = [job("arm", "base", None, 0)]
-    jobs += [job("arm", name, flags, seed, extra) for seed in range(seeds) for name, flags in arms.items()]
-    jobs += [job("variant", name, flags, seed, extra) for seed in range(3) for name, flags in chosen.items()]
-    run_all(jobs, args, results)
+    jobs += [job("arm", arm, arms[arm] + extra, seed) for seed in range(seeds) for arm in arms]
+    jobs += [job("variant", v, variants[v] + extra, seed) for seed in range(3) for v in variants]
+    run_jobs(jobs, args, results)
     return results
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three arms, two seeds, 200 test scenes; own results")
-    parser.add_argument("--report", action="store_true", help="no runs: tables and picture from --results")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side; each takes one core and 1 GB")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/ablation"), help="where the runs go")
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "ablation.json", help="what is measured")
+def learning_rate_jobs(job):
+    """The runs that choose the learning rate: the two rewards in question, on validation scenes,
+    with a seed that the study does not use."""
+    return [
+        job("learning rate", f"{rate} {arm}", ARMS[arm] + ["--learning_rate", rate], 100)
+        for rate in LEARNING_RATES
+        for arm in (SAYO, ACCURACY)
+    ]
+
+
+def parse_args():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="three arms, two seeds, 200 test scenes, own results")
+    add("--report", action="store_true", help="only write the tables and the picture again")
+    add("--jobs", type=int, default=2, help="runs in parallel, a core and 1 GB each (default: 2)")
+    add("--output_dir", type=Path, default=Path("runs/ablation"), help="folder of the runs")
+    add("--results", type=Path, default=RESULTS / "ablation.json", help="the JSON of the results")
     args = parser.parse_args()
     if args.quick:
-        args.output_dir, args.results = args.output_dir / "quick", args.output_dir / "quick" / "ablation.json"
-        args.results.parent.mkdir(parents=True, exist_ok=True)
+        args.output_dir = args.output_dir / "quick"
+        args.results = args.output_dir / "ablation.json"
+    return args
+
+
+def main():
+    args = parse_args()
     try:
-        results = json.loads(args.results.read_text()) if args.report else study(args)
+        results = json.loads(args.results.read_text()) if args.report else run_study(args)
     except KeyboardInterrupt:
-        print(f"stopped; what is measured stands in {args.results}; the same command goes on from there")
+        print(f"stopped; finished runs are in {args.results}; the same command continues")
         return 130
-    print(report.tables(results, SAYO, OTHERS))
+    print(ablation_report.summary(results))
     if not args.quick:
-        report.publish(results, SAYO, OTHERS)
+        ablation_report.write_docs(results)
     return 0
 
 

@@ -1,17 +1,18 @@
-"""What Qwen3-VL-2B, 4B and 8B need: peak memory, seconds a step, tokens a second. Random weights of their shapes.
+"""What Qwen3-VL-2B, 4B and 8B need: peak memory, seconds per step and tokens per second. The models
+have the shapes of the real ones and random weights.
 
-    python bench/memory.py                 # on a CUDA card: everything, also under caps that imitate smaller cards
-    python bench/memory.py --shapes 2b     # one shape; the others can follow later, results are added up
-    python bench/memory.py --report        # the tables again, from the JSON
+    python bench/memory.py                # with CUDA: everything, also under caps on the memory
+    python bench/memory.py --shapes 2b    # one shape; the results of later runs are added
+    python bench/memory.py --report       # the tables again, from the JSON
 
-Without CUDA it prints the computed floor of these shapes, and beside it what a small shape really takes. The random
-weights are written once (2b 4.3 GB, 4b 8.9 GB, 8b 17.5 GB of disk). GB are 2**30 bytes.
+Without CUDA it computes the floors of these shapes, and measures a small shape to show how close a
+step comes to its floor. The random weights are written to disk once: 4.3 GB for 2b, 8.9 GB for 4b,
+17.5 GB for 8b. GB are 2**30 bytes.
 """
 
 import argparse
 import gc
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -19,62 +20,76 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-from bench.arms import Memory, count, our_step
-from bench.report import ROOT, insert, machine, markdown
-from bench.shapes import TEXT, VISION, make
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench.doc_tables import RESULTS, ROOT, insert, machine, markdown_table, write_atomically
+from bench.shapes import TEXT, VISION, make_model
+from bench.step_arms import PeakMemory, count_forward_tokens, make_step
 from model import load_vlm
 
 GB = 2**30
 SHAPES = ("2b", "4b", "8b")
 POINTS = [(N, G) for N in (256, 1024) for G in (4, 8, 16)]
-QUESTION, C = 76, 110  # tokens of the question and the template around the image, and of an answer
-CAPS = (6, 8, 12, 16, 24)
-SMALL = "30m"
+QUESTION = 76  # tokens of the question and of the template around the image
+C = 110  # tokens of a completion
+CAPS = (6, 8, 12, 16, 24)  # GB
+SMALL = "30m"  # the shape that a CPU measures
+NOT_MEASURED = "not yet measured"
 
 
-def floor(shape, N, G, width=2):
-    """Bytes that no implementation of this step can do without, by part: `width` bytes a number, 4-bit weights of the
-    language model, fp32 LoRA with AdamW. What a layer keeps for its backward pass: inputs of its products, norms and
-    gates; keys and values as its completions see them."""
-    text, tower = TEXT[shape], VISION[shape]
-    hidden, inner, layers = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
-    heads, kv = text["num_attention_heads"] * text["head_dim"], text["num_key_value_heads"] * text["head_dim"]
+def memory_floor(shape, N, G, width=2):
+    """Bytes that no implementation of this step can do without, by part.
+
+    4-bit weights in the language model, `width` bytes per number elsewhere, LoRA with AdamW in
+    fp32. A layer keeps for its backward pass the inputs of its products, norms and gates, and keys
+    and values as its completions see them.
+    """
+    text = TEXT[shape]
+    hidden, inner, layers = (
+        text[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers")
+    )
+    heads, kv = (text[k] * text["head_dim"] for k in ("num_attention_heads", "num_key_value_heads"))
     P, tokens = N + QUESTION, N + QUESTION + G * C
     sides = [(hidden, heads), (hidden, kv), (hidden, kv), (heads, hidden), *[(hidden, inner)] * 3]
     linear = layers * sum(a * b for a, b in sides)
     lora = layers * sum(16 * (a + b) for a, b in sides)
     embeddings = text["vocab_size"] * hidden * (1 if text["tie_word_embeddings"] else 2)
-    wide, merged = tower["hidden_size"], 4 * tower["hidden_size"]
-    vision = tower["depth"] * wide * (4 * wide + 2 * tower["intermediate_size"])
-    vision += (1 + len(tower["deepstack_visual_indexes"])) * merged * (merged + hidden) + (1536 + 2304) * wide
-    a_layer = tokens * (6 * hidden + 2 * heads + 2 * kv + 4 * inner) + 2 * G * (P + C) * heads
+    per_layer = tokens * (6 * hidden + 2 * heads + 2 * kv + 4 * inner) + 2 * G * (P + C) * heads
+    nf4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # bytes per weight, double quantization included
     parts = {
-        "weights": linear * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + width * (embeddings + vision),
+        "weights": linear * nf4 + width * (embeddings + vision_weights(shape)),
         "LoRA": 4 * 4 * lora,  # itself, its gradient, two moments
         "KV cache": width * layers * 2 * kv * tokens,  # only while sampling
-        "layer inputs": width * layers * hidden * tokens,  # of gradient checkpointing, only while training
-        "one layer": width * a_layer,
+        "layer inputs": width * layers * hidden * tokens,  # of checkpointing, only in training
+        "one layer": width * per_layer,
     }
     training = parts["layer inputs"] + parts["one layer"]
     return parts | {"floor": parts["weights"] + parts["LoRA"] + max(parts["KV cache"], training)}
 
 
-def measured(vlm, seen, shape, N, G, rounds, cap=None, completions_per_forward=0):
-    """A step at one point whose memory is watched, then `rounds` that are timed. Returns: what they cost, or None if
-    memory did not suffice."""
-    cuda, memory = vlm.device.type == "cuda", Memory(vlm.device)
+def vision_weights(shape):
+    """The number of weights of the vision tower."""
+    hidden, tower = TEXT[shape]["hidden_size"], VISION[shape]
+    wide, merged = tower["hidden_size"], 4 * tower["hidden_size"]
+    blocks = tower["depth"] * wide * (4 * wide + 2 * tower["intermediate_size"])
+    mergers = (1 + len(tower["deepstack_visual_indexes"])) * merged * (merged + hidden)
+    return blocks + mergers + (1536 + 2304) * wide
+
+
+def measure_point(vlm, counts, shape, N, G, rounds, cap=None, completions_per_forward=0):
+    """One step whose memory is measured, then `rounds` that are timed.
+
+    Args: counts, of `count_forward_tokens`; cap, GB of the card to use, or None.
+    Returns: the costs as a dict, or None if the memory is not enough.
+    """
+    cuda, memory = vlm.device.type == "cuda", PeakMemory(vlm.device)
     try:
         if cuda:
-            torch.cuda.empty_cache()
-            share = min(1.0, (cap * GB - context()) / torch.cuda.get_device_properties(0).total_memory) if cap else 1.0
-            torch.cuda.set_per_process_memory_fraction(share)
+            limit_memory(cap)
         vlm.completions_per_forward = 0
-        step = our_step(vlm, N + QUESTION, C, G, N, completions_per_forward)
-        with memory.watch():
+        step = make_step(vlm, N + QUESTION, C, G, N, completions_per_forward)
+        with memory.measure():
             step()
-        seen["tokens"], start = 0, time.perf_counter()
+        counts["tokens"], start = 0, time.perf_counter()
         for _ in range(rounds):
             step()
         if cuda:
@@ -84,121 +99,164 @@ def measured(vlm, seen, shape, N, G, rounds, cap=None, completions_per_forward=0
     finally:
         vlm.model.zero_grad()
         gc.collect()
-    row = {"shape": shape, "N": N, "G": G, "cap": cap, "completions_per_forward": completions_per_forward,
-           "peak": memory.peak + memory.base * cuda}  # fmt: skip
+    row = {"shape": shape, "N": N, "G": G, "cap": cap}
+    row["completions_per_forward"] = completions_per_forward
+    row["peak"] = memory.peak + memory.base * cuda
     if not rounds:
         return row
     seconds = (time.perf_counter() - start) / rounds
-    return row | {"reserved": torch.cuda.max_memory_reserved() if cuda else None, "seconds": seconds,
-                  "written_per_second": G * C / seconds,
-                  "forward_tokens_per_second": seen["tokens"] / rounds / seconds}  # fmt: skip
+    return row | {
+        "reserved": torch.cuda.max_memory_reserved() if cuda else None,
+        "seconds": seconds,
+        "completion_tokens_per_second": G * C / seconds,
+        "forward_tokens_per_second": counts["tokens"] / rounds / seconds,
+    }
 
 
-def context():
-    """Bytes of the card that are gone before the first tensor: the driver's own."""
-    free, total = torch.cuda.mem_get_info()
-    return total - free - torch.cuda.memory_reserved()
+def limit_memory(cap):
+    """Let torch use as much of the card as one with `cap` GB would offer; all of it if None."""
+    torch.cuda.empty_cache()
+    share = 1.0
+    if cap:
+        free, total = torch.cuda.mem_get_info()
+        driver = total - free - torch.cuda.memory_reserved()  # bytes that torch cannot use
+        share = (cap * GB - driver) / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share))
 
 
-def under_cap(vlm, seen, shape, N, G, cap):
-    """With as many completions in a forward as fit. Returns: what it cost, or what did not fit."""
+def measure_under_cap(vlm, counts, shape, N, G, cap):
+    """Measure with as many completions per forward as fit: all G, else half of them, and so on.
+    Returns: the costs; `peak` is None if nothing fits."""
     size = G
     while size:
-        row = measured(vlm, seen, shape, N, G, 1, cap, 0 if size == G else size)
+        per_forward = 0 if size == G else size
+        row = measure_point(vlm, counts, shape, N, G, 1, cap, per_forward)
         if row:
             return row
         size //= 2
     return {"shape": shape, "N": N, "G": G, "cap": cap, "peak": None}
 
 
-def run(args, results, save):
-    """Add to `results` what they lack of the points asked for."""
+def measure_missing(args, results, save):
+    """Measure the points that the results do not have yet; `save` is called after each."""
     cuda = args.device == "cuda"
-    shapes, points, caps = (args.shapes, POINTS, (None, *CAPS)) if cuda else ([SMALL], POINTS, (None,))
+    shapes, caps = (args.shapes, (None, *CAPS)) if cuda else ([SMALL], (None,))
     known = {(row["shape"], row["N"], row["G"], row["cap"]) for row in results["measured"]}
     for shape in shapes:
-        todo = [(N, G, cap) for N, G in points for cap in caps if (shape, N, G, cap) not in known]
+        todo = [(N, G, cap) for N, G in POINTS for cap in caps if (shape, N, G, cap) not in known]
         if not todo:
             continue
-        folder = make(shape, args.models, args.device)
+        folder = make_model(shape, args.models, args.device)
         vlm = load_vlm(folder, device=args.device, gradient_checkpointing=True)
-        seen = count(vlm.core)
+        counts = count_forward_tokens(vlm.core)
         if cuda:
             results["loading"][shape] = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         for N, G, cap in tqdm(todo, desc=shape):
-            where = vlm, seen, shape, N, G
-            row = under_cap(*where, cap) if cap else measured(*where, args.rounds * cuda)
-            results["measured"].append(row or {"shape": shape, "N": N, "G": G, "cap": None, "peak": None})
+            point = vlm, counts, shape, N, G
+            if cap:
+                row = measure_under_cap(*point, cap)
+            else:
+                row = measure_point(*point, args.rounds * cuda)
+            nothing_fits = {"shape": shape, "N": N, "G": G, "cap": None, "peak": None}
+            results["measured"].append(row or nothing_fits)
             save()
         del vlm
         gc.collect()
 
 
-def tables(results, card):
-    """name -> Markdown, from the results of the CPU and of the card."""
-    card = {(row["shape"], row["N"], row["G"], row["cap"]): row for row in card["measured"]}
-    floors, short, caps, small = [], [], [], []
+def tables(cpu_results, cuda_results):
+    """{name: Markdown}."""
+    rows = {(r["shape"], r["N"], r["G"], r["cap"]): r for r in cuda_results["measured"]}
+    floors, short, caps = [], [], []
     for shape in SHAPES:
         for N, G in POINTS:
-            parts, row, first = floor(shape, N, G), card.get((shape, N, G, None)), [shape.upper(), str(N), str(G)]
-            found = ["not yet measured"] * 4
-            if row and row["peak"]:
-                speed = (f"{row[key]:,.0f}" for key in ("written_per_second", "forward_tokens_per_second"))
-                found = [f"{row['peak'] / GB:.2f}", f"{row['seconds']:.1f}", *speed]
-            elif row:
-                found = ["does not fit", "", "", ""]
-            if row:
-                cells = [card.get((shape, N, G, cap)) for cap in CAPS]
-                caps.append([*first, *("" if not c else "no" if not c["peak"] else
-                                       f"{c['completions_per_forward'] or G} in a forward, {c['seconds']:.1f} s"
-                                       for c in cells)])  # fmt: skip
-            floors.append([*first, *(f"{part / GB:.2f}" for part in parts.values()), *found])
+            point, parts = [shape.upper(), str(N), str(G)], memory_floor(shape, N, G)
+            row = rows.get((shape, N, G, None))
+            cost = cost_cells(row)
+            floors.append([*point, *(f"{part / GB:.2f}" for part in parts.values()), *cost])
             if G == 8:
-                short.append([*first, f"{parts['floor'] / GB:.1f}", *found])
-    for row in results["measured"]:
-        parts = floor(SMALL, row["N"], row["G"], width=4)
-        over = parts["floor"] - parts["weights"]
-        small.append([str(row["N"]), str(row["G"]), *(f"{size / GB:.3f}" for size in (over, row["peak"])),
-                      f"{row['peak'] / over:.1f}"])  # fmt: skip
-    where, cost = ["shape", "N", "G"], ["peak, GB", "s / step", "tokens written / s", "forward tokens / s"]
-    names = [name for name in floor("2b", 256, 4) if name != "floor"]
+                short.append([*point, f"{parts['floor'] / GB:.1f}", *cost])
+            if row:
+                caps.append([*point, *(cap_cell(rows.get((shape, N, G, cap))) for cap in CAPS)])
+    where = ["shape", "N", "G"]
+    cost = ["peak, GB", "s / step", "completion tokens / s", "forward tokens / s"]
+    names = [name for name in memory_floor("2b", 256, 4) if name != "floor"]
+    cap_table = markdown_table([*where, *(f"{cap} GB" for cap in CAPS)], caps)
     return {
-        "floor": markdown([*where, *names, "computed floor, GB", *cost], floors),
-        "short": markdown([*where, "computed floor, GB", *cost], short),
-        "caps": markdown([*where, *(f"{cap} GB" for cap in CAPS)], caps) if caps else "Not yet measured.",
-        "small": markdown(["N", "G", "floor less weights, GB", "measured over the loaded model, GB", "ratio"], small),
-    }  # fmt: skip
+        "short": markdown_table([*where, "computed floor, GB", *cost], short),
+        "floor": markdown_table([*where, *names, "computed floor, GB", *cost], floors),
+        "caps": cap_table if caps else "Not yet measured.",
+        "small": small_table(cpu_results),
+    }
+
+
+def cost_cells(row):
+    if not row:
+        return [NOT_MEASURED] * 4
+    if not row["peak"]:
+        return ["does not fit", "", "", ""]
+    speed = [row["completion_tokens_per_second"], row["forward_tokens_per_second"]]
+    cells = [f"{row['peak'] / GB:.2f}", f"{row['seconds']:.1f}"]
+    return cells + [f"{value:,.0f}" for value in speed]
+
+
+def cap_cell(row):
+    if not row:
+        return ""
+    if not row["peak"]:
+        return "no"
+    return f"{row['completions_per_forward'] or row['G']} per forward, {row['seconds']:.1f} s"
+
+
+def small_table(results):
+    """The small shape: measured memory against the floor, both without the weights."""
+    rows = []
+    for row in results["measured"]:
+        parts = memory_floor(SMALL, row["N"], row["G"], width=4)
+        floor, peak = parts["floor"] - parts["weights"], row["peak"]
+        cells = [f"{floor / GB:.3f}", f"{peak / GB:.3f}", f"{peak / floor:.1f}"]
+        rows.append([str(row["N"]), str(row["G"]), *cells])
+    header = ["N", "G", "floor without weights, GB", "measured above the loaded model, GB", "ratio"]
+    return markdown_table(header, rows)
+
+
+def parse_args():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("--shapes", nargs="+", default=SHAPES, choices=SHAPES, help="with CUDA (default: all)")
+    add("--rounds", type=int, default=2, help="timed steps per point (default: 2)")
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    choices = ["cuda", "cpu"]
+    add("--device", default=cuda, choices=choices, help="default: cuda if available, else cpu")
+    add("--models", default="runs/bench", help="folder of the random models (default: runs/bench)")
+    add("--results", type=Path, default=RESULTS, help="folder (default: bench/results)")
+    add("--report", action="store_true", help="only write the tables again")
+    return parser.parse_args()
+
+
+def load_results(path):
+    if path.exists():
+        return json.loads(path.read_text())
+    command = " ".join(["python bench/memory.py", *sys.argv[1:]])
+    return {"command": command, "machine": machine(), "loading": {}, "measured": []}
 
 
 def main():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, choices=SHAPES, help="with CUDA (default: all)")
-    parser.add_argument("--rounds", type=int, default=2, help="steps that are timed at a point (default: 2)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
-    parser.add_argument("--models", default="runs/bench", help="where random models are kept (default: runs/bench)")
-    parser.add_argument("--results", default=HERE / "results", help="folder (default: bench/results)")
-    parser.add_argument("--report", action="store_true", help="only make the tables again")
-    args = parser.parse_args()
-    files = {device: Path(args.results, f"memory_{device}.json") for device in ("cpu", "cuda")}
-    command = " ".join(["python bench/memory.py", *sys.argv[1:]])
-    every = {device: json.loads(file.read_text()) if file.exists() else
-             {"command": command, "machine": machine(), "loading": {}, "measured": []}
-             for device, file in files.items()}  # fmt: skip
+    args = parse_args()
+    files = {device: args.results / f"memory_{device}.json" for device in ("cpu", "cuda")}
+    results = {device: load_results(file) for device, file in files.items()}
 
     def save():
-        new = Path(f"{files[args.device]}.new")
-        new.parent.mkdir(exist_ok=True)
-        new.write_text(json.dumps(every[args.device], indent=1))
-        os.replace(new, files[args.device])
+        write_atomically(files[args.device], json.dumps(results[args.device], indent=1))
 
     if not args.report:
-        run(args, every[args.device], save)
-    for name, text in tables(every["cpu"], every["cuda"]).items():
+        measure_missing(args, results[args.device], save)
+    for name, text in tables(results["cpu"], results["cuda"]).items():
         print(f"\n{name}\n\n{text}")
-        if Path(args.results) == HERE / "results":
-            insert(*(ROOT / "README.md", "memory") if name == "short" else (HERE / "README.md", f"memory {name}"), text)
+        if args.results == RESULTS:
+            insert(ROOT / "docs" / "cost.md", f"memory {name}", text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Models of the shapes of Qwen3-VL, with random weights: speed and memory do not depend on what a model knows.
+"""Models with the shapes of Qwen3-VL and random weights: speed and memory do not depend on what a
+model has learned.
 
-The tokenizer is that of `tiny/`: ids above its 64 are written and scored like all others, they only have no text.
+The tokenizer is the one in tiny/. Token ids above its 64 are sampled and scored like all others,
+they only have no text.
 """
 
 import json
@@ -11,87 +13,138 @@ from accelerate import init_empty_weights
 from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
+from bench.doc_tables import ROOT
 from data import Example
 
-TINY = Path(__file__).parent.parent / "tiny"
-CELL = 32  # pixels to a side of an image token: patches of 16, merged two by two
-# As in the published configurations; "30m" has their proportions, scaled down by about four
+TINY = ROOT / "tiny"
+CELL = 32  # pixels per side of an image token: patches of 16, merged two by two
+SHARD_BYTES = 2e9
+
+
+def text_config(hidden, inner, layers, heads, kv_heads, head_dim, vocabulary, tied):
+    return dict(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+    )
+
+
+def vision_config(hidden, inner, depth, heads, deepstack):
+    return dict(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        depth=depth,
+        num_heads=heads,
+        deepstack_visual_indexes=deepstack,
+    )
+
+
+# As in the published configurations. "30m" has their proportions, scaled down by about four.
 TEXT = {
-    "30m": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=7, num_attention_heads=8,
-                num_key_value_heads=4, head_dim=64, vocab_size=9216, tie_word_embeddings=True),
-    "2b": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
-               num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True),
-    "4b": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
-               num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True),
-    "8b": dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
-               num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=False),
-}  # fmt: skip
-TOWER = dict(hidden_size=1024, intermediate_size=4096, depth=24, num_heads=16, deepstack_visual_indexes=[5, 11, 17])
+    "30m": text_config(512, 1536, 7, 8, 4, 64, 9216, True),
+    "2b": text_config(2048, 6144, 28, 16, 8, 128, 151936, True),
+    "4b": text_config(2560, 9728, 36, 32, 8, 128, 151936, True),
+    "8b": text_config(4096, 12288, 36, 32, 8, 128, 151936, False),
+}
 VISION = {
-    "30m": dict(hidden_size=192, intermediate_size=768, depth=6, num_heads=3, deepstack_visual_indexes=[1, 2, 4]),
-    "2b": TOWER,
-    "4b": TOWER,
-    "8b": dict(hidden_size=1152, intermediate_size=4304, depth=27, num_heads=16, deepstack_visual_indexes=[8, 16, 24]),
-}  # fmt: skip
+    "30m": vision_config(192, 768, 6, 3, [1, 2, 4]),
+    "2b": vision_config(1024, 4096, 24, 16, [5, 11, 17]),
+    "4b": vision_config(1024, 4096, 24, 16, [5, 11, 17]),
+    "8b": vision_config(1152, 4304, 27, 16, [8, 16, 24]),
+}
 
 
-def configuration(shape):
+def model_config(shape):
     """The Qwen3VLConfig of a shape, with the token ids of tiny/."""
     ids = AutoTokenizer.from_pretrained(TINY).convert_tokens_to_ids
-    head = TEXT[shape]["head_dim"] // 2  # of its pairs of numbers, the shares that time, height and width turn
-    sections = [head - 2 * (head * 5 // 16), head * 5 // 16, head * 5 // 16]
+    pairs = TEXT[shape]["head_dim"] // 2  # of rotated numbers: time, height, width
+    sections = [pairs - 2 * (pairs * 5 // 16), pairs * 5 // 16, pairs * 5 // 16]
     rope = dict(rope_type="default", rope_theta=5e6, mrope_interleaved=True, mrope_section=sections)
-    tokens = dict(eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"), bos_token_id=None)
+    text = dict(
+        max_position_embeddings=32768,
+        rope_parameters=rope,
+        eos_token_id=ids("<|im_end|>"),
+        pad_token_id=ids("<|endoftext|>"),
+        bos_token_id=None,
+    )
+    out_size = TEXT[shape]["hidden_size"]
+    vision = dict(patch_size=16, out_hidden_size=out_size, num_position_embeddings=2304)
     return Qwen3VLConfig(
-        text_config=dict(max_position_embeddings=32768, rope_parameters=rope, **tokens, **TEXT[shape]),
-        vision_config=dict(patch_size=16, out_hidden_size=TEXT[shape]["hidden_size"], num_position_embeddings=2304,
-                           **VISION[shape]),
+        text_config=text | TEXT[shape],
+        vision_config=vision | VISION[shape],
         tie_word_embeddings=TEXT[shape]["tie_word_embeddings"],
-        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
-    )  # fmt: skip
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+    )
 
 
-def make(shape, models, device="cpu"):
-    """Write a model of a shape into a folder below `models`, once: the weights tensor by tensor, so that no model need
-    fit into memory. fp32 for a CPU, else bf16. Returns: the folder."""
+def make_model(shape, models, device="cpu"):
+    """Write a random model of a shape into a folder in `models`, unless it is there already.
+
+    The weights are fp32 for a CPU, else bf16, and are written shard by shard, so that the model
+    need not fit into memory. Returns: the folder.
+    """
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     folder = Path(models, f"{shape}-{dtype}".replace("torch.", "")).resolve()
-    if (folder / "model.safetensors.index.json").exists():
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    config = configuration(shape)
+    config = model_config(shape)
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
-    limits = dict(shortest_edge=CELL**2, longest_edge=4096 * CELL**2)
-    Qwen2VLImageProcessorPil(patch_size=16, merge_size=2, size=limits).save_pretrained(folder)
+    size = dict(shortest_edge=CELL**2, longest_edge=4096 * CELL**2)
+    Qwen2VLImageProcessorPil(patch_size=16, merge_size=2, size=size).save_pretrained(folder)
+    weight_map = write_random_weights(folder, config, dtype, desc=f"make {shape}")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def write_random_weights(folder, config, dtype, desc):
+    """Returns: {name of a tensor: file that holds it}."""
     with init_empty_weights():
         empty = Qwen3VLForConditionalGeneration(config).state_dict()
     if config.tie_word_embeddings:
         del empty["lm_head.weight"]
-    generator, shard, where = torch.Generator().manual_seed(0), {}, {}
-    for number, (name, like) in enumerate(tqdm(empty.items(), desc=f"make {shape}")):
+    generator, shard, weight_map = torch.Generator().manual_seed(0), {}, {}
+    for number, (name, like) in enumerate(tqdm(empty.items(), desc=desc)):
         if like.dim() > 1:
-            shard[name] = torch.empty(like.shape, dtype=dtype).normal_(0, 0.02, generator=generator)
+            weight = torch.empty(like.shape, dtype=dtype)
+            shard[name] = weight.normal_(0, 0.02, generator=generator)
         else:  # a bias, or the scale of a norm
-            shard[name] = torch.full(like.shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype)
-        if sum(t.nbytes for t in shard.values()) > 2e9 or number + 1 == len(empty):
-            file = f"model-{len(set(where.values())):05d}.safetensors"
+            value = 0.0 if name.endswith("bias") else 1.0
+            shard[name] = torch.full(like.shape, value, dtype=dtype)
+        if sum(t.nbytes for t in shard.values()) > SHARD_BYTES or number + 1 == len(empty):
+            file = f"model-{len(set(weight_map.values())):05d}.safetensors"
             save_file(shard, folder / file, metadata={"format": "pt"})
-            where |= dict.fromkeys(shard, file)
+            weight_map |= dict.fromkeys(shard, file)
             shard = {}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    return folder
+    return weight_map
 
 
-def question(vlm, tokens, image_tokens=None):
-    """An Example whose prompt has exactly `tokens` tokens, most of them (or `image_tokens`) of its image of noise."""
-    frame = len(vlm.encode(Image.new("RGB", (CELL, CELL)), "red").input_ids) - 2  # the template's own tokens
-    room = image_tokens or tokens - frame - 8
+def make_question(vlm, tokens, image_tokens=None):
+    """An Example whose prompt has exactly `tokens` tokens. Its image is noise and takes most of
+    them, or `image_tokens`."""
+    template = len(vlm.encode(Image.new("RGB", (CELL, CELL)), "red").input_ids) - 2
+    room = image_tokens or tokens - template - 8
     rows = int(room**0.5)
-    size = (CELL * (room // rows), CELL * rows)
-    words = tokens - frame - rows * (room // rows)
-    image = Image.effect_noise(size, 64).convert("RGB")
-    return Example(image, " ".join(["red"] * words), "red", [(0, 0, size[0] // 2, size[1] // 2)], "noise")
+    cols = room // rows
+    words = tokens - template - rows * cols
+    width, height = CELL * cols, CELL * rows
+    image = Image.effect_noise((width, height), 64).convert("RGB")
+    box = (0, 0, width // 2, height // 2)
+    return Example(image, " ".join(["red"] * words), "red", [box], "noise")

@@ -1,18 +1,18 @@
-"""What one optimiser step costs: ours, ours with the prompt repeated G times, and TRL's GRPOTrainer.
+"""What one optimizer step costs: ours, ours without the shared prompt, and TRL's GRPOTrainer.
 
-    python bench/step.py                          # what bench/results/step.json still lacks of the study
-    python bench/step.py --results mine.json      # all of it anew
-    python bench/step.py --points 512,64,8        # one point: P, C, G
-    python bench/step.py --report                 # the tables again, from the JSON
+    python bench/step.py                        # what bench/results/step.json does not have yet
+    python bench/step.py --results mine.json    # everything, for your own machine
+    python bench/step.py --points 512,64,8      # one point: P, C, G
+    python bench/step.py --report               # the tables again, from the JSON
 
-Same random Qwen3-VL, LoRA, image, question, G, C, beta, 4-bit and checkpointing; every completion has exactly C tokens.
-Ours computes the whole attention reward, TRL gets constant rewards in constant time. Each runs in a process of its own,
-which is loaded once for a point; they take turns, one step each, after a round that does not count.
+All arms have the same random Qwen3-VL, LoRA, image, question, G, C, beta, quantization and
+checkpointing, and every completion has exactly C tokens. Ours computes the whole attention reward;
+TRL gets constant rewards, which take no time. Each arm is loaded once per point, in a process of
+its own, and they take turns, one step each. The first round is not timed.
 """
 
 import argparse
 import json
-import os
 import sys
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -23,53 +23,57 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import attention
-from bench.arms import worker
-from bench.report import ROOT, insert, machine, markdown
-from bench.shapes import TEXT, make
+from bench.doc_tables import RESULTS, ROOT, insert, machine, markdown_table, write_atomically
+from bench.shapes import TEXT, make_model
+from bench.step_arms import worker
 
 ARMS = ("ours", "naive", "trl")
 PARTS = ("sample", "score", "update")
 HEADLINE = (512, 64, 8)  # P, C, G
 GRID = [(P, C, G) for P in (128, 512, 1100) for C in (32, 110) for G in (4, 8, 16)]
-CPU_LIMIT = 6_000  # G (P + C) of the points of the grid that a CPU is asked for
+CPU_LIMIT = 6_000  # on a CPU, only points of the grid with G (P + C) up to this
+SCALING = {"G": (4, 8, 16, 32), "C": (32, 64, 128, 256), "layers": (1, 3, 5, 7)}
 
 
 def compare(point, arms, rounds, folder, options):
-    """Let the arms take turns at one point. Returns: arm -> what its steps have cost; of the first, only the memory."""
+    """Run the arms in turns at one point.
+    Returns: {arm: costs of its steps}; of the first step only the memory."""
     context, pipes, workers = get_context("spawn"), {}, []
-    rows, trained = {arm: [] for arm in arms}, set()
+    costs, trained = {arm: [] for arm in arms}, set()
     try:
-        for arm in arms:  # one loads at a time
+        for arm in arms:  # they load one after the other
             pipes[arm], theirs = context.Pipe()
-            process = context.Process(target=worker, args=(theirs, arm, folder, point, options), daemon=True)
+            args = theirs, arm, folder, point, options
+            process = context.Process(target=worker, args=args, daemon=True)
             process.start()
-            theirs.close()  # else a worker that dies would leave us waiting
+            theirs.close()  # so that recv() fails if the worker dies
             workers.append(process)
             trained.add(pipes[arm].recv())
         if len(trained) > 1:
-            raise SystemExit(f"the arms train different weights: {trained}")
-        for turn in range(1 + rounds):
+            raise SystemExit(f"the arms train different numbers of weights: {trained}")
+        for _ in range(1 + rounds):
             for arm in arms:
                 pipes[arm].send("step")
-                rows[arm].append(pipes[arm].recv())
+                costs[arm].append(pipes[arm].recv())
         for pipe in pipes.values():
             pipe.send("stop")
         for process in workers:
             process.join(30)
     except EOFError:
-        raise SystemExit(f"{arm} died at P, C, G = {point}; its own message stands above") from None
+        raise SystemExit(f"{arm} died at P, C, G = {point}; see its message above") from None
     finally:
         for process in workers:
             process.kill()
-    return rows
+    return costs
 
 
 def capture_bytes(P, C, G, heads=8, kv_heads=4, head_dim=64):
-    """The peak of the tensors that `image_attention` makes, of all heads of one layer."""
-    query, key = torch.randn(1, heads, P + G * C, head_dim), torch.randn(1, kv_heads, P + G * C, head_dim)
+    """The peak memory of the tensors that `image_attention` makes for all heads of one layer."""
+    length = P + G * C
+    query = torch.randn(1, heads, length, head_dim)
+    key = torch.randn(1, kv_heads, length, head_dim)
     capture = attention.Capture([0], list(range(heads)), torch.arange(P))
     with MemTracker() as tracker:
         attention.image_attention(query, key, (P, G, C), capture, head_dim**-0.5)
@@ -77,151 +81,214 @@ def capture_bytes(P, C, G, heads=8, kv_heads=4, head_dim=64):
     return peak - query.nbytes - key.nbytes
 
 
-def todo(args):
-    """What is to be measured: (part, point, arms, rounds, options)."""
+def plan(args):
+    """What to measure: a list of (part of the study, point, arms, rounds, options)."""
     options = {"device": args.device, "load_in_4bit": True, "gradient_checkpointing": True}
     if args.points:
         points = [tuple(int(n) for n in text.split(",")) for text in args.points]
         return [("point", point, args.arms, args.rounds, options) for point in points]
-    plan = []
-    for four_bit in (True, False):
+    items = []
+    for load_in_4bit in (True, False):
         for checkpointing in (True, False):
-            changed = options | {"load_in_4bit": four_bit, "gradient_checkpointing": checkpointing}
-            plan.append(("setting", HEADLINE, ARMS, args.rounds, changed))
+            changed = {"load_in_4bit": load_in_4bit, "gradient_checkpointing": checkpointing}
+            items.append(("setting", HEADLINE, ARMS, args.rounds, options | changed))
     for P, C, G in GRID:
         if args.device != "cpu" or G * (P + C) <= CPU_LIMIT:
-            plan.append(("grid", (P, C, G), ARMS, max(1, args.rounds // 2), options))
+            items.append(("grid", (P, C, G), ARMS, max(1, args.rounds // 2), options))
     P, C, G = HEADLINE
-    for name, values in (("G", (4, 8, 16, 32)), ("C", (32, 64, 128, 256)), ("layers", (1, 3, 5, 7))):
+    for name, values in SCALING.items():
         for value in values:
             point = (P, value if name == "C" else C, value if name == "G" else G)
             layers = {"layers": tuple(range(value))} if name == "layers" else {}
-            plan.append((f"scaling {name}", point, ("ours",), args.rounds, options | layers))
-    return plan
+            items.append((f"scaling {name}", point, ("ours",), args.rounds, options | layers))
+    return items
 
 
-def middle(rows, key):
-    return median(row[key] for row in rows if key in row)
+def median_of(costs, key):
+    return median(step[key] for step in costs if key in step)
 
 
-def ratio(ours, theirs, key="seconds"):
-    """Median over the rounds of theirs / ours, with the least and the greatest: neighbours in time are compared."""
-    found = [their[key] / our[key] for our, their in zip(ours, theirs) if key in our]
-    return f"{median(found):.1f} ({min(found):.1f} to {max(found):.1f})"
+def ratio(ours, theirs):
+    """theirs / ours in seconds: the median over rounds, the smallest and the largest."""
+    ratios = [b["seconds"] / a["seconds"] for a, b in zip(ours, theirs) if "seconds" in a]
+    return f"{median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
+
+
+def seconds(costs):
+    parts = " + ".join(f"{median_of(costs, part):.2f}" for part in PARTS)
+    return f"{median_of(costs, 'seconds'):.2f} = {parts}"
+
+
+def megabytes(costs):
+    return f"{median_of(costs, 'peak') / 2**20:,.0f}"
+
+
+COST_COLUMNS = [
+    *("ours, s", "naive, s", "TRL, s", "TRL / ours", "naive / ours"),
+    *("ours, MB", "naive, MB", "TRL, MB"),
+    *("ours, tokens / floor", "TRL, tokens / floor", "capture"),
+]
+
+
+def cost_cells(entry):
+    """The cells of one measured point; empty for an arm that was not measured."""
+    floor, costs = 3 * (entry["P"] + entry["G"] * entry["C"]), entry["rows"]
+    ours, naive, trl = (costs.get(arm) for arm in ARMS)
+
+    def share(costs, key):
+        return f"{100 * median_of(costs, key) / median_of(costs, 'seconds'):.1f} %"
+
+    return [
+        *(seconds(arm) if arm else "" for arm in (ours, naive, trl)),
+        *(ratio(ours, arm) if ours and arm else "" for arm in (trl, naive)),
+        *(megabytes(arm) if arm else "" for arm in (ours, naive, trl)),
+        f"{median_of(ours, 'tokens') / floor:.3f}" if ours else "",
+        f"{median_of(trl, 'tokens') / floor:.2f}" if trl else "",
+        share(ours, "capture") if ours else "",
+    ]
+
+
+def setting_cells(entry):
+    unquantized = "fp32" if entry["device"] == "cpu" else "16-bit"
+    weights = "NF4" if entry["load_in_4bit"] else unquantized
+    return [weights, "yes" if entry["gradient_checkpointing"] else "no"]
 
 
 def tables(results):
-    """name -> Markdown."""
-
-    def row_of(entry, first):
-        floor, by_arm = 3 * (entry["P"] + entry["G"] * entry["C"]), entry["rows"]
-        ours = by_arm.get("ours")
-
-        def cells(arms, text):
-            return [text(by_arm[arm]) if arm in by_arm else "" for arm in arms]
-
-        return [
-            *first,
-            *cells(ARMS, lambda rows: f"{middle(rows, 'seconds'):.2f} = " + " + ".join(
-                f"{middle(rows, part):.2f}" for part in PARTS)),
-            *cells(("trl", "naive"), lambda rows: ratio(ours, rows) if ours else ""),
-            *cells(ARMS, lambda rows: f"{middle(rows, 'peak') / 2**20:,.0f}"),
-            *cells(("ours",), lambda rows: f"{middle(rows, 'tokens') / floor:.3f}"),
-            *cells(("trl",), lambda rows: f"{middle(rows, 'tokens') / floor:.2f}"),
-            *cells(("ours",), lambda rows: f"{100 * middle(rows, 'capture') / middle(rows, 'seconds'):.1f} %"),
-        ]  # fmt: skip
-
-    columns = ["ours, s", "naive, s", "TRL, s", "TRL / ours", "naive / ours", "ours, MB", "naive, MB", "TRL, MB",
-               "tokens / floor", "TRL's", "capture"]  # fmt: skip
+    """{name: Markdown} of everything that was measured, and of the memory of the capture."""
     parts = {}
     for entry in results["measured"]:
         parts.setdefault(entry["part"], []).append(entry)
-    out = {}
-    for part, entries in parts.items():
-        if part == "setting":
-            rows = [row_of(e, ["4-bit" if e["load_in_4bit"] else "32-bit",
-                               "yes" if e["gradient_checkpointing"] else "no"]) for e in entries]  # fmt: skip
-            out[part] = markdown(["weights", "checkpointing", *columns], rows)
-        elif part in ("grid", "point"):
-            out[part] = markdown(["P", "C", "G", *columns], [row_of(e, [str(e[k]) for k in "PCG"]) for e in entries])
-    out["scaling"] = scaling(parts)
+    texts = {}
+    if "setting" in parts:
+        rows = [setting_cells(entry) + cost_cells(entry) for entry in parts["setting"]]
+        texts["setting"] = markdown_table(["weights", "checkpointing", *COST_COLUMNS], rows)
+    for part in ("grid", "point"):
+        rows = [[str(e[k]) for k in "PCG"] + cost_cells(e) for e in parts.get(part, [])]
+        if rows:
+            texts[part] = markdown_table(["P", "C", "G", *COST_COLUMNS], rows)
+    if rows := scaling_rows(parts):
+        header = ["against", "unit", "measured", "straight line", "largest deviation"]
+        texts["scaling"] = markdown_table(header, rows)
+    texts["capture"] = capture_table()
+    return texts
+
+
+def readme_table(results):
+    """The table of README.md: the settings, ours and TRL's."""
+    rows = []
+    for entry in results["measured"]:
+        if entry["part"] == "setting":
+            ours, trl = entry["rows"]["ours"], entry["rows"]["trl"]
+            both = (ours, trl)
+            rows.append(
+                [
+                    *setting_cells(entry),
+                    *(f"{median_of(costs, 'seconds'):.2f}" for costs in both),
+                    ratio(ours, trl),
+                    *(megabytes(costs) for costs in both),
+                ]
+            )
+    header = ["weights", "checkpointing", "ours, s", "TRL, s", "TRL / ours", "ours, MB", "TRL, MB"]
+    return markdown_table(header, rows)
+
+
+def scaling_rows(parts):
+    """Cost against G, C and the number of captured layers, with the straight line through the
+    points and the largest relative deviation from it."""
+    rows = []
+    for name, key in (("G", "seconds"), ("C", "seconds"), ("layers", "capture")):
+        entries = parts.get(f"scaling {name}", [])
+        if len(entries) < 3:
+            continue
+        values = [float(len(e["layers"]) if name == "layers" else e[name]) for e in entries]
+        x, y = (
+            torch.tensor(values),
+            torch.tensor([median_of(e["rows"]["ours"], key) for e in entries]),
+        )
+        matrix = torch.stack([torch.ones_like(x), x], 1)
+        a, b = torch.linalg.lstsq(matrix, y[:, None]).solution[:, 0]
+        deviation = ((y - a - b * x) / y).abs().max()
+        against = "captured layers" if name == "layers" else name
+        unit = "s per step" if key == "seconds" else "s of capture"
+        measured = ", ".join(f"{v:.0f}: {s:.3f}" for v, s in zip(x, y))
+        line = f"{a:.3f} + {b:.4f} {name}"
+        rows.append([against, unit, measured, line, f"{100 * deviation:.0f} %"])
+    return rows
+
+
+def capture_table():
     rows = []
     for P, C, G in GRID:
         peak = capture_bytes(P, C, G)
         relative = [f"{peak / (4 * G * C * length):.1f}" for length in (P + C, P + G * C)]
         rows.append([str(P), str(C), str(G), f"{peak / 2**20:.1f}", *relative])
-    out["capture"] = markdown(["P", "C", "G", "peak, MB", "in 4 G C (P + C) bytes", "in 4 G C (P + G C) bytes"], rows)
-    return {name: text for name, text in out.items() if text}
-
-
-def scaling(parts):
-    """Cost against G, C and the layers captured, each held against the straight line through its points."""
-    rows = []
-    for name, key in (("G", "seconds"), ("C", "seconds"), ("layers", "capture")):
-        entries = parts.get(f"scaling {name}", [])
-        x = torch.tensor([float(len(e["layers"]) if name == "layers" else e[name]) for e in entries])
-        y = torch.tensor([middle(e["rows"]["ours"], key) for e in entries])
-        if len(x) < 3:
-            continue
-        line = torch.linalg.lstsq(torch.stack([torch.ones_like(x), x], 1), y[:, None]).solution[:, 0]
-        off = ((y - line[0] - line[1] * x) / y).abs().max()
-        what = "layers captured" if name == "layers" else name
-        rows.append([what, key, ", ".join(f"{v:.0f}: {s:.3f}" for v, s in zip(x, y)),
-                     f"{line[0]:.3f} + {line[1]:.4f} {name}", f"{100 * off:.0f} %"])  # fmt: skip
-    return markdown(["against", "what, s", "measured", "straight line", "furthest from it"], rows) if rows else ""
-
-
-def main():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("--points", nargs="+", metavar="P,C,G", help="measure these points only")
-    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS, help="with --points: which (default: all)")
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="steps of each arm that count (default: 5; in the grid: half)"
-    )
-    parser.add_argument("--shape", default="30m", choices=TEXT, help="of the random model (default: 30m)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--models", default="runs/bench", help="where random models are kept (default: runs/bench)")
-    parser.add_argument("--results", help="default: step.json in bench/results; of --points, in --models")
-    parser.add_argument("--report", action="store_true", help="only make the tables again")
-    args = parser.parse_args()
-    file = results_file(args)
-    if args.report or file.exists():
-        results = json.loads(file.read_text())
-    else:
-        where = machine() | {"trl": version("trl"), "threads": torch.get_num_threads()}
-        results = {"command": " ".join(["python bench/step.py", *sys.argv[1:]]), "machine": where,
-                   "shape": args.shape, "measured": []}  # fmt: skip
-    if not args.report:
-        measure(args, results, file)
-    for name, text in tables(results).items():
-        print(f"\n{name}\n\n{text}")
-        if file == HERE / "results" / "step.json":
-            insert(HERE / "README.md", f"step {name}", text)
-            if name == "setting":
-                insert(ROOT / "README.md", "cost", text)
+    header = ["P", "C", "G", "peak, MB", "peak / 4 G C (P + C)", "peak / 4 G C (P + G C)"]
+    return markdown_table(header, rows)
 
 
 def results_file(args):
-    """Each device, and each shape, has its own; points apart are no part of the study."""
-    device, shape = "" if args.device == "cpu" else "_cuda", "" if args.shape == "30m" else f"_{args.shape}"
-    folder = Path(args.models) if args.points else HERE / "results"
-    return Path(args.results or folder / f"step{device}{shape}.json")
+    """The default for --results. Every device and shape has its own file; single points are not
+    part of the study and go to the folder of the models."""
+    if args.results:
+        return Path(args.results)
+    device = "" if args.device == "cpu" else "_cuda"
+    shape = "" if args.shape == "30m" else f"_{args.shape}"
+    return (Path(args.models) if args.points else RESULTS) / f"step{device}{shape}.json"
 
 
-def measure(args, results, file):
-    """Add to `results`, and write into `file`, what is not in them yet."""
-    folder = make(args.shape, args.models, args.device)
-    known = [{key: value for key, value in entry.items() if key != "rows"} for entry in results["measured"]]
-    with tqdm(todo(args), desc="points") as bar:
+def measure_missing(args, results, file):
+    """Measure what the results do not have yet, and write the file after every point."""
+    folder = make_model(args.shape, args.models, args.device)
+    known = [{k: v for k, v in entry.items() if k != "rows"} for entry in results["measured"]]
+    with tqdm(plan(args), desc="points") as bar:
         for part, point, arms, rounds, options in bar:
             entry = json.loads(json.dumps(dict(part=part, **dict(zip("PCG", point)), **options)))
             bar.set_postfix_str(f"{part}: P {point[0]}, C {point[1]}, G {point[2]}")
             if entry not in known:
-                results["measured"].append(entry | {"rows": compare(point, arms, rounds, folder, options)})
-                file.parent.mkdir(parents=True, exist_ok=True)
-                Path(f"{file}.new").write_text(json.dumps(results, indent=1))
-                os.replace(f"{file}.new", file)
+                costs = compare(point, arms, rounds, folder, options)
+                results["measured"].append(entry | {"rows": costs})
+                write_atomically(file, json.dumps(results, indent=1))
+
+
+def write_docs(results):
+    """Write the tables of docs/cost.md, and README's."""
+    for name, text in tables(results).items():
+        insert(ROOT / "docs" / "cost.md", f"step {name}", text)
+    insert(ROOT / "README.md", "cost", readme_table(results))
+
+
+def parse_args():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("--points", nargs="+", metavar="P,C,G", help="measure only these points")
+    add("--arms", nargs="+", default=ARMS, choices=ARMS, help="with --points (default: all)")
+    add("--rounds", type=int, default=5, help="timed steps per arm; half in the grid (default: 5)")
+    add("--shape", default="30m", choices=TEXT, help="of the random model (default: 30m)")
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=cuda, help="default: cuda if available, else cpu")
+    add("--models", default="runs/bench", help="folder of the random models (default: runs/bench)")
+    add("--results", help="default: step.json in bench/results, or with --points in --models")
+    add("--report", action="store_true", help="only write the tables again")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    file = results_file(args)
+    if args.report or file.exists():
+        results = json.loads(file.read_text())
+    else:
+        info = machine() | {"trl": version("trl"), "threads": torch.get_num_threads()}
+        command = " ".join(["python bench/step.py", *sys.argv[1:]])
+        results = {"command": command, "machine": info, "shape": args.shape, "measured": []}
+    if not args.report:
+        measure_missing(args, results, file)
+    for name, text in tables(results).items():
+        print(f"\n{name}\n\n{text}")
+    if file == RESULTS / "step.json":
+        write_docs(results)
 
 
 if __name__ == "__main__":

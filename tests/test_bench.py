@@ -1,4 +1,5 @@
-"""The study: its placebos are what they claim, its numbers are worked out right, and the README says what was found."""
+"""The ablation: the placebos do what they claim, the statistics are right, and the documents show
+the committed results."""
 
 import json
 from argparse import Namespace
@@ -6,144 +7,224 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load
+from conftest import ask, load
 
 import reward
 import sayo_mini
-from bench import ablation, measure, report
-from scenes import Scenes
+from bench import ablation, ablation_arms, ablation_measure, ablation_report
+from bench.doc_tables import insert, marked
+from commands.parser import parse_config
+from config import TINY, Config
+from sources.scenes import Scenes
 
 ROOT = Path(__file__).parent.parent
 SCENES = Scenes("validation", 20)
 
 
-# --- arms ------------------------------------------------------------------------------------------------------------
+# --- arms -------------------------------------------------------------------------------------
 
 
-def test_the_rolled_box_is_as_large_and_elsewhere():
+def test_rolled_box_has_the_same_area_elsewhere():
     for example in SCENES:
         true = sayo_mini.example_region(example, (7, 7))
-        with ablation.rolled():
+        with ablation_arms.roll_box():
             wrong = sayo_mini.example_region(example, (7, 7))
         assert wrong.sum() == true.sum() and not (wrong & true).any()
-    assert sayo_mini.example_region(example, (7, 7)).equal(true)  # and only while it is asked to
+    assert sayo_mini.example_region(example, (7, 7)).equal(true)  # the patch has ended
 
 
-def test_dealt_scores_are_the_groups_own_in_another_order():
+def test_shuffled_scores_are_a_permutation_of_the_groups_own():
     region, selected = torch.arange(4) < 2, torch.ones(6, 3, dtype=torch.bool)
     attention = torch.rand(6, 3, 4, generator=torch.Generator().manual_seed(0))
     true = reward.attention_reward(attention, region, selected)
-    with ablation.shuffled(seed=1):
-        dealt = [reward.attention_reward(attention, region, selected) for _ in range(3)]
-    assert all(sorted(d.tolist()) == sorted(true.tolist()) for d in dealt)
-    assert not dealt[0].equal(dealt[1]) and any(not d.equal(true) for d in dealt)
-    with ablation.shuffled(seed=1):
-        assert reward.attention_reward(attention, region, selected).equal(dealt[0])
+    with ablation_arms.shuffle_scores(seed=1):
+        shuffled = [reward.attention_reward(attention, region, selected) for _ in range(3)]
+    assert all(sorted(scores.tolist()) == sorted(true.tolist()) for scores in shuffled)
+    assert not shuffled[0].equal(shuffled[1])
+    assert any(not scores.equal(true) for scores in shuffled)
+    with ablation_arms.shuffle_scores(seed=1):
+        assert reward.attention_reward(attention, region, selected).equal(shuffled[0])
 
 
-def test_length_and_lowest_do_what_they_say():
-    with ablation.length():
+def test_length_reward_and_lowest_entropy_selection():
+    with ablation_arms.reward_length():
         assert reward.format_reward("no tags", 9, 10, 18) == 0.5
-    entropy, mask = torch.tensor([[1.0, 3.0, 2.0, 0.5]]), torch.tensor([[True, True, True, False]])
-    with ablation.lowest():
-        assert reward.select_tokens(entropy, mask, 0.34).tolist() == [[True, False, False, False]]
+    entropy = torch.tensor([[1.0, 3.0, 2.0, 0.5]])
+    mask = torch.tensor([[True, True, True, False]])
+    with ablation_arms.select_lowest_entropy():
+        selected = reward.select_tokens(entropy, mask, 0.34).tolist()
+        assert selected == [[True, False, False, False]]
     assert reward.select_tokens(entropy, mask, 0.34).tolist() == [[False, True, False, False]]
 
 
-FOUND = {
-    "query": {"auroc": [[0.5, 0.6, 0.55], [0.7, 0.4, 0.9], [1, 1, 1]], "gap": [[0.1, 0, 1], [0.2, 0.3, 1], [1, 1, 1]]},
-    "predict": {"auroc": [[0.5, 0.6, 0.8], [0.7, 0.4, 0.6], [1, 1, 1]], "gap": [[0, 0.4, 1], [0, 0, 1], [1, 1, 1]]},
+def test_patches_reach_the_rewards_of_the_training_loop():
+    """The training loop looks the patched functions up when it calls them."""
+    vlm, cfg = load(), Config(**TINY)
+    prompt, completions = ask(vlm, G=8)
+    scores = vlm.score(prompt, completions)
+    group = vlm, SCENES[0], prompt, completions, scores, cfg
+
+    def rewards(arm):
+        with ablation_arms.patch_for(arm, seed=1):
+            return sayo_mini.compute_rewards(*group)
+
+    true, true_inputs = rewards(ablation_arms.SAYO)
+    rolled, rolled_inputs = rewards(ablation_arms.ROLLED_BOX)
+    assert not (rolled_inputs.region & true_inputs.region).any()
+    assert not rolled["attention"].equal(true["attention"])
+    shuffled, _ = rewards(ablation_arms.SHUFFLED_SCORES)
+    assert not shuffled["attention"].equal(true["attention"])
+    assert shuffled["attention"].sort()[0].equal(true["attention"].sort()[0])
+    length, _ = rewards(ablation_arms.LENGTH)
+    assert length["format"].tolist() == pytest.approx((completions.mask.sum(1) / 18).tolist())
+    _, lowest_inputs = rewards(ablation_arms.LOWEST_ENTROPY)
+    assert not lowest_inputs.selected.equal(true_inputs.selected)
+    again, _ = rewards(ablation_arms.SAYO)
+    assert all(again[name].equal(true[name]) for name in true)
+
+
+PROBE_RESULTS = {
+    "query": {
+        "auroc": [[0.5, 0.6, 0.55], [0.7, 0.4, 0.9], [1, 1, 1]],
+        "gap": [[0.1, 0, 1], [0.2, 0.3, 1], [1, 1, 1]],
+    },
+    "predict": {
+        "auroc": [[0.5, 0.6, 0.8], [0.7, 0.4, 0.6], [1, 1, 1]],
+        "gap": [[0, 0.4, 1], [0, 0, 1], [1, 1, 1]],
+    },
 }
 
 
-def test_the_probe_decides_layers_and_heads_without_the_sums():
-    assert ablation.telling_head(FOUND) == {"alignment": "predict", "layers": 0, "heads": 1}
-    flags = ablation.variants(FOUND)
-    assert flags["best three heads (0,1 of layer 1)"][-4:] == ["--layers", "1", "--heads", "0,1"]
-    assert flags["most telling head (predict, 1 of layer 0)"][-6:] == [
-        "--alignment", "predict", "--layers", "0", "--heads", "1"]  # fmt: skip
+def test_probe_chooses_layers_and_heads_not_the_averages():
+    head = ablation_arms.discriminative_head(PROBE_RESULTS)
+    assert head == {"alignment": "predict", "layers": 0, "heads": 1}
+    flags = ablation_arms.variant_arms(PROBE_RESULTS)
+    best = flags["best three heads (layer 1, heads 0,1)"]
+    assert best[-4:] == ["--layers", "1", "--heads", "0,1"]
+    single = flags["most discriminative head (layer 0, head 1, predict)"]
+    assert single[-6:] == ["--alignment", "predict", "--layers", "0", "--heads", "1"]
 
 
-def test_every_arm_is_a_command_line_of_the_program(tmp_path):
-    for flags in (ablation.ARMS | ablation.variants(FOUND)).values():
-        sayo_mini.parse([*ablation.FLAGS, *flags, "--output_dir", str(tmp_path / "none")])
+def test_every_arm_is_a_valid_command_line(tmp_path):
+    arms = ablation_arms.ARMS | ablation_arms.variant_arms(PROBE_RESULTS)
+    for flags in arms.values():
+        output = ["--output_dir", str(tmp_path / "none")]
+        parse_config([*ablation_arms.COMMON_FLAGS, *flags, *output])
 
 
-def test_weights_unpacked_once_give_the_same_run_to_the_bit(tmp_path):
-    flags = [*ablation.FLAGS, "--max_steps", "2", "--prompts_per_step", "1", "--learning_rate", "1e-3"]
+def test_dequantizing_once_changes_no_bit(tmp_path):
+    flags = [*ablation_arms.COMMON_FLAGS, "--max_steps", "2", "--prompts_per_step", "1"]
+    flags += ["--learning_rate", "1e-3"]
     assert sayo_mini.main([*flags, "--output_dir", str(tmp_path / "usual")]) == 0
-    with ablation.unpack_once():
+    with ablation.dequantize_once():
         assert sayo_mini.main([*flags, "--output_dir", str(tmp_path / "once")]) == 0
     for name in ("metrics.jsonl", "samples.jsonl", "adapter/adapter_model.safetensors"):
-        assert (tmp_path / "usual" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
+        usual, once = ((tmp_path / run / name).read_bytes() for run in ("usual", "once"))
+        assert usual == once
 
 
-def test_a_worker_trains_through_the_program_and_adds_its_row(tmp_path, capfd):
-    """Two arms and the base, one step each: rows, curves, and nothing done twice."""
-    sizes = {"accuracy": 3, "sampled": 2, "harder": 1, "gaze": 2, "causal": 2, "groups": 2}
-    telling, short = ablation.telling_head(FOUND), ["--max_steps", "1", "--prompts_per_step", "1"]
-    jobs = [("arm", name, flags, 0, tmp_path / name, sizes, telling) for name, flags in
-            (("base", None), (ablation.SAYO, ablation.weights(1, 1, 0) + short), ("length", short))]  # fmt: skip
+def test_jobs_train_through_the_program_and_add_their_rows(tmp_path, capfd):
+    """Two arms and the base, one step each: rows, curves, and no job runs twice."""
+    sizes = dict(accuracy=3, sampled=2, harder=1, attention=2, causal=2, groups=2)
+    head = ablation_arms.discriminative_head(PROBE_RESULTS)
+    short = ["--max_steps", "1", "--prompts_per_step", "1"]
+    arms = {
+        "base": None,
+        ablation_arms.SAYO: ablation_arms.weight_flags(1, 1, 0) + short,
+        ablation_arms.LENGTH: short,
+    }
+    jobs = [
+        ablation.Job("arm", name, flags, 0, tmp_path / name, sizes, head)
+        for name, flags in arms.items()
+    ]
     args, results = Namespace(jobs=2, results=tmp_path / "results.json"), {"runs": []}
-    ablation.run_all(jobs, args, results)
-    ablation.run_all(jobs, args, results)
+    ablation.run_jobs(jobs, args, results)
+    ablation.run_jobs(jobs, args, results)
     saved = json.loads(args.results.read_text())
-    assert saved == results and sorted(row["arm"] for row in saved["runs"]) == sorted(["base", ablation.SAYO, "length"])
+    assert saved == results
+    assert sorted(row["arm"] for row in saved["runs"]) == sorted(arms)
     for row in saved["runs"]:
         assert ("curve" in row) == (row["arm"] != "base")
         assert all(isinstance(v, float | int) for v in row["measured"].values())
-    assert (tmp_path / ablation.SAYO / "adapter" / "adapter_config.json").exists()
+    assert (tmp_path / ablation_arms.SAYO / "adapter" / "adapter_config.json").exists()
 
 
-# --- measurements ----------------------------------------------------------------------------------------------------
+# --- measurements -----------------------------------------------------------------------------
 
 
-def test_answers_in_batches_equal_answers_one_by_one():
+def test_answers_in_batches_equal_single_answers():
     vlm = load()
     examples = [SCENES[i] for i in range(5)]
-    together = measure.write(vlm, examples, 20, batch=3)
-    for example, answer in zip(examples, together):
-        alone = vlm.sample(vlm.encode(example.image, example.question), 1, 20, temperature=0)
+    batched = ablation_measure.generate_answers(vlm, examples, 20, batch=3)
+    for example, answer in zip(examples, batched):
+        prompt = vlm.encode(example.image, example.question)
+        alone = vlm.sample(prompt, 1, 20, temperature=0)
         assert answer.texts == alone.texts and answer.ids.equal(alone.ids)
 
 
-def test_harder_questions_are_what_they_are_called():
-    for _, card in measure.questions(5, border=True):
-        assert any(v < 16 or v >= 96 for v in measure.center(card))
-    assert all(card.box[2] - card.box[0] <= 12 for _, card in measure.questions(3, **measure.HARDER["small cards"]))
-    assert [e.id for e, _ in measure.questions(3)] == ["test-7-0", "test-7-1", "test-7-2"]
+def test_harder_questions_are_what_their_names_say():
+    for _, card in ablation_measure.make_questions(5, border=True):
+        assert any(v < 16 or v >= 96 for v in ablation_measure.center(card))
+    style = ablation_measure.HARDER["small cards"]
+    questions = ablation_measure.make_questions(3, **style)
+    assert all(card.box[2] - card.box[0] <= 12 for _, card in questions)
+    ids = [example.id for example, _ in ablation_measure.make_questions(3)]
+    assert ids == ["test-7-0", "test-7-1", "test-7-2"]
 
 
-def test_the_other_place_painted_over_is_as_large_inside_and_apart():
+def test_the_other_covered_area_has_the_same_size_inside_the_image_and_apart():
     scenes = Scenes("test", 50)
     for i in range(50):
         target, *others = scenes.layout(i)
-        box = next(b for b in (measure.shift(target.box, o) for o in others) if measure.apart(b, target.box))
-        assert (box[2] - box[0], box[3] - box[1]) == (target.box[2] - target.box[0], target.box[3] - target.box[1])
+        x1, y1, x2, y2 = target.box
+        boxes = (ablation_measure.move_to_card(target.box, other) for other in others)
+        box = next(box for box in boxes if ablation_measure.disjoint(box, target.box))
+        assert (box[2] - box[0], box[3] - box[1]) == (x2 - x1, y2 - y1)
         assert min(box) >= 0 and max(box) <= 112
 
 
-# --- statistics ------------------------------------------------------------------------------------------------------
+# --- statistics -------------------------------------------------------------------------------
 
 
 def test_intervals_and_paired_test_by_hand():
-    assert report.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.30265 / 3**0.5, rel=1e-5)  # t(0.975, 2) = 4.30265
-    assert report.half_width([1.0]) is None and report.cell([0.25]) == "0.250"
-    ours, theirs = ({s: {"m": v} for s, v in enumerate(vs)} for vs in ([2, 4, 6], [1, 2, 3, 9]))  # one seed unpaired
-    difference, half, p = report.paired(ours, theirs, "m")
-    assert difference == 2 and half == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
-    assert p == pytest.approx(0.0742, abs=1e-4)  # t = 2 * 3**0.5, 2 degrees of freedom: 1 - t / (2 + t * t)**0.5
+    t = 4.30265  # t(0.975, 2)
+    assert ablation_report.half_width([1.0, 2.0, 3.0]) == pytest.approx(t / 3**0.5, rel=1e-5)
+    assert ablation_report.half_width([1.0]) is None
+    assert ablation_report.format_mean([0.25]) == "0.250"
+    ours, theirs = (
+        {seed: {"m": v} for seed, v in enumerate(values)} for values in ([2, 4, 6], [1, 2, 3, 9])
+    )  # one seed has no partner
+    difference, half, p = ablation_report.paired_difference(ours, theirs, "m")
+    assert difference == 2 and half == pytest.approx(t / 3**0.5, rel=1e-5)
+    # t = 2 * 3**0.5 with 2 degrees of freedom: 1 - t / (2 + t * t)**0.5
+    assert p == pytest.approx(0.0742, abs=1e-4)
 
 
-def test_the_rate_is_the_best_on_average_over_both_arms():
-    runs = [{"kind": "choice", "arm": f"{rate} {arm}", "validation_accuracy": value} for rate, arm, value in
-            (("1e-4", "x", 0.9), ("1e-4", "y", 0.1), ("2e-4", "x", 0.6), ("2e-4", "y", 0.6))]  # fmt: skip
-    assert report.best_rate({"runs": runs}) == "2e-4"
+def test_the_chosen_learning_rate_is_the_best_on_average_over_both_arms():
+    accuracy = [("1e-4", "x", 0.9), ("1e-4", "y", 0.1), ("2e-4", "x", 0.6), ("2e-4", "y", 0.6)]
+    runs = [
+        {"kind": "learning rate", "arm": f"{rate} {arm}", "validation_accuracy": value}
+        for rate, arm, value in accuracy
+    ]
+    assert ablation_report.best_learning_rate({"runs": runs}) == "2e-4"
 
 
-def test_the_readme_says_what_the_results_say():
+# --- documents --------------------------------------------------------------------------------
+
+
+def test_insert_replaces_the_text_between_its_comments(tmp_path):
+    path = tmp_path / "doc.md"
+    path.write_text("a\n<!-- x -->\nold\n<!-- end x -->\nb\n")
+    insert(path, "x", "new")
+    assert path.read_text() == f"a\n{marked('x', 'new')}\nb\n"
+    with pytest.raises(SystemExit, match="doc.md has no comments <!-- y -->"):
+        insert(path, "y", "new")
+
+
+def test_documents_show_the_committed_results():
     results = json.loads((ROOT / "bench" / "results" / "ablation.json").read_text())
-    assert report.tables(results, ablation.SAYO, ablation.OTHERS) in (ROOT / "README.md").read_text()
-    page = (ROOT / "bench" / "README.md").read_text()
-    for kind in ("arm", "variant"):
-        assert report.everything(results, kind, [ablation.SAYO, *ablation.OTHERS]) in page
+    evidence = (ROOT / "docs" / "evidence.md").read_text()
+    for name, text in ablation_report.doc_tables(results).items():
+        assert marked(name, text) in evidence, name
+    readme = (ROOT / "README.md").read_text()
+    assert marked("results", ablation_report.readme_table(results)) in readme

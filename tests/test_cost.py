@@ -1,4 +1,5 @@
-"""bench/: that the arms compared do the same work, that the floors of memory are floors, and the tables."""
+"""The cost benchmarks: all arms do the same work, the memory floors are floors, and the documents
+show the committed results."""
 
 import json
 from pathlib import Path
@@ -11,16 +12,19 @@ from conftest import ask, load
 from transformers import Qwen3VLForConditionalGeneration
 
 from bench import memory, step
-from bench.arms import repeat_prompt
-from bench.shapes import CELL, configuration, make, question
+from bench.doc_tables import RESULTS, ROOT, marked
+from bench.shapes import CELL, make_model, make_question, model_config
+from bench.step_arms import repeat_prompt
 from model import load_vlm
 
-linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read the Linux way")
+linux = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="resident memory is read from /proc"
+)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make("30m", tmp_path_factory.mktemp("models"))
+    return make_model("30m", tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +35,25 @@ def vlm(folder):
 @pytest.mark.parametrize("shape, billions", [("2b", 2.13), ("4b", 4.44), ("8b", 8.77)])
 def test_shapes_have_the_published_sizes(shape, billions):
     with init_empty_weights():
-        model = Qwen3VLForConditionalGeneration(configuration(shape))
+        model = Qwen3VLForConditionalGeneration(model_config(shape))
     tied = model.lm_head.weight.numel() if model.config.tie_word_embeddings else 0
-    assert sum(p.numel() for p in model.parameters()) - tied == pytest.approx(1e9 * billions, rel=0.003)
+    count = sum(p.numel() for p in model.parameters()) - tied
+    assert count == pytest.approx(1e9 * billions, rel=0.003)
 
 
 @pytest.mark.parametrize("tokens, image_tokens", [(40, None), (128, None), (300, 256)])
-def test_question_has_the_length_asked_for(vlm, tokens, image_tokens):
-    example = question(vlm, tokens, image_tokens)
+def test_question_has_the_requested_length(vlm, tokens, image_tokens):
+    example = make_question(vlm, tokens, image_tokens)
     prompt = vlm.encode(example.image, example.question)
     assert len(prompt.input_ids) == tokens
-    assert prompt.grid == (example.image.height // CELL, example.image.width // CELL)  # not scaled down
-    assert len(prompt.image_positions) == (image_tokens or len(prompt.image_positions)) > tokens / 2
+    rows, cols = example.image.height // CELL, example.image.width // CELL
+    assert prompt.grid == (rows, cols)  # not scaled down
+    N = len(prompt.image_positions)
+    assert N == (image_tokens or N) > tokens / 2
 
 
 def test_naive_arm_computes_the_same():
-    """The prompt G times: other work, the same tokens and scores."""
+    """With the prompt run G times: more work, the same tokens and scores."""
     vlm = load()
     prompt, completions = ask(vlm)
     scores = vlm.score(prompt, completions)
@@ -59,8 +66,9 @@ def test_naive_arm_computes_the_same():
 
 
 @linux
-def test_arms_do_the_work_they_are_said_to_do(folder):
-    """Tokens of one step: ours within the floor of 3 (P + G C), the others all G prompts, in language and vision."""
+def test_arms_do_the_work_that_their_descriptions_say(folder):
+    """Forward tokens of one step: ours within the floor of 3 (P + G C), the others with all G
+    prompts, in the language model and in the vision tower."""
     P, C, G = 40, 4, 2
     options = {"device": "cpu", "load_in_4bit": True, "gradient_checkpointing": True}
     rows = step.compare((P, C, G), step.ARMS, 1, folder, options)
@@ -75,114 +83,156 @@ def test_arms_do_the_work_they_are_said_to_do(folder):
     assert 0 < ours["capture"] < ours["update"]
 
 
-def entry(part, point, seconds, **more):
-    row = {"seconds": seconds, "sample": seconds / 2, "score": 0.0, "update": seconds / 2, "capture": seconds / 100,
-           "tokens": 300, "patches": 4}  # fmt: skip
-    rows = {arm: [{"peak": k * 2**20}, *[row | {"seconds": k * s} for s in (seconds, seconds)]]
-            for k, arm in enumerate(("ours", "naive", "trl"), 1)}  # fmt: skip
-    options = {"load_in_4bit": True, "gradient_checkpointing": True, **more}
-    return {"part": part, **dict(zip("PCG", point)), **options, "rows": rows}
+def entry(part, point, seconds, **options):
+    """A measured point at which the naive arm takes twice, and TRL three times what ours takes."""
+    costs = {
+        "sample": seconds / 2,
+        "score": 0.0,
+        "update": seconds / 2,
+        "capture": seconds / 100,
+        "tokens": 300,
+        "patches": 4,
+    }
+    rows = {}
+    for k, arm in enumerate(("ours", "naive", "trl"), 1):
+        timed = costs | {"seconds": k * seconds}
+        rows[arm] = [{"peak": k * 2**20}, timed, timed]
+    usual = {"device": "cpu", "load_in_4bit": True, "gradient_checkpointing": True}
+    return {"part": part, **dict(zip("PCG", point)), **usual, **options, "rows": rows}
 
 
 def test_tables_of_steps():
-    """Twice, thrice as slow as ours; a straight line through points that lie on one; without what was not measured."""
+    """Ratios of two and three; a straight line through points that lie on one; no columns or rows
+    of what was not measured."""
     measured = [entry("setting", (20, 20, 4), 2.0)]
     measured += [entry("scaling G", (20, 20, G), 1 + G / 4) for G in (4, 8, 16)]
-    measured += [entry("scaling layers", (20, 20, 4), 2.0 * n, layers=list(range(n))) for n in (1, 2, 5)]
+    for n in (1, 2, 5):
+        measured.append(entry("scaling layers", (20, 20, 4), 2.0 * n, layers=list(range(n))))
     text = step.tables({"measured": measured})
     assert "| 3.0 (3.0 to 3.0) | 2.0 (2.0 to 2.0) |" in text["setting"]
-    assert "| 1.000 " in text["setting"] and "| 1.0 % " in text["setting"]  # 300 tokens are the floor of this point
+    # 300 tokens are the floor of this point.
+    assert "| 1.000 " in text["setting"] and "| 1.0 % " in text["setting"]
     assert "1.000 + 0.2500 G" in text["scaling"] and "0.000 + 0.0200 layers" in text["scaling"]
-    assert "C" not in text["scaling"].replace("layers captured", "") and "grid" not in text
+    assert "C" not in text["scaling"] and "grid" not in text
     alone = entry("point", (20, 20, 4), 2.0)
     alone["rows"].pop("trl")
-    assert "| 2.00 = 1.00 + 0.00 + 1.00 | 4.00 = 1.00 + 0.00 + 1.00 |  " in step.tables({"measured": [alone]})["point"]
+    point = step.tables({"measured": [alone]})["point"]
+    assert "| 2.00 = 1.00 + 0.00 + 1.00 | 4.00 = 1.00 + 0.00 + 1.00 |  " in point
     bent = [entry("scaling G", (20, 20, G), G * G) for G in (4, 8, 16)]
-    assert "| 0 %" in text["scaling"] and "| 0 %" not in step.tables({"measured": bent})["scaling"]
+    assert "| 0 %" in text["scaling"]
+    assert "| 0 %" not in step.tables({"measured": bent})["scaling"]
+
+
+def test_readme_table_of_steps():
+    fp32 = {"load_in_4bit": False, "gradient_checkpointing": False}
+    measured = [entry("setting", (20, 20, 4), 2.0), entry("setting", (20, 20, 4), 1.0, **fp32)]
+    measured.append(entry("grid", (20, 20, 4), 5.0))
+    lines = step.readme_table({"measured": measured}).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert cells == [
+        ["NF4", "yes", "2.00", "6.00", "3.0 (3.0 to 3.0)", "1", "3"],
+        ["fp32", "no", "1.00", "3.00", "3.0 (3.0 to 3.0)", "1", "3"],
+    ]
 
 
 def test_results_of_another_kind_go_to_another_file():
-    names = []
-    for points, device, shape in ((None, "cpu", "30m"), (["1,1,1"], "cpu", "30m"), (None, "cuda", "2b")):
-        args = SimpleNamespace(points=points, device=device, shape=shape, models="runs/bench", results=None)
-        names.append(step.results_file(args).relative_to(step.ROOT if not points else Path()).as_posix())
-    assert names == ["bench/results/step.json", "runs/bench/step.json", "bench/results/step_cuda_2b.json"]
+    args = SimpleNamespace(
+        points=None, device="cpu", shape="30m", models="runs/bench", results=None
+    )
+    assert step.results_file(args) == RESULTS / "step.json"
+    args.points = ["1,1,1"]
+    assert step.results_file(args) == Path("runs/bench/step.json")
+    args.points, args.device, args.shape = None, "cuda", "2b"
+    assert step.results_file(args) == RESULTS / "step_cuda_2b.json"
 
 
-def test_capture_grows_with_what_a_completion_sees():
-    """Four floats for every pair of a token and what it sees; so twice the completions, twice the memory."""
+def test_capture_memory_grows_with_the_pairs_of_token_and_visible_token():
+    """Four floats per pair, so twice the completions take twice the memory."""
     few, many = step.capture_bytes(100, 40, 8), step.capture_bytes(100, 40, 16)
     assert many / few == pytest.approx(2, abs=0.05)
     assert few < 4 * 4 * (1 + 8 * 40) * 140 * 1.05
 
 
-def test_floor_against_a_loaded_model(folder, vlm):
-    """Weights and LoRA of the formula are those of the model, its cache is what sampling leaves."""
+def test_memory_floor_agrees_with_a_loaded_model(folder, vlm):
+    """Weights and LoRA are those of the model; the cache is what sampling leaves behind."""
     text = vlm.core.config.text_config
     N, G = 256, 8
-    parts = memory.floor("30m", N, G, width=4)
+    parts = memory.memory_floor("30m", N, G, width=4)
     weights = sum(p.nbytes for n, p in vlm.core.named_parameters() if "lora" not in n)
     for module in vlm.core.modules():
         if state := getattr(getattr(module, "weight", None), "quant_state", None):
             weights += state.absmax.nbytes + state.state2.absmax.nbytes
     assert parts["weights"] == pytest.approx(weights, rel=0.01)
-    assert parts["LoRA"] == 16 * sum(p.numel() for n, p in vlm.core.named_parameters() if "lora" in n)
+    lora = sum(p.numel() for n, p in vlm.core.named_parameters() if "lora" in n)
+    assert parts["LoRA"] == 16 * lora
     tokens = N + memory.QUESTION + G * memory.C
-    assert parts["KV cache"] == 4 * tokens * text.num_hidden_layers * 2 * text.num_key_value_heads * text.head_dim
-    assert parts["floor"] == parts["weights"] + parts["LoRA"] + parts["layer inputs"] + parts["one layer"]
+    kv = text.num_key_value_heads * text.head_dim
+    assert parts["KV cache"] == 4 * tokens * text.num_hidden_layers * 2 * kv
+    training = parts["layer inputs"] + parts["one layer"]
+    assert parts["floor"] == parts["weights"] + parts["LoRA"] + training
 
 
 @linux
 def test_a_measured_step_needs_more_than_the_floor(vlm):
-    seen = {"tokens": 0}
-    row = memory.measured(vlm, seen, "30m", 256, 4, 1)
-    parts = memory.floor("30m", 256, 4, width=4)
+    counts = {"tokens": 0}
+    row = memory.measure_point(vlm, counts, "30m", 256, 4, 1)
+    parts = memory.memory_floor("30m", 256, 4, width=4)
     assert 1 < row["peak"] / (parts["floor"] - parts["weights"]) < 4
-    assert row["seconds"] > 0 and row["written_per_second"] == pytest.approx(4 * memory.C / row["seconds"])
+    per_second = 4 * memory.C / row["seconds"]
+    assert row["seconds"] > 0
+    assert row["completion_tokens_per_second"] == pytest.approx(per_second)
 
 
-def test_under_a_cap_fewer_completions_are_tried(monkeypatch):
-    """8, 4, 2, 1 in a forward; the first that fits is kept, and where none does it is said."""
+def test_under_a_cap_fewer_completions_per_forward_are_tried(monkeypatch):
+    """8, 4, 2, 1: the first that fits is kept; if none does, the row says so."""
     tried = []
 
-    def measured(vlm, seen, shape, N, G, rounds, cap, size):
+    def measure_point(vlm, counts, shape, N, G, rounds, cap, size):
         tried.append(size or G)
         return {"size": size} if (size or G) <= fits else None
 
-    monkeypatch.setattr(memory, "measured", measured)
+    monkeypatch.setattr(memory, "measure_point", measure_point)
     fits = 2
-    assert memory.under_cap(None, {}, "2b", 256, 8, 6) == {"size": 2} and tried == [8, 4, 2]
+    assert memory.measure_under_cap(None, {}, "2b", 256, 8, 6) == {"size": 2}
+    assert tried == [8, 4, 2]
     fits = 0
-    assert memory.under_cap(None, {}, "2b", 256, 8, 6)["peak"] is None and tried[3:] == [8, 4, 2, 1]
+    assert memory.measure_under_cap(None, {}, "2b", 256, 8, 6)["peak"] is None
+    assert tried[3:] == [8, 4, 2, 1]
 
 
-def test_tables_of_memory_say_what_was_not_measured():
-    cost = {"peak": 3 * 2**30, "seconds": 2.5, "written_per_second": 352.0, "forward_tokens_per_second": 9000.0,
-            "completions_per_forward": 0}  # fmt: skip
-    card = [{"shape": "2b", "N": 256, "G": 8, "cap": cap, **cost} for cap in (None, *memory.CAPS)]
+def test_tables_of_memory_mark_what_was_not_measured():
+    cost = {
+        "peak": 3 * 2**30,
+        "seconds": 2.5,
+        "completion_tokens_per_second": 352.0,
+        "forward_tokens_per_second": 9000.0,
+        "completions_per_forward": 0,
+    }
+    caps = (None, *memory.CAPS)
+    card = [{"shape": "2b", "N": 256, "G": 8, "cap": cap, **cost} for cap in caps]
     card[1]["peak"] = None
-    text = memory.tables({"measured": []}, {"measured": card})
+    nothing = {"measured": []}
+    text = memory.tables(nothing, {"measured": card})
     lines = text["short"].splitlines()
-    assert len(lines) == 2 + 6 and "3.00" in lines[2] and all("not yet measured" in line for line in lines[3:])
-    assert text["caps"].splitlines()[2].split("|")[4:6] == [" no   ", " 8 in a forward, 2.5 s "]
-    assert memory.tables({"measured": []}, {"measured": []})["caps"] == "Not yet measured."
-    full = memory.tables(
-        {"measured": []}, {"measured": [{"shape": "8b", "N": 1024, "G": 16, "cap": None, "peak": None}]}
-    )
+    assert len(lines) == 2 + 6 and "3.00" in lines[2]
+    assert all("not yet measured" in line for line in lines[3:])
+    cells = text["caps"].splitlines()[2].split("|")
+    assert cells[4:6] == [" no   ", " 8 per forward, 2.5 s "]
+    assert memory.tables(nothing, nothing)["caps"] == "Not yet measured."
+    too_large = {"shape": "8b", "N": 1024, "G": 16, "cap": None, "peak": None}
+    full = memory.tables(nothing, {"measured": [too_large]})
     assert "does not fit" in full["floor"].splitlines()[-1]
 
 
-def test_committed_results_are_the_tables_in_the_readmes():
-    """What stands in the README comes from the JSON."""
-    readme = (step.ROOT / "bench" / "README.md").read_text()
-    steps = step.tables(json.loads((step.HERE / "results" / "step.json").read_text()))
-    for name, text in steps.items():
-        assert f"<!-- step {name} -->\n{text}\n<!-- end step {name} -->" in readme, name
-    assert f"<!-- cost -->\n{steps['setting']}\n<!-- end cost -->" in (step.ROOT / "README.md").read_text()
-    results = {d: json.loads(p.read_text()) if (p := step.HERE / "results" / f"memory_{d}.json").exists() else
-               {"measured": []} for d in ("cpu", "cuda")}  # fmt: skip
-    for name, text in memory.tables(results["cpu"], results["cuda"]).items():
-        where, label = (
-            (step.ROOT / "README.md", "memory") if name == "short" else (step.HERE / "README.md", f"memory {name}")
-        )
-        assert f"<!-- {label} -->\n{text}\n<!-- end {label} -->" in where.read_text(), name
+def test_documents_show_the_committed_results():
+    cost, readme = ((ROOT / name).read_text() for name in ("docs/cost.md", "README.md"))
+    results = json.loads((RESULTS / "step.json").read_text())
+    for name, text in step.tables(results).items():
+        assert marked(f"step {name}", text) in cost, name
+    cpu, cuda = (
+        json.loads(path.read_text()) if path.exists() else {"measured": []}
+        for path in (RESULTS / "memory_cpu.json", RESULTS / "memory_cuda.json")
+    )
+    for name, text in memory.tables(cpu, cuda).items():
+        assert marked(f"memory {name}", text) in cost, name
+    assert marked("cost", step.readme_table(results)) in readme

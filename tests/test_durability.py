@@ -1,12 +1,14 @@
-"""Nothing is lost: kills, damaged files, signals, numbers that are not finite, full memory and full disks."""
+"""Nothing is lost: kills, damaged files, signals, NaNs, full memory and full disks."""
 
 import errno
 import json
 import math
 import os
 import resource
+import shlex
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,33 +16,45 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file
 
+import checkpoint
 import model
 import reward
-import run as run_module
 import sayo_mini
 from bench.kill import COMPARED, differences, finish, kill_and_resume
-from scenes import Scenes
+from sources.scenes import Scenes
 
-FAST = ["--device", "cpu", "--no-load_in_4bit", "--prompts_per_step", "2", "--num_generations", "4", "--eval_examples",
-        "1", "--max_steps", "4", "--save_steps", "1", "--model_name_or_path", str(TINY)]  # fmt: skip
-
-
-def run(folder, *flags, expect=0):
-    assert sayo_mini.main([*FAST, "--output_dir", str(folder), *map(str, flags)]) == expect
+FAST = "--device cpu --no-load_in_4bit --prompts_per_step 2 --num_generations 4".split()
+FAST += "--eval_examples 1 --max_steps 4 --save_steps 1 --model_name_or_path".split() + [str(TINY)]
 
 
-def resume(folder, expect=0):
-    """With no other flag: the settings come from the run."""
-    assert sayo_mini.main(["--resume", "--output_dir", str(folder)]) == expect
+def run(folder, flags="", expect=0):
+    """Run the program in this process; check the exit code."""
+    argv = [*FAST, "--output_dir", str(folder), *shlex.split(flags)]
+    assert sayo_mini.main(argv) == expect
 
 
-def steps(folder):
-    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def resume(folder, flags="", expect=0):
+    """Continue a run. Other settings than `flags` come from the run."""
+    argv = ["--resume", "--output_dir", str(folder), *shlex.split(flags)]
+    assert sayo_mini.main(argv) == expect
 
 
-def the_line(capfd):
-    """The one line on stderr with which the program ended; progress bars aside."""
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("sayo_mini.py: ")]
+def read_log(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def logged_steps(folder):
+    return [row["step"] for row in read_log(folder)]
+
+
+def checkpoint_step(folder, name="checkpoint.safetensors"):
+    return checkpoint.load_checkpoint(folder / name)[0]
+
+
+def error_line(capfd):
+    """The only line of the program's own on stderr; progress bars do not count."""
+    lines = capfd.readouterr().err.splitlines()
+    lines = [line for line in lines if line.startswith("sayo_mini.py: ")]
     assert len(lines) == 1
     return lines[0]
 
@@ -53,33 +67,33 @@ def whole(tmp_path_factory):
     return folder
 
 
-# --- kills -----------------------------------------------------------------------------------------------------------
+# --- kills ---
 
 
 def test_twenty_sigkills_at_random_moments_change_no_bit(tmp_path):
     finish(tmp_path / "whole")
-    logged = kill_and_resume(tmp_path / "cut", 20)
-    assert len(logged) == 20 and any(0 < n < 16 for n in logged)  # some came in mid-run
-    assert not differences(tmp_path / "whole", tmp_path / "cut")
+    logged = kill_and_resume(tmp_path / "killed", 20)
+    assert len(logged) == 20 and any(0 < n < 16 for n in logged)  # some came during training
+    assert not differences(tmp_path / "whole", tmp_path / "killed")
 
 
-def killed_at_write(folder, count):
-    """A forked process runs the program and dies at its `count`-th flush or rename, before or in the middle of it.
-    Returns its exit code: 9 if it died."""
+def run_and_die_at_write(folder, count):
+    """Run the program in a forked process that dies instead of its `count`-th fsync or rename.
+    Returns: its exit code, 9 if it died."""
     pid = os.fork()
     if pid == 0:
-        left = [count]
+        remaining = [count]
 
-        def deadly(original):
+        def die_at_zero(original):
             def write(*args):
-                left[0] -= 1
-                if left[0] == 0:
+                remaining[0] -= 1
+                if remaining[0] == 0:
                     os._exit(9)
                 return original(*args)
 
             return write
 
-        os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+        os.fsync, os.replace = die_at_zero(os.fsync), die_at_zero(os.replace)
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1), os.dup2(null, 2)
         os._exit(sayo_mini.main([*FAST, "--resume", "--output_dir", str(folder)]))
@@ -87,9 +101,9 @@ def killed_at_write(folder, count):
 
 
 def test_a_kill_at_every_write_changes_no_bit(tmp_path, whole):
-    """Each process resumes what the one before left, and dies one flush or rename later in its life than that."""
+    """Each process resumes what the one before left behind, and dies one write later than it."""
     deaths = 0
-    while (code := killed_at_write(tmp_path / "run", deaths + 1)) == 9:
+    while (code := run_and_die_at_write(tmp_path / "run", deaths + 1)) == 9:
         deaths += 1
     assert code == 0 and deaths > 20
     assert not differences(whole, tmp_path / "run")
@@ -97,40 +111,45 @@ def test_a_kill_at_every_write_changes_no_bit(tmp_path, whole):
 
 
 @pytest.mark.parametrize("log", ["metrics.jsonl", "samples.jsonl"])
-def test_half_a_line_is_dropped_wherever_it_ends(tmp_path, whole, log):
-    """Also where it happens to look complete: in a text that holds a brace."""
+def test_half_a_line_at_the_end_of_a_log_is_dropped(tmp_path, whole, log):
+    """Even if its last character is a brace, so that it looks complete."""
     folder = tmp_path / "run"
-    run(folder, "--max_steps", 4, "--save_steps", 3)
-    (folder / "checkpoint.safetensors").unlink()  # that of step 4; the one before it is of step 3
+    run(folder, "--max_steps 4 --save_steps 3")
+    (folder / "checkpoint.safetensors").unlink()  # of step 4; the previous one is of step 3
     text = (folder / log).read_text()
     (folder / log).write_text(text + '{"step": 5, "text": "{red}')
     resume(folder)
     assert not differences(whole, folder)
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
+# --- damaged files ---
 
 
-def flip(path, where):
+def flip_bit(path, fraction):
+    """Flip a bit in the byte at this fraction of the file."""
     content = bytearray(path.read_bytes())
-    content[int(where * (len(content) - 1))] ^= 1
+    content[int(fraction * (len(content) - 1))] ^= 1
     path.write_bytes(content)
+
+
+def replace_bytes(path, old, new):
+    path.write_bytes(path.read_bytes().replace(old, new))
 
 
 DAMAGE = {
     "empty": lambda path: path.write_bytes(b""),
-    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "text": lambda path: path.write_text("no checkpoint"),
-    "a bit in its length": lambda path: flip(path, 0),
-    "a bit in its header": lambda path: flip(path, 0.001),
-    "a bit in the middle": lambda path: flip(path, 0.5),
-    "the last bit": lambda path: flip(path, 1),
-    "another step": lambda path: path.write_bytes(path.read_bytes().replace(b'"step":"4"', b'"step":"3"')),
+    "a bit of its header's length": lambda path: flip_bit(path, 0),
+    "a bit of its header": lambda path: flip_bit(path, 0.001),
+    "a bit in the middle": lambda path: flip_bit(path, 0.5),
+    "the last bit": lambda path: flip_bit(path, 1),
+    "another step": lambda path: replace_bytes(path, b'"step":"4"', b'"step":"3"'),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
 }
 
 
-def copy(source, target):
+def copy_run(source, target):
     target.mkdir()
     for path in source.iterdir():
         if path.is_file():
@@ -141,75 +160,95 @@ def copy(source, target):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_said_and_the_one_before_used(tmp_path, capsys, whole, damage):
-    folder = copy(whole, tmp_path / "run")
+def test_damaged_checkpoint_is_reported_and_the_previous_one_used(tmp_path, capsys, whole, damage):
+    folder = copy_run(whole, tmp_path / "run")
     DAMAGE[damage](folder / "checkpoint.safetensors")
     resume(folder)
-    said = capsys.readouterr().out
-    assert "checkpoint.safetensors is damaged" in said and "after step 3" in said
+    out = capsys.readouterr().out
+    assert "checkpoint.safetensors is damaged" in out and "after step 3" in out
     assert not differences(whole, folder)
 
 
-def test_two_damaged_checkpoints_end_in_one_line_and_nothing_is_touched(tmp_path, capfd, whole):
-    folder = copy(whole, tmp_path / "run")
-    for name in run_module.CHECKPOINTS:
-        flip(folder / name, 0.5)
+def test_two_damaged_checkpoints_end_in_one_line_and_nothing_changes(tmp_path, capfd, whole):
+    folder = copy_run(whole, tmp_path / "run")
+    for name in checkpoint.CHECKPOINTS:
+        flip_bit(folder / name, 0.5)
     resume(folder, expect=2)
-    assert str(folder) in the_line(capfd)
-    assert steps(folder) == [1, 2, 3, 4]
+    assert str(folder) in error_line(capfd)
+    assert logged_steps(folder) == [1, 2, 3, 4]
 
 
-def test_the_last_two_checkpoints_are_kept_and_the_damaged_one_is_not(tmp_path, whole):
-    kept = [run_module.load_checkpoint(whole / name)[0] for name in run_module.CHECKPOINTS]
-    assert kept == [4, 3]
-    folder = copy(whole, tmp_path / "run")
-    flip(folder / "checkpoint.safetensors", 0.5)
-    resume(folder)  # step 4 is made again: the damaged file must not have become the one before
-    assert [run_module.load_checkpoint(folder / name)[0] for name in run_module.CHECKPOINTS] == [4, 3]
+def test_two_checkpoints_are_kept_but_never_a_damaged_one(tmp_path, whole):
+    assert [checkpoint_step(whole, name) for name in checkpoint.CHECKPOINTS] == [4, 3]
+    folder = copy_run(whole, tmp_path / "run")
+    flip_bit(folder / "checkpoint.safetensors", 0.5)
+    resume(folder)  # makes step 4 again; the damaged file must not become the previous checkpoint
+    assert [checkpoint_step(folder, name) for name in checkpoint.CHECKPOINTS] == [4, 3]
 
 
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path, capfd, whole):
-    folder = copy(whole, tmp_path / "run")
-    assert sayo_mini.main(["--resume", "--output_dir", str(folder), "--lora_r", "4"]) == 2
-    assert "--lora_r" in the_line(capfd)
-    resume(folder)  # with its own it goes on
+def test_checkpoint_of_other_settings_is_refused(tmp_path, capfd, whole):
+    folder = copy_run(whole, tmp_path / "run")
+    resume(folder, "--lora_r 4", expect=2)
+    assert "--lora_r" in error_line(capfd)
+    resume(folder)  # works with the run's own settings
     assert not differences(whole, folder)
 
 
-BROKEN = {
-    "half a config": ("config.json", lambda text: text[: len(text) // 2], "config.json"),
+def truncate(text):
+    return text[: len(text) // 2]
+
+
+BROKEN_FILES = {  # case -> (file, the damage, a word of the message)
+    "half a config": ("config.json", truncate, "config.json"),
     "a list as config": ("config.json", lambda text: "[]", "config.json"),
-    "a setting nobody knows": ("config.json", lambda text: text.replace('"seed"', '"sead"'), "config.json"),
-    "text for a number": ("config.json", lambda text: text.replace('"max_steps": 4', '"max_steps": "4"'), "config"),
-    "half an evaluation": ("before.json", lambda text: text[: len(text) // 2], "before.json"),
-    "a line of metrics": ("metrics.jsonl", lambda text: text.replace('"step": 2', '"step: 2'), "metrics.jsonl:2"),
-    "a row that is none": ("metrics.jsonl", lambda text: text.replace('{"step": 1', '[]\n{"step": 1'), "jsonl:1"),
+    "an unknown setting": (
+        "config.json",
+        lambda text: text.replace('"seed"', '"sead"'),
+        "config.json",
+    ),
+    "text for a number": (
+        "config.json",
+        lambda text: text.replace('"max_steps": 4', '"max_steps": "4"'),
+        "config",
+    ),
+    "half an evaluation": ("before.json", truncate, "before.json"),
+    "a broken line of metrics": (
+        "metrics.jsonl",
+        lambda text: text.replace('"step": 2', '"step: 2'),
+        "metrics.jsonl:2",
+    ),
+    "a line that is not a row": (
+        "metrics.jsonl",
+        lambda text: text.replace('{"step": 1', '[]\n{"step": 1'),
+        "jsonl:1",
+    ),
 }
 
 
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_damaged_file_of_the_run_ends_in_one_line(tmp_path, capfd, whole, case):
-    name, break_, word = BROKEN[case]
-    folder = copy(whole, tmp_path / "run")
+@pytest.mark.parametrize("case", BROKEN_FILES)
+def test_damaged_file_of_a_run_ends_in_one_line(tmp_path, capfd, whole, case):
+    name, damage, word = BROKEN_FILES[case]
+    folder = copy_run(whole, tmp_path / "run")
     text = (folder / name).read_text()
-    assert break_(text) != text
-    (folder / name).write_text(break_(text))
+    assert damage(text) != text
+    (folder / name).write_text(damage(text))
     resume(folder, expect=2)
-    line = the_line(capfd)
+    line = error_line(capfd)
     assert word in line and "damaged" in line
 
 
-# --- signals ---------------------------------------------------------------------------------------------------------
+# --- signals ---
 
 
-def at_call(monkeypatch, owner, name, number, action):
-    """Do `action` after the `number`-th call of `owner.name`. Returns the list of calls."""
+def do_after_call(monkeypatch, owner, name, count, action):
+    """Do `action` after the `count`-th call of `owner.name`. Returns: a list that grows with each
+    call."""
     original, calls = getattr(owner, name), []
 
     def wrapped(*args, **kwargs):
         out = original(*args, **kwargs)
         calls.append(1)
-        if len(calls) == number:
+        if len(calls) == count:
             action()
         return out
 
@@ -217,78 +256,94 @@ def at_call(monkeypatch, owner, name, number, action):
     return calls
 
 
-# (what is called, the how-manieth time the signal comes in it, steps made before it, calls in all). With one held-out
-# question, `sample_groups` is called once before training, then once a step; `judge` twice, for each group.
+# (function, the call of it that gets the signal, steps finished before the end, calls in total).
+# With one held-out question, `sample_groups` is called once before training and once per step,
+# `score_and_reward` twice per step, once per group.
 MOMENTS = [
     ("sample_groups", 3, 1, 3),  # while the groups of step 2 are sampled
-    ("judge", 3, 1, 3),
-    ("judge", 4, 2, 4),  # while the last group of step 2 is judged: the step is finished
+    ("score_and_reward", 3, 1, 3),  # while the first group of step 2 is scored
+    ("score_and_reward", 4, 2, 4),  # while the last one is scored: the step is finished
 ]
+SIGNALS = pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"]
+)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("name, when, made, calls", MOMENTS)
-def test_a_signal_ends_the_run_after_the_group_in_hand(
-    tmp_path, capsys, monkeypatch, whole, name, when, made, calls, number
+@SIGNALS
+@pytest.mark.parametrize("name, call, finished, calls", MOMENTS)
+def test_signal_ends_the_run_after_the_current_group(
+    tmp_path, capsys, monkeypatch, whole, name, call, finished, calls, number
 ):
     owner = model.Vlm if name == "sample_groups" else sayo_mini
-    seen = at_call(monkeypatch, owner, name, when, lambda: signal.raise_signal(number))
-    folder = tmp_path / "a run"
-    run(folder, "--save_steps", 4, expect=130)
-    assert len(seen) == calls and steps(folder) == list(range(1, made + 1))
-    assert f"stopped after step {made}; go on with: python sayo_mini.py --resume --output_dir '{folder}'" in (
-        capsys.readouterr().out
-    )
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the next program in this process hears it again
+    made = do_after_call(monkeypatch, owner, name, call, partial(signal.raise_signal, number))
+    folder = tmp_path / "a run"  # with a space, which the command has to quote
+    run(folder, "--save_steps 4", expect=130)
+    assert len(made) == calls and logged_steps(folder) == list(range(1, finished + 1))
+    command = f"python sayo_mini.py --resume --output_dir '{folder}'"
+    assert f"stopped after step {finished}; continue with: {command}" in capsys.readouterr().out
+    # The next program in this process gets its signals again.
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     monkeypatch.undo()
     resume(folder)
     assert not differences(whole, folder)
 
 
-def test_a_signal_between_two_updates_of_a_step_finishes_it(tmp_path, monkeypatch):
-    """Half of its updates are made: it cannot be begun again."""
-    flags = ["--num_iterations", "2", "--max_steps", "2"]
-    run(tmp_path / "whole", *flags)
-    at_call(monkeypatch, torch.optim.AdamW, "step", 1, lambda: signal.raise_signal(signal.SIGINT))
-    run(tmp_path / "cut", *flags, expect=130)
-    assert steps(tmp_path / "cut") == [1]
+def test_signal_between_two_updates_of_a_step_finishes_the_step(tmp_path, monkeypatch):
+    """Half of its updates are made: it cannot be rolled back."""
+    flags = "--num_iterations 2 --max_steps 2"
+    run(tmp_path / "whole", flags)
+    stop = partial(signal.raise_signal, signal.SIGINT)
+    do_after_call(monkeypatch, torch.optim.AdamW, "step", 1, stop)
+    run(tmp_path / "stopped", flags, expect=130)
+    assert logged_steps(tmp_path / "stopped") == [1]
     monkeypatch.undo()
-    resume(tmp_path / "cut")
-    assert not differences(tmp_path / "whole", tmp_path / "cut")
+    resume(tmp_path / "stopped")
+    assert not differences(tmp_path / "whole", tmp_path / "stopped")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("when", [1, 6], ids=["before", "after"])  # four steps between the two
-def test_a_signal_during_an_evaluation_stops_at_once(tmp_path, capsys, monkeypatch, whole, when, number):
+# `sample_groups` is called by the evaluation before, by four steps, and by the evaluation after.
+@SIGNALS
+@pytest.mark.parametrize("call, evaluation", [(1, "before"), (6, "after")], ids=["before", "after"])
+def test_signal_during_an_evaluation_stops_at_once(
+    tmp_path, capsys, monkeypatch, whole, call, evaluation, number
+):
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    at_call(monkeypatch, model.Vlm, "sample_groups", when, lambda: signal.raise_signal(number))
+    stop = partial(signal.raise_signal, number)
+    do_after_call(monkeypatch, model.Vlm, "sample_groups", call, stop)
     folder = tmp_path / "run"
     run(folder, expect=130)
-    assert f"stopped; go on with: python sayo_mini.py --resume --output_dir {folder}" in capsys.readouterr().out
-    assert not (folder / ("before.json" if when == 1 else "after.json")).exists()
+    command = f"python sayo_mini.py --resume --output_dir {folder}"
+    assert f"stopped; continue with: {command}" in capsys.readouterr().out
+    assert not (folder / f"{evaluation}.json").exists()
     monkeypatch.undo()
     resume(folder)
     assert not differences(whole, folder)
 
 
-# --- not finite ------------------------------------------------------------------------------------------------------
+# --- losses and gradients that are not finite ---
 
 
-def test_ten_steps_that_are_not_finite_end_the_run_with_advice(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(reward, "attention_reward", lambda attention, *args: torch.full(attention.shape[:1], math.nan))
+def nan_rewards(attention, *args):
+    """Replaces `reward.attention_reward`."""
+    return torch.full(attention.shape[:1], math.nan)
+
+
+def test_ten_skipped_updates_in_a_row_end_the_run_with_advice(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(reward, "attention_reward", nan_rewards)
     folder = tmp_path / "run"
-    run(folder, "--max_steps", 7, "--save_steps", 9, "--eval_examples", 0)
+    run(folder, "--max_steps 7 --save_steps 9 --eval_examples 0")
     capfd.readouterr()
-    assert sayo_mini.main(["--resume", "--output_dir", str(folder), "--max_steps", "20"]) == 2
+    resume(folder, "--max_steps 20", expect=2)
     out, err = capfd.readouterr()
-    assert "(8 in a row)" in out and "(10 in a row)" in out  # the count goes on where it was
-    assert err.splitlines()[-1].startswith("sayo_mini.py: ") and "--learning_rate" in err.splitlines()[-1]
-    assert steps(folder) == list(range(1, 11))
-    assert all(json.loads(x)["skipped_updates"] == 1 for x in (folder / "metrics.jsonl").read_text().splitlines())
-    assert run_module.load_checkpoint(folder / "checkpoint.safetensors")[0] == 10
+    assert "(8 in a row)" in out and "(10 in a row)" in out  # a resumed run continues the count
+    last_line = err.splitlines()[-1]
+    assert last_line.startswith("sayo_mini.py: ") and "--learning_rate" in last_line
+    assert logged_steps(folder) == list(range(1, 11))
+    assert all(row["skipped_updates"] == 1 for row in read_log(folder))
+    assert checkpoint_step(folder) == 10
 
 
-def test_nine_in_a_row_do_not(tmp_path, monkeypatch):
+def test_nine_skipped_updates_in_a_row_do_not(tmp_path, monkeypatch):
     original, norms = torch.nn.utils.clip_grad_norm_, []
 
     def clip(*args):
@@ -296,33 +351,39 @@ def test_nine_in_a_row_do_not(tmp_path, monkeypatch):
         return norms[-1] * (1 if len(norms) == 10 else math.nan)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    run(tmp_path / "run", "--max_steps", 12, "--eval_examples", 0, "--save_steps", 50)
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["skipped_updates"] for row in metrics] == [1] * 9 + [0] + [1] * 2
+    run(tmp_path / "run", "--max_steps 12 --eval_examples 0 --save_steps 50")
+    skipped = [row["skipped_updates"] for row in read_log(tmp_path / "run")]
+    assert skipped == [1] * 9 + [0] + [1] * 2
 
 
-def test_an_infinite_loss_with_a_finite_gradient_is_no_update(tmp_path, monkeypatch):
+def test_infinite_loss_with_a_finite_gradient_is_skipped(tmp_path, monkeypatch):
     original = reward.grpo_loss
-    monkeypatch.setattr(reward, "grpo_loss", lambda *args: (original(*args)[0] + math.inf, original(*args)[1]))
-    run(tmp_path / "run", "--max_steps", 1, "--temperature", 2)
-    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+
+    def infinite_loss(*args):
+        loss, stats = original(*args)
+        return loss + math.inf, stats
+
+    monkeypatch.setattr(reward, "grpo_loss", infinite_loss)
+    run(tmp_path / "run", "--max_steps 1 --temperature 2")
+    (row,) = read_log(tmp_path / "run")
     assert row["skipped_updates"] == 1 and math.isfinite(row["grad_norm"]) and row["grad_norm"] > 0
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all((value == 0).all() for name, value in saved.items() if "lora_B" in name)
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+# --- GPU memory ---
 
 
-def memory_for(monkeypatch, most):
-    """A GPU with room for `most` completions in a training forward, the first aside: there is a gradient by then that
-    may not be counted twice. Returns the sizes asked of it."""
+def limit_memory(monkeypatch, room):
+    """Simulate a GPU with room for `room` completions in a forward with gradient. The first forward
+    always fits: a gradient exists by the time memory runs out, and it must not be counted twice.
+    Returns: a list that grows by the size of each such forward."""
     original, sizes = model.Vlm._score, []
 
     def _score(vlm, prompt, completions, attention):
         if torch.is_grad_enabled():
             sizes.append(len(completions.ids))
-            if len(completions.ids) > most and len(sizes) > 1:
+            if len(completions.ids) > room and len(sizes) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
         return original(vlm, prompt, completions, attention)
 
@@ -330,49 +391,58 @@ def memory_for(monkeypatch, most):
     return sizes
 
 
-def test_out_of_memory_halves_a_forward_once(tmp_path, capsys, monkeypatch):
-    flags = ["--temperature", 2, "--max_steps", 2]
-    run(tmp_path / "halves", *flags, "--completions_per_forward", 2)
-    sizes = memory_for(monkeypatch, 2)
-    run(tmp_path / "run", *flags)
+def test_out_of_memory_halves_the_micro_batch(tmp_path, capsys, monkeypatch):
+    flags = "--temperature 2 --max_steps 2"
+    run(tmp_path / "halves", f"{flags} --completions_per_forward 2")
+    sizes = limit_memory(monkeypatch, room=2)
+    run(tmp_path / "run", flags)
     assert sizes[:2] == [4, 4] and set(sizes[2:]) == {2}
     assert "--completions_per_forward 2" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["completions_per_forward"] == 2
-    assert not differences(tmp_path / "halves", tmp_path / "run")  # nothing of the attempt is left
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["completions_per_forward"] == 2
+    # Nothing is left of the failed attempt.
+    assert not differences(tmp_path / "halves", tmp_path / "run")
 
 
 @pytest.mark.parametrize(
-    "flags, asked",
-    [([], [4, 4, 2]), (["--completions_per_forward", "1"], [1, 1]), (["--num_iterations", "2"], [4, 4])],
+    "flags, forwards",  # the sizes of the forwards with gradient
+    [
+        ("", [4, 4, 2]),
+        ("--completions_per_forward 1", [1, 1]),
+        ("--num_iterations 2", [4, 4]),
+    ],
 )
-def test_out_of_memory_for_good_ends_in_one_line(tmp_path, capfd, monkeypatch, flags, asked):
-    sizes = memory_for(monkeypatch, 0)
-    run(tmp_path / "run", "--temperature", 2, *flags, expect=2)
-    line = the_line(capfd)
-    flags = ("--completions_per_forward", "--prompts_per_step", "--max_pixels", "--num_generations")
-    assert all(flag in line for flag in flags)
-    assert sizes == asked
+def test_out_of_memory_again_ends_in_one_line(tmp_path, capfd, monkeypatch, flags, forwards):
+    sizes = limit_memory(monkeypatch, room=0)
+    run(tmp_path / "run", f"--temperature 2 {flags}", expect=2)
+    line = error_line(capfd)
+    advice = "--completions_per_forward --prompts_per_step --max_pixels --num_generations"
+    assert all(flag in line for flag in advice.split())
+    assert sizes == forwards
     monkeypatch.undo()
     resume(tmp_path / "run")  # nothing was lost
-    assert steps(tmp_path / "run") == [1, 2, 3, 4]
+    assert logged_steps(tmp_path / "run") == [1, 2, 3, 4]
 
 
-# --- disks -----------------------------------------------------------------------------------------------------------
+# --- disks ---
 
 
 def fill_disk():
-    """From now on no file of this process may grow beyond 100 bytes: the write fails, as on a full disk."""
+    """From now on, no file of this process can grow beyond 100 bytes: writing fails, as on a full
+    disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
 
 
-def in_child(folder):
-    """Run the program in a forked process, for which alone the disk is full. Returns: (exit code, its last line)."""
+def run_in_fork(folder):
+    """Run the program in a forked process, so that the disk is full only there.
+    Returns: (its exit code, the last line of its output)."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.dup2(writer, 1), os.dup2(writer, 2)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        streams = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        sys.stdout, sys.stderr = streams
         os._exit(sayo_mini.main([*FAST, "--output_dir", str(folder)]))
     os.close(writer)
     with open(reader) as output:
@@ -380,97 +450,114 @@ def in_child(folder):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), lines[-1]
 
 
-@pytest.mark.parametrize(
-    "owner, name, when, word, last",
-    [
-        (sayo_mini, "train_step", 3, "metrics.jsonl", 2),
-        (sayo_mini, "warn", 3, "checkpoint.safetensors", 2),  # after step 3 is logged, before it is saved
-        (run_module.Run, "save", 4, "adapter", 4),  # safetensors writes it, and has an exception of its own
-        (sayo_mini, "evaluate", 2, "after.json", 4),
-    ],
-)
-def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stands(
-    tmp_path, monkeypatch, whole, owner, name, when, word, last
+FULL_DISK = [  # owner, function, the call after which the disk is full, failed file, last step
+    (sayo_mini, "train_step", 3, "metrics.jsonl", 2),
+    (sayo_mini, "print_alarms", 3, "checkpoint.safetensors", 2),  # step 3 is logged, not saved
+    (checkpoint.RunDirectory, "save", 4, "adapter", 4),  # safetensors raises its own exception
+    (sayo_mini, "evaluate", 2, "after.json", 4),
+]
+
+
+@pytest.mark.parametrize("owner, name, call, file, last_step", FULL_DISK)
+def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
+    tmp_path, monkeypatch, whole, owner, name, call, file, last_step
 ):
-    at_call(monkeypatch, owner, name, when, fill_disk)
+    do_after_call(monkeypatch, owner, name, call, fill_disk)
     folder = tmp_path / "run"
-    code, line = in_child(folder)
+    code, line = run_in_fork(folder)
     assert code == 2 and line.startswith("sayo_mini.py: ")
-    assert word in line and str(folder) in line and "File too large" in line and "--resume" in line
+    assert all(word in line for word in (file, str(folder), "File too large", "--resume"))
     assert not list(folder.glob("unfinished-*"))
-    assert run_module.load_checkpoint(folder / "checkpoint.safetensors")[0] == last
+    assert checkpoint_step(folder) == last_step
     monkeypatch.undo()
     resume(folder)
     assert not differences(whole, folder)
 
 
-def test_a_disk_that_turns_read_only_stops_the_run_too(tmp_path, capfd, monkeypatch, whole):
-    def read_only(*args):
+def test_disk_that_becomes_read_only_stops_the_run(tmp_path, capfd, monkeypatch, whole):
+    def fail(*args):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    at_call(monkeypatch, sayo_mini, "train_step", 2, lambda: monkeypatch.setattr(os, "replace", read_only))
+    def make_read_only():
+        monkeypatch.setattr(os, "replace", fail)
+
+    do_after_call(monkeypatch, sayo_mini, "train_step", 2, make_read_only)
     folder = tmp_path / "run"
     run(folder, expect=2)
-    assert "Read-only file system" in the_line(capfd)
+    assert "Read-only file system" in error_line(capfd)
     monkeypatch.undo()
     resume(folder)
     assert not differences(whole, folder)
 
 
-# --- data and strangers' files ---------------------------------------------------------------------------------------
+# --- images ---
 
 
-def pictures(folder, count=8):
+def write_dataset(folder, count=8):
+    """Write scenes as PNGs and a .jsonl; return the path of the .jsonl."""
     folder.mkdir()
-    lines = []
-    for i, example in enumerate(Scenes("train", count)[j] for j in range(count)):
+    scenes, lines = Scenes("train", count), []
+    for i in range(count):
+        example = scenes[i]
         example.image.save(folder / f"{i}.png")
-        lines.append({"image": f"{i}.png", "question": example.question, "answer": example.answer,
-                      "boxes": example.boxes})  # fmt: skip
-    (folder / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        row = {"image": f"{i}.png", "question": example.question, "answer": example.answer}
+        lines.append(json.dumps(row | {"boxes": example.boxes}))
+    (folder / "set.jsonl").write_text("\n".join(lines))
     return folder / "set.jsonl"
 
 
-def test_an_image_that_proves_damaged_in_mid_run_saves_and_stops(tmp_path, capfd):
-    """Its header is whole, so that only reading its pixels shows it."""
-    data = pictures(tmp_path / "data")
-    flags = ["--dataset", data, "--eval_examples", 0, "--save_steps", 9]
-    run(tmp_path / "whole", *flags)
-    third = json.loads((tmp_path / "whole" / "samples.jsonl").read_text().splitlines()[2 * 2 * 4])["id"]  # of step 3
-    image = data.parent / f"{int(third.rsplit(':')[-1]) - 1}.png"
-    content = image.read_bytes()
-    image.write_bytes(content[:-200])
+def damage_image(path):
+    """Cut off the end of an image. Its header is intact: only reading the pixels fails."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-200])
+    return content
+
+
+def test_damaged_image_during_a_run_saves_and_stops(tmp_path, capfd):
+    data = write_dataset(tmp_path / "data")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    flags = f"--dataset {data} --eval_examples 0 --save_steps 9"
+    run(whole, flags)
+    id = read_log(whole, "samples.jsonl")[2 * 2 * 4]["id"]  # the first example of step 3
+    image = data.parent / f"{int(id.rsplit(':')[-1]) - 1}.png"
+    content = damage_image(image)
     capfd.readouterr()
-    run(tmp_path / "cut", *flags, expect=2)
-    line = the_line(capfd)
-    assert third in line and image.name in line
-    assert steps(tmp_path / "cut") == [1, 2]
-    assert run_module.load_checkpoint(tmp_path / "cut" / "checkpoint.safetensors")[0] == 2
+    run(stopped, flags, expect=2)
+    line = error_line(capfd)
+    assert id in line and image.name in line
+    assert logged_steps(stopped) == [1, 2]
+    assert checkpoint_step(stopped) == 2
     image.write_bytes(content)
-    resume(tmp_path / "cut")
-    compared = [name for name in COMPARED if not name.endswith(".json")]
-    for name in compared:
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    resume(stopped)
+    for name in COMPARED:
+        if not name.endswith(".json"):
+            assert (stopped / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_skipping_damaged_images_is_the_same_after_a_resume(tmp_path, capsys):
-    data = pictures(tmp_path / "data")
-    for i in (1, 4, 5):
-        image = data.parent / f"{i}.png"
-        image.write_bytes(image.read_bytes()[:-200])
-    flags = ["--dataset", data, "--eval_examples", 2, "--skip_bad_examples"]
-    run(tmp_path / "whole", *flags)
-    said = capsys.readouterr().out
-    assert all(said.count(f"set.jsonl:{i + 1}: ") == 1 for i in (1, 4, 5)) and "(3 so far)" in said
-    run(tmp_path / "cut", *flags, "--max_steps", 2, "--lr_scheduler_type", "constant")
-    run(tmp_path / "uncut", *flags, "--lr_scheduler_type", "constant")
-    assert sayo_mini.main(["--resume", "--output_dir", str(tmp_path / "cut"), "--max_steps", "4"]) == 0
-    assert not differences(tmp_path / "uncut", tmp_path / "cut")
-    used = {json.loads(x)["id"] for x in (tmp_path / "whole" / "samples.jsonl").read_text().splitlines()}
-    assert used and not used & {f"{data}:{i + 1}" for i in (1, 4, 5)}
+def test_resumed_run_skips_the_same_damaged_images(tmp_path, capsys):
+    data = write_dataset(tmp_path / "data")
+    damaged = 1, 4, 5
+    for i in damaged:
+        damage_image(data.parent / f"{i}.png")
+    flags = f"--dataset {data} --eval_examples 2 --skip_bad_examples"
+    run(tmp_path / "cosine", flags)
+    out = capsys.readouterr().out
+    assert all(out.count(f"set.jsonl:{i + 1}: ") == 1 for i in damaged) and "(3 so far)" in out
+    constant = f"{flags} --lr_scheduler_type constant"  # the same rate whatever --max_steps is
+    run(tmp_path / "resumed", f"{constant} --max_steps 2")
+    run(tmp_path / "whole", constant)
+    resume(tmp_path / "resumed", "--max_steps 4")
+    assert not differences(tmp_path / "whole", tmp_path / "resumed")
+    used = {row["id"] for row in read_log(tmp_path / "cosine", "samples.jsonl")}
+    assert used and not used & {f"{data}:{i + 1}" for i in damaged}
 
 
-class Trap:
+# --- model folders from strangers ---
+
+
+class TouchesFile:
+    """An object whose unpickling creates a file."""
+
     def __init__(self, path):
         self.path = path
 
@@ -478,32 +565,35 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-def test_no_pickle_of_a_model_folder_is_loaded(tmp_path, capfd):
-    folder = tmp_path / "model"
+def test_pickle_in_a_model_folder_is_not_loaded(tmp_path, capfd):
+    folder, canary = tmp_path / "model", tmp_path / "canary"
     folder.mkdir()
     for path in TINY.iterdir():
         if path.suffix in (".json", ".jinja", ".txt"):
             (folder / path.name).write_bytes(path.read_bytes())
-    torch.save(Trap(tmp_path / "sprung"), folder / "pytorch_model.bin")
-    run(tmp_path / "run", "--model_name_or_path", folder, expect=2)
-    assert str(folder) in the_line(capfd) and not (tmp_path / "sprung").exists()
+    torch.save(TouchesFile(canary), folder / "pytorch_model.bin")
+    run(tmp_path / "run", f"--model_name_or_path {folder}", expect=2)
+    assert str(folder) in error_line(capfd) and not canary.exists()
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "preprocessor_config.json"])
-def test_no_code_of_a_model_folder_is_run_nor_is_that_asked(tmp_path, monkeypatch, file):
-    folder = tmp_path / "model"
+@pytest.mark.parametrize(
+    "file", ["config.json", "tokenizer_config.json", "preprocessor_config.json"]
+)
+def test_code_in_a_model_folder_is_not_run(tmp_path, monkeypatch, file):
+    """Not even if transformers asks the user, who says yes."""
+    folder, canary = tmp_path / "model", tmp_path / "canary"
     folder.mkdir()
     for path in TINY.iterdir():
         if path.is_file():
             (folder / path.name).write_bytes(path.read_bytes())
-    (folder / "evil.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\nclass Evil: pass\n")
-    content = json.loads((folder / file).read_text())
-    classes = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None], "AutoImageProcessor": "evil.Evil",
-               "AutoModelForImageTextToText": "evil.Evil"}  # fmt: skip
-    content |= {"auto_map": classes} | ({"model_type": "evil"} if file == "config.json" else {})
+    (folder / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
+    names = "AutoConfig", "AutoImageProcessor", "AutoModelForImageTextToText"
+    classes = dict.fromkeys(names, "evil.Evil") | {"AutoTokenizer": ["evil.Evil", None]}
+    content = json.loads((folder / file).read_text()) | {"auto_map": classes}
+    if file == "config.json":
+        content["model_type"] = "evil"
     (folder / file).write_text(json.dumps(content))
     monkeypatch.setattr("builtins.input", lambda *args: "y")
-    sayo_mini.main(
-        [*FAST, "--max_steps", "0", "--model_name_or_path", str(folder), "--output_dir", str(tmp_path / "r")]
-    )
-    assert not (tmp_path / "sprung").exists()
+    flags = ["--max_steps", "0", "--model_name_or_path", str(folder)]
+    sayo_mini.main([*FAST, *flags, "--output_dir", str(tmp_path / "run")])
+    assert not canary.exists()

@@ -1,4 +1,5 @@
-"""reward.py against numbers worked out by hand; the arithmetic stands beside each."""
+"""reward.py against numbers worked out by hand, with the arithmetic next to each. Also the measures
+of reward hacking in analysis/metrics.py."""
 
 import math
 import random
@@ -6,7 +7,8 @@ import random
 import pytest
 import torch
 
-import reward as R
+import reward
+from analysis.metrics import has_unclosed_tag, repeated_sentences, seq_rep_3
 
 INF, NAN = math.inf, math.nan
 
@@ -28,7 +30,7 @@ def picked(row):
     return row.nonzero().flatten().tolist()
 
 
-# --- select_tokens ---------------------------------------------------------------------------------------------------
+# --- select_tokens ---
 
 
 @pytest.mark.parametrize(
@@ -40,75 +42,108 @@ def picked(row):
         ([0.0], 0.3, [0]),
         ([0.5, 0.9, 0.1], 1.0, [0, 1, 2]),
         ([0.4] * 10, 0.3, [0, 1, 2]),  # ties: the lowest index
-        ([0.1, 0.7, 0.2, 0.7, 0.7], 0.4, [1, 3]),  # floor(2.0) = 2 of three equal ones: the first two
+        # floor(2.0) = 2 of three equal ones: the first two
+        ([0.1, 0.7, 0.2, 0.7, 0.7], 0.4, [1, 3]),
     ],
 )
-def test_the_highest_entropies_are_selected(entropy, fraction, expected):
-    selected = R.select_tokens(torch.tensor([entropy]), torch.ones(1, len(entropy)).bool(), fraction)
+def test_highest_entropies_are_selected(entropy, fraction, expected):
+    mask = torch.ones(1, len(entropy)).bool()
+    selected = reward.select_tokens(torch.tensor([entropy]), mask, fraction)
     assert selected.dtype == torch.bool and picked(selected[0]) == expected
 
 
-def test_three_tenths_is_the_default():
-    assert picked(R.select_tokens(torch.arange(20.0)[None], torch.ones(1, 20).bool())[0]) == list(range(14, 20))
+def test_default_fraction_is_0_3():
+    selected = reward.select_tokens(torch.arange(20.0)[None], torch.ones(1, 20).bool())
+    assert picked(selected[0]) == [14, 15, 16, 17, 18, 19]
 
 
-def test_ties_of_many_tokens_still_go_to_the_lowest_index():
-    # An unstable sort keeps the order of a few equal values by chance, not that of 1000.
-    selected = R.select_tokens(torch.zeros(1, 1000), torch.ones(1, 1000).bool(), 0.3)
+def test_ties_of_many_tokens_go_to_the_lowest_index():
+    # An unstable sort may keep the order of a few equal values by chance, but not of 1000.
+    selected = reward.select_tokens(torch.zeros(1, 1000), torch.ones(1, 1000).bool(), 0.3)
     assert picked(selected[0]) == list(range(300))
 
 
-def test_count_is_the_exact_floor_of_each_rows_own_length():
-    # 0.29 * 100 is 28.999999999999996 in floats, and 29 must be taken; whole numbers tell the truth.
+def test_count_is_the_exact_floor_of_each_completions_own_length():
+    # In floats 0.29 * 100 is 28.999999999999996, but 29 tokens must be selected. The expected count
+    # is computed with integers.
     lengths = range(1, 201)
-    entropy, mask = torch.rand(200, 200, generator=torch.Generator().manual_seed(0)), lengths_mask(lengths, 200)
+    entropy = torch.rand(200, 200, generator=torch.Generator().manual_seed(0))
+    mask = lengths_mask(lengths, 200)
     for percent in range(1, 101):
-        count = R.select_tokens(entropy, mask, percent / 100).sum(1).tolist()
+        count = reward.select_tokens(entropy, mask, percent / 100).sum(1).tolist()
         assert count == [max(1, percent * n // 100) for n in lengths], percent
 
 
-def test_each_row_counts_its_own_tokens_and_not_the_padded_length():
+def test_fraction_is_of_the_real_tokens_and_not_of_the_padded_length():
     # Defect 2 of the official code: 30 % of the padded 20 would be 6 in both rows.
     entropy = torch.arange(20.0).repeat(2, 1)
-    selected = R.select_tokens(entropy, lengths_mask([10, 20], 20), 0.3)
+    selected = reward.select_tokens(entropy, lengths_mask([10, 20], 20), 0.3)
     assert picked(selected[0]) == [7, 8, 9] and picked(selected[1]) == [14, 15, 16, 17, 18, 19]
 
 
 @pytest.mark.parametrize("garbage", [INF, NAN, 1e30, -INF])
-def test_padding_is_never_selected_whatever_its_entropy(garbage):
+def test_padding_is_never_selected(garbage):
     entropy = torch.tensor([[0.1, 0.3, 0.2, garbage, garbage, garbage], [garbage] * 6])
-    selected = R.select_tokens(entropy, lengths_mask([3, 0], 6), 0.7)
+    selected = reward.select_tokens(entropy, lengths_mask([3, 0], 6), 0.7)
     assert picked(selected[0]) == [1, 2]  # floor(2.1) = 2
     assert picked(selected[1]) == []  # an empty row selects nothing
 
 
-def test_mask_may_have_holes_anywhere():
-    selected = R.select_tokens(torch.tensor([[9.0, 1.0, 9.0, 2.0, 3.0, 9.0]]), bools([0, 1, 0, 1, 1, 0]), 0.67)
+def test_mask_may_have_gaps():
+    entropy = torch.tensor([[9.0, 1.0, 9.0, 2.0, 3.0, 9.0]])
+    selected = reward.select_tokens(entropy, bools([0, 1, 0, 1, 1, 0]), 0.67)
     assert picked(selected[0]) == [3, 4]  # floor(0.67 * 3) = 2
 
 
-# --- align_attention -------------------------------------------------------------------------------------------------
+# --- align_attention ---
 
-ATTENTION = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], [[7.0, 8.0], [9.0, 10.0], [11.0, 12.0]]])
-PROMPT_ROW = torch.tensor([0.5, 0.25])
-
-
-def test_query_alignment_is_the_row_of_the_token_itself():
-    assert torch.equal(R.align_attention(ATTENTION, PROMPT_ROW, "query"), ATTENTION)
-    assert torch.equal(R.align_attention(ATTENTION, PROMPT_ROW), ATTENTION)  # the default
+FIRST = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]  # (C, N)
+SECOND = [[7.0, 8.0], [9.0, 10.0], [11.0, 12.0]]
+ATTENTION = torch.tensor([FIRST, SECOND])  # (G, C, N)
+PROMPT_ROW = torch.tensor([0.5, 0.25])  # (N,)
 
 
-def test_predict_alignment_is_the_row_before_and_first_the_prompt():
+def test_query_alignment_uses_the_row_of_the_token_itself():
+    assert torch.equal(reward.align_attention(ATTENTION, PROMPT_ROW, "query"), ATTENTION)
+    assert torch.equal(reward.align_attention(ATTENTION, PROMPT_ROW), ATTENTION)  # the default
+
+
+def test_predict_alignment_uses_the_row_before_and_the_prompt_for_the_first_token():
     expected = [[[0.5, 0.25], [1.0, 2.0], [3.0, 4.0]], [[0.5, 0.25], [7.0, 8.0], [9.0, 10.0]]]
-    assert R.align_attention(ATTENTION, PROMPT_ROW, "predict").tolist() == expected
+    assert reward.align_attention(ATTENTION, PROMPT_ROW, "predict").tolist() == expected
 
 
-def test_unknown_alignment_is_refused_by_name():
+def test_alignment_with_leading_dimensions_by_hand():
+    # Two layers of one head: (L, H, C, N) with a prompt row per head, (L, H, N).
+    attention = torch.tensor([[FIRST], [SECOND]])
+    prompt_rows = torch.tensor([[[0.5, 0.25]], [[0.75, 0.125]]])
+    expected = [
+        [[[0.5, 0.25], [1.0, 2.0], [3.0, 4.0]]],
+        [[[0.75, 0.125], [7.0, 8.0], [9.0, 10.0]]],
+    ]
+    assert reward.align_attention(attention, prompt_rows, "predict").tolist() == expected
+    assert torch.equal(reward.align_attention(attention, prompt_rows, "query"), attention)
+
+
+@pytest.mark.parametrize("alignment", ["query", "predict"])
+def test_alignment_with_leading_dimensions_equals_a_call_per_layer_and_head(alignment):
+    generator = torch.Generator().manual_seed(0)
+    attention = torch.rand(3, 2, 5, 7, generator=generator)  # (L, H, C, N)
+    prompt_rows = torch.rand(3, 2, 7, generator=generator)  # (L, H, N)
+    aligned = reward.align_attention(attention, prompt_rows, alignment)
+    assert aligned.shape == (3, 2, 5, 7)
+    for layer in range(3):
+        for head in range(2):
+            one = attention[layer, head], prompt_rows[layer, head]  # (C, N), (N,)
+            assert torch.equal(aligned[layer, head], reward.align_attention(*one, alignment))
+
+
+def test_unknown_alignment_is_refused():
     with pytest.raises(ValueError, match="sideways"):
-        R.align_attention(ATTENTION, PROMPT_ROW, "sideways")
+        reward.align_attention(ATTENTION, PROMPT_ROW, "sideways")
 
 
-# --- attention_reward, attention_ratio -------------------------------------------------------------------------------
+# --- attention_reward, attention_ratio ---
 
 
 def ratio_and_reward(rows, region, selected=None, **kw):
@@ -116,7 +151,7 @@ def ratio_and_reward(rows, region, selected=None, **kw):
     attention = torch.tensor([rows], dtype=torch.float32)
     selected = torch.ones(1, len(rows)).bool() if selected is None else bools(selected)
     args = attention, bools(*region), selected
-    return R.attention_ratio(*args, **kw).item(), R.attention_reward(*args, **kw).item()
+    return reward.attention_ratio(*args, **kw).item(), reward.attention_reward(*args, **kw).item()
 
 
 @pytest.mark.parametrize(
@@ -126,9 +161,9 @@ def ratio_and_reward(rows, region, selected=None, **kw):
         ([[0.3, 0.1, 0.05, 0.05]], [1, 1, 0, 0], 1.6),
         # a = 0.1 / 2 = 0.05, v = 0.125
         ([[0.3, 0.1, 0.05, 0.05]], [0, 0, 1, 1], 0.4),
-        # the mean over tokens first: cell 0 gets 0.3, all cells (0.5 + 0.3) / 2 = 0.4, v = 0.4 / 2 = 0.2
+        # means over the tokens: cell 0 gets 0.3, the image (0.5 + 0.3) / 2 = 0.4; v = 0.4 / 2 = 0.2
         ([[0.4, 0.1], [0.2, 0.1]], [1, 0], 1.5),
-        # uniform, of any size
+        # uniform, however strong
         ([[0.01] * 7], [0, 1, 1, 0, 0, 0, 0], 1.0),
         ([[0.125] * 8, [0.001] * 8], [1] + [0] * 7, 1.0),
         # the whole image
@@ -140,16 +175,17 @@ def test_ratio_and_reward_by_hand(rows, region, rho):
     assert ratio_and_reward(rows, region) == (approx(rho), approx(expected))
 
 
-def test_it_is_a_ratio_of_means_and_not_a_mean_of_ratios():
-    # Token 1 hardly looks at the image, but where it does, at the region: rho = 0.08 / 0.025 = 3.2.
-    # Token 2 looks hard, and elsewhere: rho = 0.1 / 0.25 = 0.4. The mean of the two is 1.8: a reward.
-    # The means: a = (0.08 + 0.1) / 2 = 0.09, v = (0.1 + 1.0) / 8 = 0.1375, rho = 36 / 55: a punishment.
+def test_reward_is_a_ratio_of_means_and_not_a_mean_of_ratios():
+    # Token 1 gives little attention to the image, most of it to the region: 0.08 / 0.025 = 3.2.
+    # Token 2 gives a lot, most of it elsewhere: 0.1 / 0.25 = 0.4. The mean ratio, 1.8, is above 1.
+    # The ratio of means is below: a = (0.08 + 0.1) / 2 = 0.09, v = (0.1 + 1.0) / 8 = 0.1375, and
+    # rho = 36 / 55.
     rho, r = ratio_and_reward([[0.08, 0.02, 0.0, 0.0], [0.1, 0.3, 0.3, 0.3]], [1, 0, 0, 0])
     assert rho == approx(36 / 55)
     assert r == approx((36**2 - 55**2) / (36**2 + 55**2))  # -1729 / 4321 = -0.400
 
 
-def test_uniform_attention_is_worth_nothing():
+def test_uniform_attention_earns_zero():
     assert ratio_and_reward([[0.02] * 50] * 3, [1] * 5 + [0] * 45)[1] == pytest.approx(0, abs=1e-6)
 
 
@@ -159,33 +195,37 @@ def test_reward_is_capped_by_the_size_of_the_region(cells, cap):
     region = [1] * cells + [0] * (100 - cells)
     rho, r = ratio_and_reward([[1 / cells] * cells + [0.0] * (100 - cells)], region)
     assert rho == approx(100 / cells) and r == pytest.approx(cap, abs=0.005)
-    # However it is spread, no more is to be had.
+    # No other distribution reaches more.
     spread = torch.rand(64, 4, 100, generator=torch.Generator().manual_seed(cells)) ** 9
-    assert (R.attention_ratio(spread, bools(*region), torch.ones(64, 4).bool()) < 100 / cells).all()
+    rho = reward.attention_ratio(spread, bools(*region), torch.ones(64, 4).bool())
+    assert (rho < 100 / cells).all()
 
 
-def test_the_reward_is_a_function_of_rho_and_stays_within_one():
+def test_reward_is_a_function_of_rho_in_minus_one_to_one():
     generator = torch.Generator().manual_seed(0)
     attention = torch.rand(200, 5, 12, generator=generator) ** 8  # peaked
     attention[:20, :, :3] = 0  # nothing in the region
     attention[20:40, :, 3:] = 0  # nothing outside
     region, selected = bools(*[1, 1, 1] + [0] * 9), torch.rand(200, 5, generator=generator) < 0.7
     selected[:, 0] = True
-    weight = selected.double().unsqueeze(-1)
-    rho = (attention[..., :3].double() * weight).sum((1, 2)) / 3 / ((attention.double() * weight).sum((1, 2)) / 12)
-    r = R.attention_reward(attention, region, selected)
+    kept = attention.double() * selected.unsqueeze(-1)
+    rho = kept[..., :3].sum((1, 2)) / 3 / (kept.sum((1, 2)) / 12)
+    r = reward.attention_reward(attention, region, selected)
     assert ((r >= -1) & (r <= 1)).all() and r.shape == (200,)
     assert torch.allclose(r.double(), (rho**2 - 1) / (rho**2 + 1), atol=1e-4)
-    assert torch.allclose(r[:20], torch.tensor(-1.0)) and torch.allclose(r[20:40], torch.tensor(15 / 17))  # rho 4
+    assert torch.allclose(r[:20], torch.tensor(-1.0))
+    assert torch.allclose(r[20:40], torch.tensor(15 / 17))  # rho 4
 
 
-def test_eps_stands_above_and_below():
-    # (3e-8 + 1e-8) / (1.5e-8 + 1e-8) = 1.6, and without eps it were 2; r = 1.56 / 3.56
-    assert ratio_and_reward([[3e-8, 0.0]], [1, 0]) == (approx(1.6), approx(1.56 / 3.56))
-    assert ratio_and_reward([[3.0, 0.0]], [1, 0], eps=1.0) == (approx(1.6), approx(1.56 / 3.56))
-    assert ratio_and_reward([[0.0, 0.0]], [1, 0]) == (approx(1), approx(0))  # nothing anywhere: even
-    # The means are over the selected tokens: those left out do not make eps weigh more.
-    assert ratio_and_reward([[3e-8, 0.0], [0.0, 0.0]], [1, 0], [1, 0]) == (approx(1.6), approx(1.56 / 3.56))
+def test_eps_is_added_to_numerator_and_denominator():
+    # (3e-8 + 1e-8) / (1.5e-8 + 1e-8) = 1.6 (without eps it would be 2); r = 1.56 / 3.56
+    expected = approx(1.6), approx(1.56 / 3.56)
+    assert ratio_and_reward([[3e-8, 0.0]], [1, 0]) == expected
+    assert ratio_and_reward([[3.0, 0.0]], [1, 0], eps=1.0) == expected
+    # No attention to the image at all counts as uniform.
+    assert ratio_and_reward([[0.0, 0.0]], [1, 0]) == (approx(1), approx(0))
+    # The means are over the selected tokens: the others do not give eps more weight.
+    assert ratio_and_reward([[3e-8, 0.0], [0.0, 0.0]], [1, 0], [1, 0]) == expected
 
 
 def test_only_selected_tokens_count():
@@ -194,23 +234,23 @@ def test_only_selected_tokens_count():
     assert ratio_and_reward(rows, [1, 0], [0, 1, 0]) == (approx(4 / 3), approx(7 / 25))
 
 
-def test_a_completion_that_selects_nothing_gets_minus_one():
+def test_completion_without_selected_tokens_gets_minus_one():
     attention = torch.full((3, 2, 4), 0.25)
-    r = R.attention_reward(attention, bools(1, 0, 0, 0), bools([1, 1], [0, 0], [0, 1]))
+    r = reward.attention_reward(attention, bools(1, 0, 0, 0), bools([1, 1], [0, 0], [0, 1]))
     assert r.tolist() == [approx(0), -1.0, approx(0)]
-    # Its rho is no NaN, which would spoil every mean that is logged.
+    # Its rho is not NaN, which would make every logged mean NaN.
     assert ratio_and_reward([[0.5, 0.1]], [1, 0], [0]) == (approx(1), -1.0)
 
 
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF])
-def test_garbage_at_padding_does_no_harm(garbage):
+def test_garbage_at_padding_does_not_change_the_reward(garbage):
     clean = [[0.3, 0.1, 0.05, 0.05]]
     attention = torch.tensor([clean + [[garbage] * 4], [[garbage] * 4] * 2])
-    r = R.attention_reward(attention, bools(1, 1, 0, 0), bools([1, 0], [0, 0]))
+    r = reward.attention_reward(attention, bools(1, 1, 0, 0), bools([1, 0], [0, 0]))
     assert r.tolist() == [approx(1.56 / 3.56), -1.0]  # rho 1.6
 
 
-@pytest.mark.parametrize("measure", [R.attention_reward, R.attention_ratio])
+@pytest.mark.parametrize("measure", [reward.attention_reward, reward.attention_ratio])
 @pytest.mark.parametrize(
     "attention, region, selected",
     [
@@ -222,12 +262,12 @@ def test_garbage_at_padding_does_no_harm(garbage):
         pytest.param((3, 4), [1, 0, 0, 0], (2, 3), id="no G"),
     ],
 )
-def test_empty_regions_and_shapes_that_do_not_fit_are_refused(measure, attention, region, selected):
+def test_empty_regions_and_mismatched_shapes_are_refused(measure, attention, region, selected):
     with pytest.raises(ValueError):
         measure(torch.ones(attention), bools(*region), torch.ones(selected).bool())
 
 
-# --- rewards of the text ---------------------------------------------------------------------------------------------
+# --- find_answer, format_reward, accuracy_reward ---
 
 ONE = "I look. <answer>red</answer>"
 TEXTS = [
@@ -241,7 +281,7 @@ TEXTS = [
     ("<answer> \n\t</answer>", None),
     ("<answer>red", None),  # unclosed
     ("red</answer>", None),  # never opened
-    ("</answer>red<answer>", None),  # the wrong way round
+    ("</answer>red<answer>", None),  # in the wrong order
     ("</answer> or <answer>red", None),
     ("<answer>red<answer>", None),
     ("<answer>red</answer><answer>red</answer>", None),  # doubled
@@ -256,14 +296,14 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text, found", TEXTS)
-def test_find_answer_wants_exactly_one_well_formed_answer(text, found):
-    assert R.find_answer(text) == found
+def test_find_answer_requires_exactly_one_well_formed_answer(text, found):
+    assert reward.find_answer(text) == found
 
 
 @pytest.mark.parametrize("text, found", TEXTS)
 def test_format_and_accuracy_agree_with_find_answer(text, found):
-    assert R.format_reward(text, 80) == (1.0 if found else 0.0)
-    assert R.accuracy_reward(text, found or "red") == (1.0 if found else 0.0)
+    assert reward.format_reward(text, 80) == (1.0 if found else 0.0)
+    assert reward.accuracy_reward(text, found or "red") == (1.0 if found else 0.0)
 
 
 @pytest.mark.parametrize(
@@ -284,13 +324,13 @@ def test_format_and_accuracy_agree_with_find_answer(text, found):
         (4, (4, 10), 1.0),
         (10, (4, 10), 1.0),
         (12, (4, 10), 0.5),  # 0.6 * 10 / 12
-        (0, (0, 10), 1.0),  # no least length
+        (0, (0, 10), 1.0),  # no minimum length
     ],
 )
-def test_format_reward_shrinks_with_too_few_or_too_many_tokens(n, lengths, expected):
-    value = R.format_reward(ONE, n, *lengths)
+def test_format_reward_is_lower_for_too_few_or_too_many_tokens(n, lengths, expected):
+    value = reward.format_reward(ONE, n, *lengths)
     assert type(value) is float and value == pytest.approx(expected)
-    assert R.format_reward("<answer>red", n, *lengths) == 0.0
+    assert reward.format_reward("<answer>red", n, *lengths) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -307,7 +347,7 @@ def test_format_reward_shrinks_with_too_few_or_too_many_tokens(n, lengths, expec
         ("light\n  blue", "light blue", 1),
         ("STRASSE", "straße", 1),  # letter case beyond ASCII
         ("3.5", "3.5", 1),
-        # Defect 9 of the official code: substrings are not right, either way round.
+        # Defect 9 of the official code: a substring is not right, in either direction.
         ("a", "a red card", 0),
         ("a red card", "a", 0),
         ("red", "redder", 0),
@@ -316,20 +356,23 @@ def test_format_reward_shrinks_with_too_few_or_too_many_tokens(n, lengths, expec
         ("1", "10", 0),
         ("10", "1", 0),
         ("blue", "red", 0),
-        ("-5", "5", 0),  # only closing punctuation is put aside
+        ("-5", "5", 0),  # only closing punctuation is ignored
         (".5", "5", 0),
         ("3.5", "35", 0),
         ("lightblue", "light blue", 0),
     ],
 )
-def test_accuracy_is_the_whole_answer_or_nothing(said, answer, expected):
-    value = R.accuracy_reward(f"I look. <answer>{said}</answer>", answer)
+def test_accuracy_compares_the_whole_answer(said, answer, expected):
+    value = reward.accuracy_reward(f"I look. <answer>{said}</answer>", answer)
     assert type(value) is float and value == expected
 
 
-def test_the_answer_outside_its_tags_is_not_right():
-    assert R.accuracy_reward("It is red. <answer>blue</answer>", "red") == 0
-    assert R.accuracy_reward("It is red.", "red") == 0
+def test_answer_outside_the_tags_is_not_right():
+    assert reward.accuracy_reward("It is red. <answer>blue</answer>", "red") == 0
+    assert reward.accuracy_reward("It is red.", "red") == 0
+
+
+# --- analysis/metrics.py: signs of reward hacking ---
 
 
 @pytest.mark.parametrize(
@@ -343,12 +386,12 @@ def test_the_answer_outside_its_tags_is_not_right():
         ("I look. I look! I LOOK?", 2 / 3),
         ("I look. I see.\nI look\nI see. So.", 2 / 5),
         ("I look... I look", 1 / 2),
-        ("I look. I look again.", 0),  # one within the other is no repetition
-        ("It is 3.5. Or is it 4.5.", 0),  # a decimal point ends no sentence
+        ("I look. I look again.", 0),  # containing an earlier sentence is not repeating it
+        ("It is 3.5. Or is it 4.5.", 0),  # a decimal point does not end a sentence
     ],
 )
-def test_repeated_sentences_is_the_share_said_again(text, expected):
-    assert R.repeated_sentences(text) == pytest.approx(expected)
+def test_repeated_sentences_is_the_share_of_repeated_ones(text, expected):
+    assert repeated_sentences(text) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -362,11 +405,26 @@ def test_repeated_sentences_is_the_share_said_again(text, expected):
         ("card " * 12, 9 / 10),
     ],
 )
-def test_seq_rep_3_is_the_share_of_word_triples_said_again(text, expected):
-    assert R.seq_rep_3(text) == pytest.approx(expected)
+def test_seq_rep_3_is_the_share_of_repeated_word_triples(text, expected):
+    assert seq_rep_3(text) == pytest.approx(expected)
 
 
-# --- group_advantages ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", False),
+        ("red", False),
+        ("<answer>red</answer>", False),
+        ("<answer>red", True),
+        ("red</answer>", False),
+        ("<answer>red</answer> or <answer>blue", True),
+    ],
+)
+def test_unclosed_tag_is_an_answer_opened_but_not_closed(text, expected):
+    assert has_unclosed_tag(text) == expected
+
+
+# --- group_advantages ---
 
 
 @pytest.mark.parametrize(
@@ -375,33 +433,35 @@ def test_seq_rep_3_is_the_share_of_word_triples_said_again(text, expected):
         # mean 2, variance (1 + 0 + 1) / (3 - 1) = 1
         ([1.0, 2.0, 3.0], {}, [-1 / 1.0001, 0, 1 / 1.0001]),
         ([1.0, 2.0, 3.0], {"eps": 1.0}, [-0.5, 0, 0.5]),
-        # mean 0.5, variance (0.25 + 0.25) / 1: without Bessel's correction it were 0.25 and the advantage 1
+        # mean 0.5, variance (0.25 + 0.25) / 1; without Bessel's correction the advantage would be 1
         ([0.0, 1.0], {}, [-0.5 / (math.sqrt(0.5) + 1e-4), 0.5 / (math.sqrt(0.5) + 1e-4)]),
         # mean 0.25, variance (3 / 16 + 9 / 16) / 3 = 0.25
         ([0.0, 0.0, 0.0, 1.0], {}, [-0.25 / 0.5001] * 3 + [0.75 / 0.5001]),
-        # a spread of 1e-4 is not blown up to 1: std 7.07e-5, 5e-5 / 1.707e-4
+        # a difference of 1e-4 is not amplified to 1: std 7.07e-5, 5e-5 / 1.707e-4
         ([0.0, 1e-4], {}, [-0.29289, 0.29289]),
     ],
 )
 def test_advantages_by_hand(rewards, kw, expected):
-    assert R.group_advantages(torch.tensor(rewards), **kw).tolist() == [approx(x) for x in expected]
+    assert reward.group_advantages(torch.tensor(rewards), **kw).tolist() == [
+        approx(x) for x in expected
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -0.7, 1e6 + 0.1])
 @pytest.mark.parametrize("G", [2, 3, 7, 16])
-def test_equal_rewards_have_exactly_no_advantage(value, G, dtype):
-    # The mean of three 0.1 is not 0.1 in floats, and the difference divided by a tiny std is not tiny.
-    assert R.group_advantages(torch.full((G,), value, dtype=dtype)).tolist() == [0.0] * G
+def test_equal_rewards_have_an_advantage_of_exactly_zero(value, G, dtype):
+    # In floats the mean of three 0.1 is not 0.1. Divided by a tiny std, the difference is not tiny.
+    assert reward.group_advantages(torch.full((G,), value, dtype=dtype)).tolist() == [0.0] * G
 
 
 @pytest.mark.parametrize("rewards", [[0.5], []])
-def test_a_group_of_one_is_refused(rewards):
+def test_group_of_one_is_refused(rewards):
     with pytest.raises(ValueError, match="num_generations"):
-        R.group_advantages(torch.tensor(rewards))
+        reward.group_advantages(torch.tensor(rewards))
 
 
-# --- grpo_loss -------------------------------------------------------------------------------------------------------
+# --- grpo_loss ---
 
 
 def loss_of(ratios, advantages, d=None, mask=None, **kw):
@@ -411,7 +471,8 @@ def loss_of(ratios, advantages, d=None, mask=None, **kw):
     ref = None if d is None else base + torch.tensor(d, dtype=torch.float64)
     mask = torch.ones_like(base).bool() if mask is None else bools(*mask)
     old = base - torch.tensor(ratios, dtype=torch.float64).log()
-    loss, stats = R.grpo_loss(logps, old, ref, torch.tensor(advantages, dtype=torch.float64), mask, **kw)
+    A = torch.tensor(advantages, dtype=torch.float64)
+    loss, stats = reward.grpo_loss(logps, old, ref, A, mask, **kw)
     loss.backward()
     assert loss.shape == () and all(type(value) is float for value in stats.values())
     return loss.item(), logps.grad.tolist(), stats
@@ -421,18 +482,19 @@ def loss_of(ratios, advantages, d=None, mask=None, **kw):
     "ratio, A, clip, loss, gradient, low, high",
     [
         (1.0, 2.0, 0.2, -2.0, -2.0, 0, 0),
-        (1.1, 2.0, 0.2, -2.2, -2.2, 0, 0),  # inside the clip: -ratio * A, and its slope in logp is the same
+        # inside the clip range: -ratio * A, and its derivative in logp is the same
+        (1.1, 2.0, 0.2, -2.2, -2.2, 0, 0),
         (0.9, -2.0, 0.2, 1.8, 1.8, 0, 0),
-        (1.5, 1.0, 0.2, -1.2, 0.0, 0, 1),  # -min(1.5, 1.2): good and likely enough already
-        (1.5, -1.0, 0.2, 1.5, 1.5, 0, 0),  # -min(-1.5, -1.2): bad and more likely, no mercy
+        (1.5, 1.0, 0.2, -1.2, 0.0, 0, 1),  # -min(1.5, 1.2): good, already likely enough
+        (1.5, -1.0, 0.2, 1.5, 1.5, 0, 0),  # -min(-1.5, -1.2): bad and now more likely
         (0.5, 1.0, 0.2, -0.5, -0.5, 0, 0),  # -min(0.5, 0.8)
-        (0.5, -1.0, 0.2, 0.8, 0.0, 1, 0),  # -min(-0.5, -0.8): bad and unlikely enough already
-        (1.5, 1.0, 0.6, -1.5, -1.5, 0, 0),  # a wider clip
+        (0.5, -1.0, 0.2, 0.8, 0.0, 1, 0),  # -min(-0.5, -0.8): bad, already unlikely
+        (1.5, 1.0, 0.6, -1.5, -1.5, 0, 0),  # a wider clip range
         (0.5, -1.0, 0.6, 0.5, 0.5, 0, 0),
         (1.5, 0.0, 0.2, 0.0, 0.0, 0, 0),
     ],
 )
-def test_clip_on_both_sides_for_both_signs(ratio, A, clip, loss, gradient, low, high):
+def test_clipping_on_both_sides_for_both_signs(ratio, A, clip, loss, gradient, low, high):
     found, grad, stats = loss_of([[ratio]], [A], clip=clip)
     assert found == approx(loss) and grad == [[approx(gradient)]]
     assert stats == {
@@ -443,30 +505,38 @@ def test_clip_on_both_sides_for_both_signs(ratio, A, clip, loss, gradient, low, 
     }
 
 
-def test_the_clip_is_a_fifth_unless_told_otherwise():
+def test_default_clip_is_0_2():
     assert loss_of([[1.5]], [1.0])[0] == approx(-1.2)
 
 
 def test_stats_are_means_over_tokens():
     # ratios 1.5, 1.0 | 0.5, 0.5: of four tokens one is clipped above and two below
     stats = loss_of([[1.5, 1.0], [0.5, 0.5]], [1.0, -1.0])[2]
-    assert stats == {"kl": 0, "ratio": approx(0.875), "clip_ratio/low_mean": 0.5, "clip_ratio/high_mean": 0.25}
+    assert stats == {
+        "kl": 0,
+        "ratio": approx(0.875),
+        "clip_ratio/low_mean": 0.5,
+        "clip_ratio/high_mean": 0.25,
+    }
 
 
 def test_k3_by_hand():
-    # d = log 2: 2 - log 2 - 1, slope 1 - 2 in logp; d = -log 2: 1/2 + log 2 - 1, slope 1 - 1/2. They sum to 1/2.
+    # d = log 2: k3 = 2 - log 2 - 1, derivative in logp 1 - 2.
+    # d = -log 2: k3 = 1/2 + log 2 - 1, derivative 1 - 1/2. The two k3 add up to 1/2.
     log2 = math.log(2)
     loss, grad, stats = loss_of([[1.0, 1.0]], [0.0], d=[[log2, -log2]], beta=0.5)
     assert stats["kl"] == approx(0.25)
     assert loss == approx(0.5 * 0.25)
     assert grad == [[approx(0.5 * -1 / 2), approx(0.5 * 0.5 / 2)]]
-    # and on top of the policy's part: -(1 + 1) / 2, beta 0.001 by default
+    # plus the policy loss, -(1 + 1) / 2; beta is 0.001 by default
     assert loss_of([[1.0, 1.0]], [1.0], d=[[log2, -log2]])[0] == approx(-1 + 0.00025)
 
 
 def test_without_a_reference_there_is_no_kl():
-    assert loss_of([[1.0, 1.0]], [0.0], d=None, beta=100.0) == (0.0, [[0.0, 0.0]], dict.fromkeys(
-        ["kl", "clip_ratio/low_mean", "clip_ratio/high_mean"], 0.0) | {"ratio": 1.0})  # fmt: skip
+    loss, grad, stats = loss_of([[1.0, 1.0]], [0.0], d=None, beta=100.0)
+    assert loss == 0 and grad == [[0.0, 0.0]]
+    clip = {"clip_ratio/low_mean": 0.0, "clip_ratio/high_mean": 0.0}
+    assert stats == {"kl": 0.0, "ratio": 1.0} | clip
 
 
 @pytest.mark.parametrize("d, k3", [(1000.0, math.exp(20) - 21), (-1000.0, math.exp(-20) + 19)])
@@ -474,30 +544,30 @@ def test_without_a_reference_there_is_no_kl():
 def test_k3_cannot_overflow(d, k3, dtype):
     logps = torch.zeros(1, 1, dtype=dtype, requires_grad=True)
     args = logps, logps.detach(), torch.full_like(logps, d), torch.zeros(1, dtype=dtype), bools([1])
-    loss, stats = R.grpo_loss(*args, beta=1.0)
+    loss, stats = reward.grpo_loss(*args, beta=1.0)
     loss.backward()
     assert stats["kl"] == pytest.approx(k3, rel=1e-5) and loss.item() == pytest.approx(k3, rel=1e-5)
     assert logps.grad.isfinite().all()
 
 
-def test_a_clipped_ratio_too_large_for_floats_has_no_gradient():
-    # exp(1000) is inf; with A > 0 the clip holds the loss at -1.2, which does not change with logp.
+def test_clipped_ratio_too_large_for_floats_has_no_gradient():
+    # exp(1000) is inf. With A > 0 clipping fixes the loss at -1.2, whatever logp is.
     logps = torch.zeros(1, 1, requires_grad=True)
-    loss, _ = R.grpo_loss(logps, torch.full((1, 1), -1000.0), None, torch.ones(1), bools([1]))
+    loss, _ = reward.grpo_loss(logps, torch.full((1, 1), -1000.0), None, torch.ones(1), bools([1]))
     loss.backward()
     assert loss.item() == approx(-1.2) and logps.grad.tolist() == [[0.0]]
 
 
 def test_on_policy_loss_and_gradient():
-    # Ratio exactly 1: loss = -(3 tokens * 1 + 1 token * -1) / 4, gradient -A / 4 at each of the four tokens.
-    # A mean over completions first would give 0: the sum is over tokens.
+    # Ratio exactly 1: loss = -(3 tokens * 1 + 1 token * -1) / 4, gradient -A / 4 at each of the
+    # four tokens. The mean is over tokens: a mean over completions first would give 0.
     mask = [[1, 1, 1], [1, 0, 0]]
     loss, grad, stats = loss_of([[1.0] * 3] * 2, [1.0, -1.0], mask=mask)
     assert loss == approx(-0.5) and stats["ratio"] == 1.0
     assert grad == [[approx(-0.25)] * 3, [approx(0.25), 0.0, 0.0]]
 
 
-def test_denominator_divides_policy_and_kl_alike():
+def test_denominator_divides_policy_loss_and_kl():
     args = [[1.0] * 3] * 2, [1.0, -1.0], [[math.log(2)] * 3] * 2, [[1, 1, 1], [1, 0, 0]]
     loss, grad, _ = loss_of(*args, beta=1.0, denominator=10)
     k3 = 1 - math.log(2)
@@ -505,15 +575,16 @@ def test_denominator_divides_policy_and_kl_alike():
     assert grad == [[approx((-1 - 1) / 10)] * 3, [approx((1 - 1) / 10), 0.0, 0.0]]
 
 
-def test_parts_with_the_denominator_of_the_whole_add_up_to_the_whole():
-    ratios, A, d, mask = [[1.3, 0.6], [0.9, 1.0]], [0.7, -1.1], [[0.2, -0.3], [0.1, 0.0]], [[1, 1], [1, 0]]
+def test_micro_batches_with_the_denominator_of_the_whole_add_up_to_the_whole():
+    ratios, A = [[1.3, 0.6], [0.9, 1.0]], [0.7, -1.1]
+    d, mask = [[0.2, -0.3], [0.1, 0.0]], [[1, 1], [1, 0]]
     whole, grad, _ = loss_of(ratios, A, d, mask)
     parts = [loss_of([ratios[i]], [A[i]], [d[i]], [mask[i]], denominator=3) for i in range(2)]
     assert whole == approx(sum(part[0] for part in parts))
     assert grad == [pytest.approx(part[1][0]) for part in parts]
 
 
-def test_a_group_without_tokens_is_worth_nothing_and_breaks_nothing():
+def test_group_without_tokens_has_zero_loss_and_gradient():
     loss, grad, stats = loss_of([[1.0, 1.0]], [1.0], d=[[0.1, 0.1]], mask=[[0, 0]])
     assert loss == 0 and grad == [[0.0, 0.0]] and set(stats.values()) == {0.0}
 
@@ -522,11 +593,11 @@ def test_a_group_without_tokens_is_worth_nothing_and_breaks_nothing():
 @pytest.mark.parametrize("where", ["logps", "old_logps", "ref_logps"])
 def test_garbage_at_padding_reaches_neither_loss_nor_gradient(where, garbage):
     def step(pad):
-        rows = {name: torch.tensor([[v, v], [v, v]]) for name, v in (("logps", -1.0), ("old_logps", -1.1))}
-        rows["ref_logps"] = torch.tensor([[-0.8, -0.8], [-0.8, -0.8]])
+        values = {"logps": -1.0, "old_logps": -1.1, "ref_logps": -0.8}
+        rows = {name: torch.full((2, 2), value) for name, value in values.items()}
         rows[where][~mask] = pad
-        logps = rows.pop("logps").requires_grad_()
-        loss, stats = R.grpo_loss(logps, **rows, advantages=torch.tensor([1.0, -0.5]), mask=mask, beta=0.1)
+        logps, A = rows.pop("logps").requires_grad_(), torch.tensor([1.0, -0.5])
+        loss, stats = reward.grpo_loss(logps, **rows, advantages=A, mask=mask, beta=0.1)
         loss.backward()
         return loss.item(), logps.grad, stats
 
@@ -546,7 +617,8 @@ def naive_loss(logps, old, ref, A, mask, clip, beta):
                 ratio = torch.exp(logps[i, j] - old[i, j])
                 clipped = min(max(ratio, ratio.new_tensor(1 - clip)), ratio.new_tensor(1 + clip))
                 gap = ref[i, j] - logps[i, j]
-                total = total - min(ratio * A[i], clipped * A[i]) + beta * (torch.exp(gap) - gap - 1)
+                kl = torch.exp(gap) - gap - 1
+                total = total - min(ratio * A[i], clipped * A[i]) + beta * kl
                 tokens += 1
     return total / tokens
 
@@ -554,23 +626,25 @@ def naive_loss(logps, old, ref, A, mask, clip, beta):
 @pytest.mark.parametrize("seed", range(5))
 def test_loss_and_gradient_equal_a_naive_implementation(seed):
     generator = torch.Generator().manual_seed(seed)
-    logps, old, ref = (torch.randn(4, 9, dtype=torch.float64, generator=generator) / 2 for _ in range(3))
-    A = torch.randn(4, dtype=torch.float64, generator=generator)
+    how = {"dtype": torch.float64, "generator": generator}
+    logps, old, ref = (torch.randn(4, 9, **how) / 2 for _ in range(3))
+    A = torch.randn(4, **how)
     mask = lengths_mask([9, 4, 1, 0], 9)
     found, expected = logps.clone().requires_grad_(), logps.clone().requires_grad_()
-    loss, _ = R.grpo_loss(found, old, ref, A, mask, clip=0.3, beta=0.2)
+    loss, _ = reward.grpo_loss(found, old, ref, A, mask, clip=0.3, beta=0.2)
     other = naive_loss(expected, old, ref, A, mask, 0.3, 0.2)
     loss.backward()
     other.backward()
     assert loss.item() == pytest.approx(other.item(), abs=1e-12)
-    assert torch.allclose(found.grad, expected.grad, rtol=0, atol=1e-12) and found.grad[~mask].eq(0).all()
+    assert torch.allclose(found.grad, expected.grad, rtol=0, atol=1e-12)
+    assert found.grad[~mask].eq(0).all()
 
 
-# --- localization ----------------------------------------------------------------------------------------------------
+# --- localization ---
 
 
 def metrics(attention, region):
-    return R.localization(torch.tensor(attention), bools(*region))
+    return reward.localization(torch.tensor(attention), bools(*region))
 
 
 @pytest.mark.parametrize(
@@ -585,7 +659,7 @@ def metrics(attention, region):
         ([0.3, 0.3, 0.1, 0.1], [1, 0, 1, 0], 1 / 2, 1.0, 1 / 2, 0.8),
         # 1/2 + 1 + 1/2 + 1 of 4; two of the three largest; a = 0.2, v = 0.7 / 4
         ([0.2, 0.2, 0.2, 0.1], [1, 1, 0, 0], 3 / 4, 8 / 7, 2 / 3, 0.7),
-        # one cell, all of the little that the image gets
+        # all attention to the image is on one cell
         ([0.0, 0.0, 0.01, 0.0], [0, 0, 1, 0], 1, 4.0, 1, 0.01),
     ],
 )
@@ -604,32 +678,87 @@ def test_auroc_counts_pairs(seed):
     rng = random.Random(seed)
     attention = [rng.randint(1, 6) / 64 for _ in range(30)]  # few values, so many ties
     region = [1, 0] + [rng.random() < 0.3 for _ in range(28)]
-    pairs = [(a, b) for a, i in zip(attention, region) if i for b, j in zip(attention, region) if not j]
-    wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs)
-    assert metrics(attention, region)["auroc"] == approx(wins / len(pairs))
+    inside = [a for a, marked in zip(attention, region) if marked]
+    outside = [a for a, marked in zip(attention, region) if not marked]
+    wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a in inside for b in outside)
+    assert metrics(attention, region)["auroc"] == approx(wins / (len(inside) * len(outside)))
 
 
 @pytest.mark.parametrize("cells", [1, 5, 12, 19])
-def test_an_even_map_is_at_chance_on_every_metric(cells):
+def test_uniform_map_is_at_chance_on_every_metric(cells):
     found = metrics([0.01] * 20, [1] * cells + [0] * (20 - cells))
-    chance = {"auroc": 0.5, "mass_over_area": 1, "pointing": cells / 20, "tas": 0.5, "image_mass": 0.2}
+    chance = {
+        "auroc": 0.5,
+        "mass_over_area": 1,
+        "pointing": cells / 20,
+        "tas": 0.5,
+        "image_mass": 0.2,
+    }
     assert found == {name: approx(value) for name, value in chance.items()}
 
 
 def test_auroc_does_not_depend_on_the_scale_of_the_map():
     attention, region = torch.tensor([0.4, 0.3, 0.2, 0.1]), bools(1, 0, 1, 0)
-    scores = [R.localization(attention * scale, region) for scale in (1.0, 1e-3)]
+    scores = [reward.localization(attention * scale, region) for scale in (1.0, 1e-3)]
     for name in ("auroc", "mass_over_area", "pointing", "tas"):
         assert scores[1][name] == pytest.approx(scores[0][name], rel=1e-3)
     assert scores[1]["image_mass"] == approx(1e-3)
 
 
-def test_a_region_of_the_whole_image_has_no_auroc():
+def test_region_of_the_whole_image_has_no_auroc():
     found = metrics([0.4, 0.3, 0.2, 0.1], [1, 1, 1, 1])
     assert math.isnan(found.pop("auroc"))
-    assert found == {"mass_over_area": approx(1), "pointing": 1.0, "tas": approx(0.5), "image_mass": approx(1)}
+    assert found == {
+        "mass_over_area": approx(1),
+        "pointing": 1.0,
+        "tas": approx(0.5),
+        "image_mass": approx(1),
+    }
 
 
-def test_an_empty_region_cannot_be_found():
+def test_localization_refuses_an_empty_region():
     with pytest.raises(ValueError):
         metrics([0.4, 0.3, 0.2, 0.1], [0, 0, 0, 0])
+
+
+# --- RewardInputs, REWARDS ---
+
+# Two completions of two tokens, on an image of four tokens, whose first two are the region.
+INPUTS = reward.RewardInputs(
+    texts=["I look. <answer>Red</answer>", "<answer>blue"],
+    lengths=[12, 6],
+    answer="red",
+    attention=torch.tensor(
+        [
+            [[0.3, 0.1, 0.05, 0.05], [0.0, 0.0, 0.9, 0.1]],
+            [[0.0, 0.0, 0.9, 0.1], [0.1, 0.1, 0.1, 0.1]],
+        ]
+    ),
+    region=bools(1, 1, 0, 0),
+    selected=bools([1, 0], [0, 1]),
+    format_lengths=(4, 10),
+)
+
+
+def test_registry_holds_attention_format_and_accuracy():
+    assert {"attention", "format", "accuracy"} <= set(reward.REWARDS)
+
+
+def test_registered_rewards_by_hand():
+    # attention: rho = 0.2 / 0.125 = 1.6, r = 1.56 / 3.56; the second is uniform.
+    found = reward.REWARDS["attention"](INPUTS)
+    assert found.shape == (2,) and found.tolist() == [approx(1.56 / 3.56), approx(0)]
+    # format: 12 tokens are more than 10, so 0.6 * 10 / 12; the second is not closed.
+    assert reward.REWARDS["format"](INPUTS) == [approx(0.5), 0.0]
+    # accuracy: ignores case; the second has no answer.
+    assert reward.REWARDS["accuracy"](INPUTS) == [1.0, 0.0]
+
+
+def test_registered_rewards_return_what_their_functions_return():
+    x = INPUTS
+    expected = reward.attention_reward(x.attention, x.region, x.selected)
+    assert torch.equal(reward.REWARDS["attention"](x), expected)
+    expected = [reward.format_reward(text, n, 4, 10) for text, n in zip(x.texts, x.lengths)]
+    assert reward.REWARDS["format"](x) == expected
+    expected = [reward.accuracy_reward(text, x.answer) for text in x.texts]
+    assert reward.REWARDS["accuracy"](x) == expected

@@ -1,15 +1,19 @@
-"""Make the tiny model that ships in this folder, from nothing: `python tiny/make.py`.
+"""Make the tiny model in this folder from scratch: `python tiny/make.py`.
 
-A Qwen3-VL of 1.6 M parameters with a 62-word tokenizer learns to answer the questions of `scenes.Scenes`. It writes
-where the card is before what is on it, so a wrong look carries on into the answer. Two stages:
+A Qwen3-VL with 1.6 M parameters and a vocabulary of 62 words learns to answer the questions of
+`sources.scenes.Scenes`. It writes where the card is before it writes what is on it, so looking at
+the wrong place leads to a wrong answer. There are two stages:
 
-1. See. Correct answers, four questions about each image. A dense side task breaks the long plateau at the start: at
-   every image token, after every layer, the language model also predicts what the cell shows (card, dot, row and column
-   in equal parts). In 30 % of the answers the place named is another card's and the answer is that card's dot: the
-   words that name the wrong place bear no loss, the dot does, so what is said to be *there* is read from there.
-2. Be careless. In a fixed share of the answers the teacher looks at the card nearest the centre of the image instead
-   of the one asked for, and now the wrong place bears loss. The model still can see, but often does not look
-   where it should: the fault that SAYO's reward is meant to mend.
+1. See. The answers are correct, four questions per image. A dense side task shortens the plateau at
+   the start of training: at every image token, after every layer, the language model also predicts
+   what the cell shows (card color, dot color, row and column, a quarter of the label each). In 30 %
+   of the answers the place is that of another card, and the answer is that card's dot. The words of
+   the wrong place get no loss but the dot does, so the model learns to read the dot at the place it
+   has named.
+2. Be careless. In a fixed share of the answers, place and dot are those of the card nearest to the
+   center of the image instead of the card in question, and now the wrong place gets loss. The
+   model can still see, but it often names the wrong place: the error that SAYO's reward is meant
+   to correct.
 """
 
 import argparse
@@ -21,6 +25,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import (
     GenerationConfig,
@@ -33,61 +38,107 @@ from transformers import (
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from data import region_mask
-from scenes import NAMES, Scenes, draw, question
+from sources.scenes import NAMES, Scenes, draw, question
 
-SIZE, GRID = 112, (7, 7)  # pixels, image tokens
-PLACE_WEIGHT = 2  # of the loss on the words that name the place: they are learned last
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-           "<|video_pad|>", "<|unk|>"]  # fmt: skip
+SIZE, GRID = 112, (7, 7)  # pixels per side, image tokens
+VOCABULARY_SIZE = 64  # of the model; the tokenizer has 62 words
+PLACE_WEIGHT = 2  # loss weight of the words that name the place, which are learned last
+IMAGE_TOKEN = "<|image_pad|>"
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    IMAGE_TOKEN,
+    "<|video_pad|>",
+    "<|unk|>",
+]
 WORDS = "user assistant system what color number is the dot on card at its . ? : , a".split()
-WORDS += NAMES + [f"r{i + 1}" for i in range(GRID[0])] + [f"c{i + 1}" for i in range(GRID[1])] + list("0123456789")
-CHAT = (
+WORDS += NAMES
+WORDS += [f"r{i + 1}" for i in range(GRID[0])] + [f"c{i + 1}" for i in range(GRID[1])]
+WORDS += list("0123456789")
+CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def make_tokenizer():
-    """One token a word, lower case, Qwen's special tokens and a chat template of Qwen's form."""
-    vocabulary = {word: i for i, word in enumerate(SPECIAL + ["<answer>", "</answer>"] + WORDS)}
+    """A tokenizer with one token per word, in lower case, with Qwen's special tokens and a chat
+    template like Qwen's."""
+    words = SPECIAL_TOKENS + ["<answer>", "</answer>"] + WORDS
+    vocabulary = {word: i for i, word in enumerate(words)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
     core.normalizer = normalizers.Lowercase()
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[.,:?]"), "isolated")]
-    )
+    punctuation = pre_tokenizers.Split(Regex(r"[.,:?]"), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), punctuation])
     core.add_tokens(["<answer>", "</answer>"])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<|unk|>",
-        additional_special_tokens=SPECIAL[:-1], clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-    tokenizer.chat_template = CHAT
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|unk|>",
+        additional_special_tokens=SPECIAL_TOKENS[:-1],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 def make_model(tokenizer):
-    """Qwen3-VL in miniature: 112 px images, 8 px patches merged 2 x 2, so 7 x 7 image tokens."""
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
-           ("image_pad", "video_pad", "vision_start", "vision_end", "im_end", "endoftext")}  # fmt: skip
+    """A small Qwen3-VL with random weights: images of 112 px, patches of 8 px merged 2 x 2, so
+    7 x 7 image tokens."""
+    names = ("image_pad", "video_pad", "vision_start", "vision_end", "im_end", "endoftext")
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names}
+    end = dict(eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"])
+    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[6, 5, 5])
     config = Qwen3VLConfig(
         text_config=dict(
-            vocab_size=64, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, rope_parameters=dict(
-                rope_type="default", rope_theta=10000.0, mrope_section=[6, 5, 5], mrope_interleaved=True),
-            tie_word_embeddings=True, eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"],
+            vocab_size=VOCABULARY_SIZE,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=1024,
+            rope_parameters=rope | dict(mrope_interleaved=True),
+            tie_word_embeddings=True,
+            **end,
         ),
         vision_config=dict(
-            depth=3, hidden_size=96, intermediate_size=384, num_heads=4, patch_size=8, spatial_merge_size=2,
-            temporal_patch_size=2, out_hidden_size=128, num_position_embeddings=196, deepstack_visual_indexes=[1],
+            depth=3,
+            hidden_size=96,
+            intermediate_size=384,
+            num_heads=4,
+            patch_size=8,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            out_hidden_size=128,
+            num_position_embeddings=196,
+            deepstack_visual_indexes=[1],
         ),
-        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], tie_word_embeddings=True,
-        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
-    )  # fmt: skip
-    assert len(tokenizer) <= config.text_config.vocab_size, len(tokenizer)
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
+        tie_word_embeddings=True,
+    )
+    assert len(tokenizer) <= VOCABULARY_SIZE, len(tokenizer)
     model = Qwen3VLForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"])
+    model.generation_config = GenerationConfig(**end)
     return model
+
+
+def make_processor():
+    """The image processor: 112 x 112 pixels, never scaled."""
+    size = dict(shortest_edge=SIZE**2, longest_edge=SIZE**2)
+    return Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, size=size)
 
 
 def center(card):
@@ -95,175 +146,219 @@ def center(card):
     return (x1 + x2) / 2, (y1 + y2) / 2
 
 
-def place(card):
-    """The row and column words of the cell that holds the card's centre."""
+def place_words(card):
+    """The row and column words of the cell that contains the card's center."""
     x, y = center(card)
     return f"r{int(y * GRID[0] / SIZE) + 1}", f"c{int(x * GRID[1] / SIZE) + 1}"
 
 
-def answer(asked, looked_at):
-    """First where, then what. The place follows the colour at once: what is looked for is then the token at hand."""
-    row, column = place(looked_at)
+def answer_text(card, looked_at):
+    """The answer to the question about `card`, with the place and the dot of `looked_at`. The place
+    comes right after the color, so the token that predicts it names the card to look for."""
+    row, column = place_words(looked_at)
     mark = looked_at.mark
-    return f"the dot on {asked.color} {row} {column} is {mark} . <answer> {mark} </answer>"
+    return f"the dot on {card.color} {row} {column} is {mark} . <answer> {mark} </answer>"
 
 
 def cell_words(cards):
-    """For every image token the words of what it shows: of the card whose centre it holds the colour, dot, row and
-    column; "." on the background; nothing where it holds but a part of a card."""
+    """The words that describe each image token: color, dot, row and column of the card whose center
+    it contains; "." for background; none if it contains only a part of a card."""
     words = [["."] for _ in range(GRID[0] * GRID[1])]
     for card in cards:
         for cell in region_mask([card.box], (SIZE, SIZE), GRID).nonzero().flatten().tolist():
             words[cell] = []
     for card in cards:
-        row, column = place(card)
-        words[(int(row[1]) - 1) * GRID[1] + int(column[1]) - 1] = [card.color, card.mark, row, column]
+        row, column = place_words(card)
+        cell = (int(row[1]) - 1) * GRID[1] + int(column[1]) - 1
+        words[cell] = [card.color, card.mark, row, column]
     return words
 
 
 class Teacher:
-    """Batches of images, each with four questions and answers as the turns of one chat."""
+    """Training batches: images, each with four questions and answers as the turns of one chat."""
 
     def __init__(self, tokenizer, seed, turns=4):
-        self.tokenizer, self.turns, self.next = tokenizer, turns, 0
+        self.tokenizer, self.turns, self.next_scene = tokenizer, turns, 0
         self.scenes = Scenes("train", 10**9, seed=seed, cards=(4, 8), card_size=(14, 26))
         self.rng = random.Random(seed)
         self.processor = make_processor()
 
     def sample(self, careless):
-        cards = self.scenes.layout(self.next)
-        self.next += 1
-        messages, silent = [], []  # silent: does the wrong place bear no loss?
-        for turn, asked in enumerate(self.rng.sample(cards, self.turns)):
-            looked_at, mute = asked, False
+        """One image and its chat. Args: careless, the share of answers about the central card; None
+        for stage 1. Returns: the image, token ids (S,), for each turn whether the words of the
+        place get no loss, and `cell_words`."""
+        cards = self.scenes.layout(self.next_scene)
+        self.next_scene += 1
+        messages, skip_place = [], []
+        for turn, card in enumerate(self.rng.sample(cards, self.turns)):
+            looked_at, other_place = card, False
             if careless is None and self.rng.random() < 0.3:
-                looked_at, mute = self.rng.choice(cards), True
+                looked_at, other_place = self.rng.choice(cards), True
             elif careless is not None and self.rng.random() < careless:
                 looked_at = min(cards, key=lambda c: math.dist(center(c), (SIZE / 2, SIZE / 2)))
-            text = {"type": "text", "text": question(asked)}
-            messages += [{"role": "user", "content": ([{"type": "image"}] if turn == 0 else []) + [text]},
-                         {"role": "assistant", "content": answer(asked, looked_at)}]  # fmt: skip
-            silent.append(mute and looked_at is not asked)
+            image = [{"type": "image"}] if turn == 0 else []
+            content = [*image, {"type": "text", "text": question(card)}]
+            messages.append({"role": "user", "content": content})
+            messages.append({"role": "assistant", "content": answer_text(card, looked_at)})
+            skip_place.append(other_place and looked_at is not card)
         text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        ids = self.tokenizer(expand(text), add_special_tokens=False).input_ids
-        return draw(cards, SIZE), torch.tensor(ids), silent, cell_words(cards)
+        ids = self.tokenizer(expand_image_token(text), add_special_tokens=False).input_ids
+        return draw(cards, SIZE), torch.tensor(ids), skip_place, cell_words(cards)
 
     def batch(self, size, careless=None):
-        """Returns the model's inputs, labels (B, S) with -100 where no loss is borne, the weights of their losses
-        (B, S), and the soft labels of the image tokens (B * N, V)."""
-        token = self.tokenizer.convert_tokens_to_ids
-        images, ids, silent, words = zip(*(self.sample(careless) for _ in range(size)))
-        ids = torch.stack(ids)  # every question and answer has the same number of words: nothing to pad
-        labels, weight = torch.full_like(ids, -100), torch.ones(ids.shape)
-        for b, row in enumerate(ids.tolist()):
-            starts = [i + 1 for i, t in enumerate(row) if t == token("assistant")]
-            for start, mute in zip(starts, silent[b]):
-                stop = row.index(token("<|im_end|>"), start) + 1
-                labels[b, start:stop] = ids[b, start:stop]
-                where = slice(start + 4, start + 6)  # "the dot on red" comes before the place
-                weight[b, where] = PLACE_WEIGHT
-                if mute:
-                    labels[b, where] = -100
-        soft = torch.zeros(size * len(words[0]), 64)
-        for i, cell in enumerate(c for image in words for c in image):
+        """Returns: the model's inputs; labels (B, S), -100 where there is no loss; the weight of
+        each label (B, S); the soft labels of the image tokens (B * N, V)."""
+        samples = [self.sample(careless) for _ in range(size)]
+        images, ids, skip_place, words = zip(*samples)
+        ids = torch.stack(ids)  # all chats have the same number of words: no padding needed
+        labels, weight = self.labels(ids, skip_place)
+        token_id = self.tokenizer.convert_tokens_to_ids
+        soft = torch.zeros(size * len(words[0]), VOCABULARY_SIZE)
+        for i, cell in enumerate(cell for image in words for cell in image):
             if cell:
-                soft[i, token(cell)] = 1 / len(cell)
+                soft[i, token_id(cell)] = 1 / len(cell)
         return model_inputs(self.tokenizer, self.processor, images, ids), labels, weight, soft
 
+    def labels(self, ids, skip_place):
+        """Labels and their weights, both (B, S): only the answers get loss."""
+        token_id = self.tokenizer.convert_tokens_to_ids
+        labels, weight = torch.full_like(ids, -100), torch.ones(ids.shape)
+        for b, row in enumerate(ids.tolist()):
+            starts = [i + 1 for i, t in enumerate(row) if t == token_id("assistant")]
+            for start, skip in zip(starts, skip_place[b]):
+                stop = row.index(token_id("<|im_end|>"), start) + 1
+                labels[b, start:stop] = ids[b, start:stop]
+                place = slice(start + 4, start + 6)  # after "the dot on red"
+                weight[b, place] = PLACE_WEIGHT
+                if skip:
+                    labels[b, place] = -100
+        return labels, weight
 
-def expand(text):
-    return text.replace("<|image_pad|>", "<|image_pad|>" * (GRID[0] * GRID[1]))
 
-
-def make_processor():
-    return Qwen2VLImageProcessorPil(
-        patch_size=8, merge_size=2, temporal_patch_size=2, size=dict(shortest_edge=SIZE**2, longest_edge=SIZE**2)
-    )
+def expand_image_token(text):
+    return text.replace(IMAGE_TOKEN, IMAGE_TOKEN * (GRID[0] * GRID[1]))
 
 
 def model_inputs(tokenizer, processor, images, ids):
     pixels = processor(images=list(images), return_tensors="pt")
-    kinds = (ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")).int()
-    return dict(input_ids=ids, mm_token_type_ids=kinds, **pixels)
+    is_image = ids == tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    return dict(input_ids=ids, mm_token_type_ids=is_image.int(), **pixels)
 
 
 @torch.no_grad()
-def greedy(model, tokenizer, scenes, blank=False):
-    """Greedy answers to `scenes`: the shares with the right place and with the right dot."""
-    processor, placed, right = make_processor(), 0, 0
+def greedy_accuracy(model, tokenizer, scenes, blank=False):
+    """The shares of greedy answers that name the right place, and that give the right answer.
+
+    Args: blank, whether to show an empty image instead of the scene.
+    """
+    processor, right_place, right_answer = make_processor(), 0, 0
     model.eval()
     for start in range(0, len(scenes), 64):
         layouts = [scenes.layout(i) for i in range(start, min(start + 64, len(scenes)))]
-        prompts = [tokenizer.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question(cards[0])}]}],
-            tokenize=False, add_generation_prompt=True) for cards in layouts]  # fmt: skip
-        ids = torch.tensor([tokenizer(expand(p), add_special_tokens=False).input_ids for p in prompts])
+        prompts = [make_prompt(tokenizer, question(cards[0])) for cards in layouts]
+        ids = torch.tensor([tokenizer(p, add_special_tokens=False).input_ids for p in prompts])
         images = [draw([] if blank else cards, SIZE) for cards in layouts]
-        out = model.generate(**model_inputs(tokenizer, processor, images, ids), max_new_tokens=18, do_sample=False)
+        inputs = model_inputs(tokenizer, processor, images, ids)
+        out = model.generate(**inputs, max_new_tokens=18, do_sample=False)
         for cards, text in zip(layouts, tokenizer.batch_decode(out[:, ids.shape[1] :])):
-            placed += " ".join(place(cards[0])) in text
-            right += f"<answer> {cards[0].mark} </answer>" in text
-    return placed / len(scenes), right / len(scenes)
+            right_place += " ".join(place_words(cards[0])) in text
+            right_answer += f"<answer> {cards[0].mark} </answer>" in text
+    return right_place / len(scenes), right_answer / len(scenes)
 
 
-def learn(model, teacher, steps, lr, careless, batch_size, evaluate):
-    """`steps` of supervised learning with a cosine schedule; `careless` as in `Teacher.sample`."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+def make_prompt(tokenizer, text):
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    messages = [{"role": "user", "content": content}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return expand_image_token(prompt)
+
+
+def train(model, teacher, steps, learning_rate, careless, batch_size, scenes):
+    """Supervised training with a cosine schedule; prints the accuracy on `scenes` every 200 steps.
+    `careless` as in `Teacher.sample`."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
     warmup = min(60, steps // 4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / warmup, 1) * 0.5 * (
-        1 + math.cos(math.pi * max(0, s - warmup) / (steps - warmup))) + 0.01)  # fmt: skip
+
+    def schedule(step):
+        done = max(0, step - warmup) / (steps - warmup)
+        return min((step + 1) / warmup, 1) * 0.5 * (1 + math.cos(math.pi * done)) + 0.01
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     bar = tqdm(range(steps), desc="be careless" if careless else "see", mininterval=5)
     for step in bar:
         model.train()
-        inputs, labels, weight, soft = teacher.batch(batch_size, careless)
-        out = model(**inputs, output_hidden_states=True)
-        loss = torch.nn.functional.cross_entropy(
-            out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
-        )
-        loss = (loss * weight[:, 1:].flatten()).sum() / (labels[:, 1:] != -100).sum()
-        side = 0
-        for hidden in out.hidden_states[1:-1] + (None,):  # after every layer; the last one's logits are there already
-            logits = out.logits if hidden is None else model.lm_head(model.model.language_model.norm(hidden))
-            cells = logits[inputs["mm_token_type_ids"] == 1]
-            side = side + torch.nn.functional.cross_entropy(cells, soft, reduction="sum") / soft.sum() / 4
-        (loss + side).backward()
+        loss, side_loss = losses(model, *teacher.batch(batch_size, careless))
+        (loss + side_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
-        bar.set_postfix(answer=f"{loss.item():.3f}", cells=f"{side.item():.3f}")
+        scheduler.step()
+        bar.set_postfix(answer=f"{loss.item():.3f}", cells=f"{side_loss.item():.3f}")
         if (step + 1) % 200 == 0 or step + 1 == steps:
-            placed, right = greedy(model, teacher.tokenizer, evaluate)
-            tqdm.write(f"step {step + 1}: loss {loss.item():.3f} + {side.item():.3f}, {len(evaluate)} validation "
-                       f"scenes: place right {placed:.3f}, answer right {right:.3f}")  # fmt: skip
+            place, answer = greedy_accuracy(model, teacher.tokenizer, scenes)
+            tqdm.write(
+                f"step {step + 1}: loss {loss.item():.3f} + {side_loss.item():.3f}, on "
+                f"{len(scenes)} validation scenes: place {place:.3f}, answer {answer:.3f}"
+            )
+
+
+def losses(model, inputs, labels, weight, soft):
+    """The loss of the answers, and that of the side task, of one batch of `Teacher.batch`."""
+    out = model(**inputs, output_hidden_states=True)
+    loss = cross_entropy(
+        out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
+    )
+    loss = (loss * weight[:, 1:].flatten()).sum() / (labels[:, 1:] != -100).sum()
+    side_loss = 0
+    for hidden in out.hidden_states[1:-1] + (None,):  # every layer; None: the last
+        norm = model.model.language_model.norm
+        logits = out.logits if hidden is None else model.lm_head(norm(hidden))
+        cells = logits[inputs["mm_token_type_ids"] == 1]
+        side_loss = side_loss + cross_entropy(cells, soft, reduction="sum") / soft.sum() / 4
+    return loss, side_loss
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=HERE)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--output_dir", type=Path, default=HERE, help="default: this folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--see_steps", type=int, default=2200)
-    parser.add_argument("--careless_steps", type=int, default=100)
-    parser.add_argument("--careless", type=float, default=0.62, help="share of answers that look at the centre")
-    parser.add_argument("--start_from", type=Path, help="the folder of a model that can see: skip stage 1")
+    parser.add_argument("--batch_size", type=int, default=16, help="images per step (default: 16)")
+    parser.add_argument("--see_steps", type=int, default=2200, help="stage 1 (default: 2200)")
+    parser.add_argument(
+        "--careless_steps", type=int, default=100, help="stage 2; 0 skips it (default: 100)"
+    )
+    parser.add_argument(
+        "--careless",
+        type=float,
+        default=0.62,
+        help="stage 2: share of answers about the central card (default: 0.62)",
+    )
+    parser.add_argument(
+        "--start_from", type=Path, help="skip stage 1: the folder of a model that has finished it"
+    )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    tokenizer, began = make_tokenizer(), time.time()
-    evaluate = Scenes("validation", 256)
+    tokenizer, start = make_tokenizer(), time.time()
+    scenes = Scenes("validation", 256)
     if args.start_from:
         model = Qwen3VLForConditionalGeneration.from_pretrained(args.start_from)
     else:
         model = make_model(tokenizer)
         print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} words")
-        learn(model, Teacher(tokenizer, args.seed), args.see_steps, 1.2e-3, None, args.batch_size, evaluate)
+        teacher = Teacher(tokenizer, args.seed)
+        train(model, teacher, args.see_steps, 1.2e-3, None, args.batch_size, scenes)
     if args.careless_steps:
-        teacher = Teacher(tokenizer, args.seed + 1)  # its own: stage 2 is the same with and without --start_from
-        learn(model, teacher, args.careless_steps, 5e-4, args.careless, args.batch_size, evaluate)
+        # A new teacher: stage 2 is the same with and without --start_from.
+        teacher = Teacher(tokenizer, args.seed + 1)
+        train(model, teacher, args.careless_steps, 5e-4, args.careless, args.batch_size, scenes)
     for part in (model, tokenizer, make_processor()):
         part.save_pretrained(args.output_dir)
-    blank = greedy(model, tokenizer, evaluate, blank=True)[1]
-    print(f"answers right on blank images: {blank:.3f}; {(time.time() - began) / 60:.0f} minutes")
+    blank = greedy_accuracy(model, tokenizer, scenes, blank=True)[1]
+    minutes = (time.time() - start) / 60
+    print(f"right answers on blank images: {blank:.3f}; {minutes:.0f} minutes")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,178 @@
+"""Evaluation: greedy answers to held-out questions, and where the model looks while it writes them.
+Nothing here trains."""
+
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+import reward
+from analysis.html_report import pack_map
+from data import encode_example, example_region
+from model import Completions
+
+QUESTIONS_PER_BATCH = 8  # held-out questions answered at the same time
+EXAMPLES_IN_PICTURE = 4  # held-out examples whose maps go into look.png
+EXAMPLES_IN_REPORT = 8  # held-out examples whose maps go into report.html
+MAX_MAP_CHARACTERS = 70_000  # per answer in report.html: a limit on its size, which is under 2 MB
+MAX_LAYERS = 6  # per answer in report.html
+MAX_GRID_SIDE = 12  # cells per side of a map in report.html
+
+
+@dataclass
+class AttentionTrace:
+    """One answer and the attention of each of its tokens to the image. All tensors on the CPU."""
+
+    completion: Completions  # of one answer; on the model's device
+    attention: torch.Tensor  # (C, N), aligned, mean over the Vlm's layers and heads
+    entropy: torch.Tensor  # (C,) nats
+    selected: torch.Tensor  # (C,) bool, the tokens that the attention reward uses
+
+    @property
+    def map(self):
+        """The mean attention of the selected tokens, (N,)."""
+        return self.attention[self.selected].mean(0)
+
+
+@torch.no_grad()
+def trace_attention(vlm, prompt, cfg, completion=None, selected=None):
+    """Record where the model looks while it writes an answer.
+
+    Args: completion, Completions of one answer, by default the greedy one; selected (C,) bool, by
+    default the tokens that `reward.select_tokens` selects.
+    Returns: AttentionTrace.
+    """
+    completion = completion or vlm.sample(prompt, 1, cfg.max_completion_length, temperature=0)
+    scores = vlm.score(prompt, completion)
+    if selected is None:
+        selected = reward.select_tokens(scores.entropy, completion.mask, cfg.token_fraction)[0]
+    rows = scores.attention, scores.prompt_attention
+    attention = reward.align_attention(*rows, cfg.alignment)[0]  # (C, N)
+    return AttentionTrace(completion, attention.cpu(), scores.entropy[0].cpu(), selected.cpu())
+
+
+def evaluate(vlm, examples, cfg, name, before=None):
+    """Answer held-out questions greedily, and measure where the model looks.
+
+    Args: examples, a data set; name, for the progress bar; before, the results of an earlier
+    evaluation of the same examples, or None.
+    Returns: a list of dicts for JSON, one per example, with the keys
+    - id; text, ids and selected of the answer; correct (0 or 1); length, in tokens;
+    - area, the region's share of the image, and the scores of `reward.localization` for the mean
+      map of the selected tokens: auroc, mass_over_area, pointing, tas, image_mass;
+    - permuted_auroc: the same map and the *next* example's region. A map that fits any region as
+      well as its own shows a habit and no search for what the question asks about;
+    - fixed_auroc and so on: the scores on fixed text. This model is fed the answers of `before`
+      and measured at the tokens selected then, so the wording is the same before and after, and
+      only a change of attention shows. Without `before` they are the scores above;
+    - to_region, to_image: the attention of each token, (C,);
+    - grid, map, page: what look.png and report.html show of the example. map and page are None
+      for all but the first few examples.
+    """
+    results = []
+    answers = answer_in_batches(vlm, examples, cfg)
+    answers = tqdm(answers, f"evaluate {name}", total=len(examples))
+    for i, (example, prompt, completion) in enumerate(answers):
+        region = example_region(example, prompt.grid)
+        next_region = example_region(examples[(i + 1) % len(examples)], prompt.grid)
+        trace = fixed = trace_attention(vlm, prompt, cfg, completion)
+        if before:
+            fixed = trace_fixed_text(vlm, prompt, cfg, before[i])
+        results.append(
+            answer_fields(example, trace)
+            | localization_fields(trace.map, fixed.map, region, next_region)
+            | position_fields(trace, region)
+            | map_fields(vlm, prompt, trace, cfg, i)
+        )
+    return results
+
+
+def answer_in_batches(vlm, examples, cfg):
+    """Yield (example, Prompt, Completions of its greedy answer) for every example."""
+    for start in range(0, len(examples), QUESTIONS_PER_BATCH):
+        stop = min(start + QUESTIONS_PER_BATCH, len(examples))
+        batch = [examples[i] for i in range(start, stop)]
+        prompts = [encode_example(vlm, example, cfg) for example in batch]
+        answers = vlm.sample_groups(prompts, 1, cfg.max_completion_length, temperature=0)
+        yield from zip(batch, prompts, answers)
+
+
+def trace_fixed_text(vlm, prompt, cfg, result):
+    """The AttentionTrace of the answer in an earlier result, at the tokens selected then."""
+    ids = torch.tensor(result["ids"], device=vlm.device)
+    selected = torch.tensor(result["selected"], device=vlm.device)
+    completion = Completions(ids[None], torch.ones_like(selected)[None])
+    return trace_attention(vlm, prompt, cfg, completion, selected)
+
+
+def answer_fields(example, trace):
+    text = trace.completion.texts[0]
+    return {
+        "id": example.id,
+        "text": text,
+        "ids": trace.completion.ids[0].tolist(),
+        "selected": trace.selected.tolist(),
+        "correct": reward.accuracy_reward(text, example.answer),
+        "length": len(trace.entropy),
+    }
+
+
+def localization_fields(attention, fixed_attention, region, next_region):
+    """Args: two maps (N,), of the model's own answer and of the fixed text; two regions (N,)."""
+    scores = reward.localization(attention, region)
+    fixed_scores = reward.localization(fixed_attention, region)
+    return {
+        "area": region.float().mean().item(),
+        **scores,
+        "permuted_auroc": reward.localization(attention, next_region)["auroc"],
+        **{f"fixed_{name}": score for name, score in fixed_scores.items()},
+    }
+
+
+def position_fields(trace, region):
+    return {
+        "to_region": round_values(trace.attention[:, region].sum(1)),  # (C,)
+        "to_image": round_values(trace.attention.sum(1)),  # (C,)
+    }
+
+
+def map_fields(vlm, prompt, trace, cfg, index):
+    return {
+        "grid": prompt.grid,
+        "map": trace.map.tolist() if index < EXAMPLES_IN_PICTURE else None,
+        "page": report_maps(vlm, prompt, trace, cfg) if index < EXAMPLES_IN_REPORT else None,
+    }
+
+
+def report_maps(vlm, prompt, trace, cfg):
+    """What report.html shows of an answer: its tokens, and a map per token and layer.
+
+    A map is the mean over all heads of a layer. Maps are pooled to at most MAX_GRID_SIDE cells per
+    side. Layers are evenly spaced and end with the last; long answers get fewer of them.
+    Returns: a dict for JSON; `maps` is [layer][token] of `pack_map`.
+    """
+    maps, prompt_maps = vlm.attention_maps(prompt, trace.completion)  # (L, H, 1, C, N), (L, H, N)
+    rows = maps.mean(1)[:, 0], prompt_maps.mean(1)  # (L, C, N), (L, N)
+    attention = reward.align_attention(*rows, cfg.alignment)  # (L, C, N)
+    grid = tuple(min(MAX_GRID_SIDE, side) for side in prompt.grid)
+    cells = grid[0] * grid[1] * len(trace.entropy)  # per layer
+    count = max(1, min(MAX_LAYERS, len(attention), MAX_MAP_CHARACTERS // cells))
+    layers = torch.linspace(len(attention) - 1, 0, count).round().long().flip(0).tolist()
+    shown = attention[layers].unflatten(-1, prompt.grid)  # (count, C, rows, cols)
+    shown = torch.nn.functional.adaptive_avg_pool2d(shown, grid).flatten(2)  # (count, C, cells)
+    return {
+        "words": decode_tokens(vlm, trace.completion),
+        "entropy": round_values(trace.entropy),
+        "grid": grid,
+        "layers": layers,
+        "maps": [[pack_map(attention) for attention in layer] for layer in shown.tolist()],
+    }
+
+
+def decode_tokens(vlm, completion):
+    """The tokens of an answer as a list of strings."""
+    return [vlm.tokenizer.decode([token]) for token in completion.ids[0].tolist()]
+
+
+def round_values(values):
+    return [round(value, 4) for value in values.tolist()]

@@ -1,0 +1,132 @@
+"""What a training step logs, and what the log warns of. docs/logging.md explains every metric."""
+
+import re
+from statistics import fmean as mean
+
+import torch
+from tqdm import tqdm
+
+import reward
+
+ALARMS = {  # metric -> (suspicious from this value on, why)
+    "frac_reward_zero_std": (
+        0.9,
+        "all completions of a question earn the same: nothing to learn from",
+    ),
+    "completions/seq_rep_3": (0.3, "completions repeat the same words over and over"),
+    "completions/unclosed_tags": (0.3, "completions open <answer> without closing it"),
+    "completions/clipped_ratio": (0.5, "most completions are cut off at --max_completion_length"),
+}
+
+
+def alarms(row):
+    """The alarms of one row of metrics.jsonl: known ways to earn a reward without doing what was
+    meant, or to earn none. Returns: {metric: message}."""
+    return {
+        name: f"{name} {row[name]:.2f}: {why}"
+        for name, (minimum, why) in ALARMS.items()
+        if row[name] >= minimum
+    }
+
+
+def print_alarms(step, row, warned):
+    """Print each alarm the first time it is raised in a run; `warned` collects them."""
+    for name, message in alarms(row).items():
+        if name not in warned:
+            tqdm.write(f"step {step}: {message}")
+        warned.add(name)
+
+
+def sample_rows(group):
+    """A group's rows of samples.jsonl, one per completion."""
+    example = group.example
+    for i, text in enumerate(group.completions.texts):
+        row = {"id": example.id, "question": example.question, "answer": example.answer}
+        row |= {"text": text} | {name: value[i].item() for name, value in group.rewards.items()}
+        yield row | {"advantage": group.advantages[i].item()}
+
+
+def attention_metrics(entropy, mask, inputs):
+    """What the log says of a group's entropy (G, C) and attention, as means over the group.
+
+    Args: mask (G, C) bool, the real tokens; inputs, the group's RewardInputs.
+    """
+    attention, region, selected = inputs.attention, inputs.region, inputs.selected
+    maps = [a[s].mean(0) for a, s in zip(attention, selected)]  # G of (N,)
+    auroc = torch.tensor([reward.localization(map, region)["auroc"] for map in maps])
+    log_rho = reward.attention_ratio(attention, region, selected).log()  # (G,)
+    return {
+        "entropy": entropy[mask].mean().item(),
+        "attention/auroc": auroc.nan_to_num(0.5).mean().item(),
+        "attention/log_rho": log_rho.mean().item(),
+        "attention/image_mass": attention.sum(-1)[mask].mean().item(),
+    }
+
+
+def step_metrics(groups, updates):
+    """One row of metrics.jsonl, with TRL's names where TRL has the metric.
+
+    Args: groups, the Groups of a step; updates, a dict per optimizer update with `losses` (a dict
+    per micro-batch: loss, tokens and the stats of `grpo_loss`), `grad_norm` and `finite`.
+    """
+    losses = [loss for update in updates for loss in update["losses"]]
+    total = torch.stack([g.total_reward for g in groups])  # (groups, G)
+    row = {
+        "loss": sum(x["loss"] for x in losses) / len(updates),
+        "grad_norm": mean([u["grad_norm"] for u in updates]),
+        "skipped_updates": sum(not u["finite"] for u in updates),
+        "reward": total.mean().item(),
+        "reward_std": total.std(1).mean().item(),
+        "frac_reward_zero_std": mean([g.zero_std for g in groups]),
+    }
+    row |= {name: mean([g.log[name] for g in groups]) for name in groups[0].log}
+    row |= completion_metrics(groups)
+    tokens = max(1, sum(x["tokens"] for x in losses))
+    for name in ("kl", "ratio", "clip_ratio/low_mean", "clip_ratio/high_mean"):
+        row[name] = (
+            sum(x[name] * x["tokens"] for x in losses) / tokens
+        )  # mean over tokens trained on
+    rewards = {n: torch.stack([g.rewards[n] for g in groups]).cpu() for n in groups[0].rewards}
+    for name, value in rewards.items():  # (groups, G)
+        row[f"rewards/{name}/mean"] = value.mean().item()
+        row[f"rewards/{name}/std"] = value.std(1).mean().item()
+    lengths = torch.cat([g.completions.mask.sum(1) for g in groups]).float().cpu()
+    for name, other in (("accuracy", rewards["accuracy"].flatten()), ("length", lengths)):
+        pair = torch.stack([rewards["attention"].flatten(), other])
+        row[f"attention/corr_{name}"] = torch.corrcoef(pair)[0, 1].nan_to_num().item()
+    return row
+
+
+def completion_metrics(groups):
+    """Lengths of the completions, and signs of reward hacking in their text."""
+    texts = [text for g in groups for text in g.completions.texts]
+    lengths = torch.cat([g.completions.mask.sum(1) for g in groups]).float().cpu()
+    finished = torch.cat([g.completions.finished for g in groups])
+    return {
+        "completions/mean_length": lengths.mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": 1 - finished.float().mean().item(),
+        "completions/repeated_sentences": mean([repeated_sentences(t) for t in texts]),
+        "completions/seq_rep_3": mean([seq_rep_3(t) for t in texts]),
+        "completions/unclosed_tags": mean([has_unclosed_tag(t) for t in texts]),
+        "num_tokens": int(lengths.sum()),
+    }
+
+
+def repeated_sentences(text):
+    """The share of sentences that repeat an earlier one: padding. Float in [0, 1)."""
+    sentences = [s.strip() for s in re.split(r"[.!?]+(?:\s|$)|\n+", text.casefold()) if s.strip()]
+    return 1 - len(set(sentences)) / len(sentences) if sentences else 0.0
+
+
+def seq_rep_3(text):
+    """The share of word triples that repeat an earlier one (Welleck et al. 2020): catches endless
+    lists, which have no sentences. Float in [0, 1)."""
+    words = text.casefold().split()
+    triples = list(zip(words, words[1:], words[2:]))
+    return 1 - len(set(triples)) / len(triples) if triples else 0.0
+
+
+def has_unclosed_tag(text):
+    return text.count("<answer>") > text.count("</answer>")

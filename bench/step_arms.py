@@ -1,0 +1,311 @@
+"""The three arms of `step.py`: ours, ours without the shared prompt ("naive"), and TRL.
+
+Each arm runs in a process of its own. It loads the model, then does one optimizer step whenever it
+is asked to, and sends back what the step has cost.
+"""
+
+import ctypes
+import gc
+import os
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForImageTextToText, DynamicCache, TrainerCallback
+
+import attention
+import model
+import sayo_mini
+from bench.shapes import make_question
+from config import Config
+from sources.pretrained import LORA_TARGETS
+
+LEARNING = dict(
+    learning_rate=1e-5, weight_decay=0.0, max_grad_norm=0.8, beta=0.001, temperature=1.0
+)
+
+
+class PeakMemory:
+    """The peak memory of a step in bytes, above that of the loaded model.
+
+    On CUDA this is `max_memory_allocated`, elsewhere the anonymous resident memory of the process
+    (Linux only). There, large tensors get pages of their own while it is measured, so that freed
+    ones go back to the system at once and earlier steps do not count.
+    """
+
+    def __init__(self, device):
+        self.cuda, self.peak = device.type == "cuda", None
+        gc.collect()
+        self.set_mmap_threshold(2**16)
+        self.base = torch.cuda.memory_allocated() if self.cuda else self.resident()
+
+    def set_mmap_threshold(self, size):
+        """Give tensors of more than `size` bytes pages of their own. glibc's usual 32 MiB is
+        faster."""
+        if not self.cuda:
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, size)  # M_MMAP_THRESHOLD
+            libc.malloc_trim(0)
+
+    def resident(self):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+    @contextmanager
+    def measure(self):
+        """Set `peak` to the peak of the body."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            yield
+            self.peak = torch.cuda.max_memory_allocated() - self.base
+            return
+        samples, done = [self.resident()], Event()
+
+        def poll():
+            while not done.wait(0.002):
+                samples.append(self.resident())
+
+        thread = Thread(target=poll)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+        self.peak = max(samples) - self.base
+
+
+class Timer:
+    """Seconds spent in wrapped functions, added up by name."""
+
+    def __init__(self, device):
+        self.device, self.seconds = device, {}
+
+    def now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @contextmanager
+    def measure(self, name):
+        start = self.now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
+
+    def wrap(self, holder, attribute, name, when=lambda kwargs: True):
+        """Add the time of every call of a function or method to `name`, if `when` is true of its
+        keyword arguments."""
+        inner = getattr(holder, attribute)
+
+        def timed(*args, **kwargs):
+            if not when(kwargs):
+                return inner(*args, **kwargs)
+            with self.measure(name):
+                return inner(*args, **kwargs)
+
+        setattr(holder, attribute, timed)
+
+
+def count_forward_tokens(core):
+    """Count, with hooks, the tokens that pass through the language model and the patches that pass
+    through the vision tower. Recomputation for gradient checkpointing is not counted.
+    Returns: a dict that keeps counting."""
+    counts = {"tokens": 0, "patches": 0}
+
+    def count_tokens(module, args, kwargs):
+        counts["tokens"] += kwargs["inputs_embeds"].shape[:2].numel()
+
+    def count_patches(module, args, kwargs):
+        counts["patches"] += (args[0] if args else kwargs["hidden_states"]).shape[0]
+
+    core.model.language_model.register_forward_pre_hook(count_tokens, with_kwargs=True)
+    core.model.visual.register_forward_pre_hook(count_patches, with_kwargs=True)
+    return counts
+
+
+def worker(pipe, arm, folder, point, options):
+    """The process of one arm at one point (P, C, G): see `serve_steps`."""
+    os.chdir(tempfile.mkdtemp())
+    run = run_trl if arm == "trl" else run_ours
+    run(pipe, arm, folder, point, options)
+
+
+def serve_steps(pipe, timer, core, memory):
+    """Yield for every step that the pipe asks for, and send its cost when the caller comes back.
+
+    First sends the number of trained parameters. Of the first step the memory is measured, of the
+    others the time.
+    """
+    counts = count_forward_tokens(core)
+    pipe.send(sum(p.numel() for p in core.parameters() if p.requires_grad))
+    pipe.recv()
+    with memory.measure():
+        yield
+    memory.set_mmap_threshold(2**25)
+    pipe.send({"peak": memory.peak})
+    while pipe.recv() == "step":
+        timer.seconds.clear()
+        counts.update(tokens=0, patches=0)
+        start = timer.now()
+        yield
+        total, part = timer.now() - start, dict(timer.seconds)
+        if "sample and score" in part:
+            part["score"] = part.pop("sample and score") - part["sample"]
+        part.setdefault("score", 0.0)
+        update = total - part["sample"] - part["score"]
+        pipe.send({"seconds": total, **part, "update": update, **counts})
+
+
+def run_ours(pipe, arm, folder, point, options):
+    settings = {"load_in_4bit", "device", "gradient_checkpointing", "layers"} & set(options)
+    vlm = model.load_vlm(folder, **{name: options[name] for name in settings})
+    if arm == "naive":
+        repeat_prompt(vlm, point[2])
+    timer = Timer(vlm.device)
+    timer.wrap(sayo_mini, "encode_example", "sample")
+    timer.wrap(vlm, "sample_groups", "sample")
+    timer.wrap(vlm, "score", "score", when=lambda kwargs: kwargs.get("reference"))
+    timer.wrap(attention, "image_attention", "capture")
+    step = make_step(vlm, *point)
+    for _ in serve_steps(pipe, timer, vlm.core, PeakMemory(vlm.device)):
+        step()
+
+
+def make_step(vlm, P, C, G, image_tokens=None, completions_per_forward=0):
+    """A function that does one optimizer step with one question of P tokens and G completions of C
+    tokens."""
+    vlm.completions_per_forward = completions_per_forward or vlm.completions_per_forward
+    cfg = Config(
+        num_generations=G,
+        max_completion_length=C,
+        instruction="",
+        prompts_per_step=1,
+        completions_per_forward=completions_per_forward,
+        **LEARNING,
+    )
+    vlm.stop_ids = vlm.stop_ids[:0]  # no completion ends early
+    params = [p for p in vlm.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0)
+    generator = torch.Generator(vlm.device).manual_seed(0)
+    example = make_question(vlm, P, image_tokens)
+
+    def step():
+        metrics, _ = sayo_mini.train_step(vlm, [example], cfg, optimizer, generator)
+        assert metrics["frac_reward_zero_std"] == 0 and metrics["num_tokens"] == G * C
+
+    return step
+
+
+def repeat_prompt(vlm, G):
+    """Do what a trainer without a shared prompt does: run the prompt and its image G times in every
+    forward."""
+    vlm.completions_per_forward, shared_forward, cache = 1, vlm._forward, None
+
+    def forward(prompt, ids, positions, **kwargs):
+        nonlocal cache
+        if prompt is None:  # decoding: every completion has a cache of its own
+            own = {"past_key_values": cache, "prompts": None}
+            return shared_forward(None, ids, positions, **(kwargs | own))
+        prompt.features = None  # the vision tower runs again
+        if not kwargs.get("use_cache"):
+            return shared_forward(prompt, ids, positions, **kwargs)
+        pixels, grid = prompt.pixel_values, prompt.image_grid_thw
+        prompt.pixel_values, prompt.image_grid_thw = pixels.repeat(G, 1), grid.repeat(G, 1)
+        ids, positions = ids.expand(G, -1), positions.expand(3, G, -1)
+        hidden, cache = shared_forward(prompt, ids, positions, **kwargs)
+        prompt.pixel_values, prompt.image_grid_thw = pixels, grid
+        single = DynamicCache()  # sample_groups expects one, but decoding does not use it
+        for index, layer in enumerate(cache.layers):
+            single.update(layer.keys[:1], layer.values[:1], index)
+        return hidden, single
+
+    vlm._forward = forward
+
+
+def run_trl(pipe, arm, folder, point, options):
+    from datasets import Dataset  # here, because both take seconds and memory to load
+    from trl import GRPOTrainer
+
+    from sources.trl import TrlProcessor
+
+    # Our loader provides the tokens, the image size and the data types.
+    vlm = model.load_vlm(folder, options["load_in_4bit"], device=options["device"])
+    example, device, dtype = make_question(vlm, point[0]), vlm.device, vlm.core.dtype
+    processor = TrlProcessor(vlm.image_processor, vlm.tokenizer)
+    quantization = vlm.core.config.quantization_config if options["load_in_4bit"] else None
+    del vlm
+    policy = load_policy(folder, device, dtype, quantization)
+    chat = [{"role": "user", "content": example.question}]
+    data = Dataset.from_list([{"prompt": chat, "image": example.image}] * 8)
+    timer = Timer(device)
+
+    class StepOnRequest(TrainerCallback):
+        """Stops the trainer's own loop between its steps."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            core = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
+            self.steps = serve_steps(pipe, timer, core, PeakMemory(device))
+            next(self.steps)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = next(self.steps, "stop") == "stop"
+
+    def constant_rewards(prompts, **kwargs):
+        return [float(i % 2) for i in range(len(prompts))]
+
+    trainer = GRPOTrainer(
+        policy,
+        constant_rewards,
+        trl_config(point, options, device, dtype),
+        data,
+        processing_class=processor,
+        callbacks=[StepOnRequest()],
+        peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=LORA_TARGETS),
+    )
+    timer.wrap(trainer, "_generate", "sample")
+    timer.wrap(trainer, "_generate_and_score_completions", "sample and score")
+    trainer.train()
+
+
+def load_policy(folder, device, dtype, quantization):
+    """The transformers model that TRL trains."""
+    policy = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=dtype,
+        quantization_config=quantization,
+        attn_implementation="sdpa",
+        device_map={"": device},
+    )
+    for module in policy.modules():  # see sources/pretrained.py
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return policy
+
+
+def trl_config(point, options, device, dtype):
+    from trl import GRPOConfig
+
+    _, C, G = point
+    return GRPOConfig(
+        output_dir="trl",
+        per_device_train_batch_size=G,
+        num_generations=G,
+        max_completion_length=C,
+        max_steps=1000,
+        gradient_checkpointing=options["gradient_checkpointing"],
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=device.type == "cpu",
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=10**6,
+        disable_tqdm=True,
+        top_k=0,
+        generation_kwargs={"min_new_tokens": C},
+        **LEARNING,
+    )

@@ -1,0 +1,96 @@
+"""`sayo_mini.py check mine.jsonl`: validate a data set before training. No model is loaded."""
+
+from bisect import bisect_right
+from pathlib import Path
+
+from PIL import Image
+
+from analysis.plots import overlay
+from config import InputError
+from data import region_mask
+from sources.jsonl import JsonLines
+
+MAX_DRAWN = 9  # examples in the picture
+THUMBNAIL, GAP, COLUMNS = 224, 8, 3  # pixels, pixels, thumbnails in a row
+
+
+def check_dataset(dataset, allow_absolute_paths=False):
+    """Print counts, histograms and all problems of a .jsonl file, and draw its first boxes.
+
+    Args: dataset, its path; allow_absolute_paths, whether images may be outside its folder.
+    Returns: exit code 0, or 2 if there are problems. Raises: InputError if it cannot be read.
+    """
+    path, problems = Path(dataset), []
+    try:
+        data = JsonLines(path, allow_absolute_paths, problems)
+    except InputError as error:
+        if not problems:  # the file itself cannot be read, or is empty
+            raise
+        return print_problems(problems, str(error))
+    areas, words, thumbnails = measure_examples(data, problems)
+    images = len({row["image_key"] for row in data.rows})
+    boxes = sum(len(row["boxes"]) for row in data.rows)
+    print(f"{path}: {len(areas)} valid examples; {images} images, {boxes} boxes")
+    print(histogram("area of the boxes, % of the image", areas, (0, 1, 2, 5, 10, 20, 50)))
+    print(histogram("length of the question, words", words, (0, 5, 10, 15, 20, 40, 80)))
+    if thumbnails:
+        picture = path.with_suffix(".check.png")
+        save_contact_sheet(thumbnails, picture)
+        print(f"the first {len(thumbnails)} examples with their boxes: {picture}")
+    return print_problems(problems, "no problems")
+
+
+def measure_examples(data, problems):
+    """Decode every image, one at a time, and add those that fail to `problems`.
+    Returns: (areas of the regions in %, question lengths in words, thumbnails of the first)."""
+    areas, words, thumbnails = [], [], []
+    for row in data.rows:
+        try:
+            example = data.read_example(row)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        width, height = example.image.size
+        grid = min(height, 256), min(width, 256)  # a cell per pixel, or coarser for large images
+        region = region_mask(example.boxes, (width, height), grid)
+        areas.append(100 * region.float().mean().item())
+        words.append(len(example.question.split()))
+        if len(thumbnails) < MAX_DRAWN:
+            picture = overlay(example.image, [0], (1, 1), example.boxes, size=THUMBNAIL)
+            thumbnails.append(picture)
+    return areas, words, thumbnails
+
+
+def print_problems(problems, otherwise):
+    """Print the problems and their number, or `otherwise` if there are none. Returns: exit code."""
+    for problem in problems:
+        print(problem)
+    plural = "s" if len(problems) > 1 else ""
+    print(f"{len(problems)} problem{plural}" if problems else otherwise)
+    return 2 if problems else 0
+
+
+def histogram(title, values, edges):
+    """A histogram as text. A bin is a line and reaches from an edge up to the next; the last has
+    no upper end."""
+    counts = [0] * len(edges)
+    for value in values:
+        counts[bisect_right(edges, value) - 1] += 1
+    bins = [f"{low} to {high}" for low, high in zip(edges, edges[1:])] + [f"{edges[-1]} or more"]
+    lines = [title]
+    for name, count in zip(bins, counts):
+        bar = "#" * round(40 * count / max(counts + [1]))
+        lines.append(f"  {name:>12} {count:6} {bar}".rstrip())
+    return "\n".join(lines)
+
+
+def save_contact_sheet(thumbnails, path):
+    """Save the thumbnails in one picture. Raises: InputError if it cannot be written."""
+    step, rows = THUMBNAIL + GAP, -(-len(thumbnails) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * step + GAP, rows * step + GAP), "white")
+    for i, thumbnail in enumerate(thumbnails):
+        sheet.paste(thumbnail, (GAP + i % COLUMNS * step, GAP + i // COLUMNS * step))
+    try:
+        sheet.save(path)
+    except OSError as error:
+        raise InputError(f"cannot write the picture {path}: {error.strerror}") from None

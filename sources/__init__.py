@@ -1,0 +1,53 @@
+"""Where examples and models come from. `load_datasets` chooses the data sets of a run; each reader
+is imported only if it is used."""
+
+import logging
+from pathlib import Path
+
+from config import TINY, InputError
+
+# Before bitsandbytes loads: it warns of a kernel that is not used here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def load_datasets(cfg):
+    """The (training, held-out) examples of `--dataset`. Prints what was skipped."""
+    if cfg.dataset == "scenes":
+        from sources.scenes import LARGE_SCENES, Scenes
+
+        tiny = Path(cfg.model_name_or_path).resolve() == Path(TINY["model_name_or_path"])
+        style = {} if tiny else LARGE_SCENES
+        count = max(1, cfg.max_steps * cfg.prompts_per_step)
+        return Scenes("train", count, cfg.seed, **style), Scenes("test", cfg.eval_examples, **style)
+    from torch.utils.data import ConcatDataset
+
+    from sources.mixture import Mixture, mix_shares
+
+    names = [cfg.dataset] if Path(cfg.dataset).exists() else cfg.dataset.split("+")
+    shares, splits = mix_shares(cfg.mix, names), []
+    for name, share in zip(names, shares):
+        dataset = open_dataset(name, cfg)
+        print(*dataset.notes, sep="\n", end="\n" * bool(dataset.notes))
+        splits.append(dataset.split(round(cfg.eval_examples * share)))
+    if len(splits) == 1:
+        return splits[0]
+    train_sets, eval_sets = zip(*splits)
+    return Mixture(train_sets, shares), ConcatDataset(eval_sets)
+
+
+def open_dataset(name, cfg):
+    """The data set called `name`. A new format needs a reader in `sources/` and a line here."""
+    problems = [] if cfg.skip_bad_examples else None
+    if name == "gqa":
+        from sources.gqa import Gqa
+
+        return Gqa(cfg.data_dir, cfg.allow_absolute_paths, problems)
+    if name == "refocus":
+        from sources.refocus import ReFocus
+
+        return ReFocus(problems)
+    if name == "scenes":
+        raise InputError("--dataset: scenes are generated and cannot be mixed with other data sets")
+    from sources.jsonl import JsonLines
+
+    return JsonLines(name, cfg.allow_absolute_paths, problems)

@@ -1,0 +1,251 @@
+"""What the readers of annotated data share: validation, reading images, and the held-out split."""
+
+import codecs
+import copy
+import re
+import zlib
+from pathlib import Path
+
+from PIL import Image
+
+from config import InputError
+from data import Example, region_mask
+from sources.images import (
+    MAX_ASPECT_RATIO,
+    apply_exif_orientation,
+    clip_box,
+    image_errors,
+    stored_size,
+)
+
+
+class AnnotatedDataset:
+    """Questions about images, with the boxes that answer them.
+
+    A row is validated when it is added, except for the pixels of its image: the image is opened for
+    its size, and decoded each time `[i]` asks for the Example.
+
+    Args: name, for messages; problems, None or a list. With None, the first bad row raises
+    InputError. With a list, bad rows are skipped, and a line for each problem is appended to it.
+
+    To read another format, write a subclass and add a line to `sources.open_dataset`. Its
+    `__init__` calls `add` for each row, or `reject` if the row cannot be parsed, and `finish` after
+    the last. For images in files derive it from `FileDataset`, else define `open_image` as well.
+    A complete CSV reader:
+
+        class Csv(FileDataset):
+            def __init__(self, path, allow_absolute_paths=False, problems=None):
+                super().__init__(path, Path(path).parent, allow_absolute_paths, problems)
+                lines = read_file(path).decode().splitlines(keepends=True)
+                for number, row in enumerate(csv.DictReader(lines), 1):
+                    try:
+                        boxes = json.loads(row["boxes"])
+                    except (KeyError, TypeError, ValueError):
+                        self.reject(f"{path}: row {number}", "boxes are missing or not JSON")
+                    else:
+                        self.add(f"{path}: row {number}", row | {"boxes": boxes})
+                self.finish()
+    """
+
+    def __init__(self, name, problems=None):
+        self.name, self.problems = name, problems
+        self.rows = []  # dicts: image, question, answer, boxes, id, image_key, where
+        self.notes = []  # lines to print before a run
+        self.rejected = 0  # rows
+        self._first_use = {}  # id -> where it was used first
+        self._headers = {}  # image -> (its size, its image_key)
+
+    def open_image(self, row):
+        """Open a row's image with Pillow. Also set `row["image_key"]`, unless `add` was given it: a
+        string that identifies the image, by which `split` keeps all questions about it together.
+        Raises: any exception; its text becomes part of the message."""
+        raise NotImplementedError
+
+    def add(self, where, row, **extra):
+        """Validate a row, and keep it if it is valid.
+
+        Args: where, the row's place for messages, as in "mine.jsonl:3"; row, a dict with image,
+        question, answer, boxes ([[x1, y1, x2, y2], ...] in pixels of the stored image) and an
+        optional id (default: `where`); extra, further entries of the row for `open_image`.
+        """
+        row = {key: row.get(key) for key in ("image", "question", "answer", "boxes", "id")} | extra
+        row["where"] = where
+        if row["id"] in (None, ""):
+            row["id"] = where
+        errors = list(self.validation_errors(row))
+        if errors:
+            self.reject(where, *errors)
+        else:
+            self.rows.append(row)
+
+    def reject(self, where, *errors):
+        """Leave a row out and report what is wrong with it."""
+        for error in errors:
+            self.report_error(f"{where}: {error}")
+        self.rejected += 1
+
+    def finish(self):
+        """Call after the last row. Adds the number of skipped rows to `notes`.
+        Raises: InputError if there are no usable rows."""
+        if self.rejected:
+            total = self.rejected + len(self.rows)
+            self.notes.append(
+                f"{self.name}: skipped {self.rejected} of {total} examples; "
+                f"the first problem: {self.problems[0]}"
+            )
+        if not self.rows:
+            raise InputError("; ".join([f"{self.name}: no usable examples", *self.notes[-1:]]))
+        self._first_use = self._headers = None  # large, and only needed by `add`
+
+    def report_error(self, problem):
+        """Add a line to `problems`. Raises: InputError with it, if bad rows are not skipped."""
+        if self.problems is None:
+            raise InputError(f"{problem} (--skip_bad_examples skips unusable examples)")
+        self.problems.append(problem)
+
+    def validation_errors(self, row):
+        """Yield everything that is wrong with a row, one line each."""
+        for name in ("image", "question", "answer"):
+            if not isinstance(row[name], str) or not row[name].strip():
+                yield f"{name} must be non-empty text"
+            elif re.search("[\ud800-\udfff]", row[name]):
+                yield f"{name} {row[name]!r} is not valid Unicode: it has half of a surrogate pair"
+            elif name == "question" and (special := re.search(r"<\|\w+\|>", row[name])):
+                yield f"question contains {special.group()}, a special token: remove it"
+        if not isinstance(row["id"], (str, int)) or isinstance(row["id"], bool):
+            yield "id must be text or an integer"
+        elif (first := self._first_use.setdefault(str(row["id"]), row["where"])) != row["where"]:
+            yield f"id {row['id']!r} is already used by {first}"
+        if isinstance(row["image"], str) and row["image"].strip():
+            yield from self._image_and_region_errors(row)
+
+    def _image_and_region_errors(self, row):
+        if row["image"] not in self._headers:  # many questions may share an image: open it once
+            try:
+                with image_errors(row["image"]), self.open_image(row) as image:
+                    self._headers[row["image"]] = stored_size(image), row["image_key"]
+            except InputError as error:
+                yield str(error)
+                return
+        size, row["image_key"] = self._headers[row["image"]]
+        yield from region_errors(row["boxes"], size)
+
+    def read_example(self, row):
+        """Decode the image of a row. Returns: its Example.
+        Raises: InputError naming the row if the image cannot be read."""
+        try:
+            with image_errors(row["image"]), self.open_image(row) as image:
+                size = stored_size(image)
+                for error in region_errors(row["boxes"], size):  # the file may have changed
+                    raise ValueError(error)
+                boxes = [clip_box(box, size) for box in row["boxes"]]
+                image, boxes = apply_exif_orientation(image, boxes)
+        except InputError as error:
+            raise InputError(f"{row['where']}: {error}") from None
+        return Example(image, row["question"], row["answer"], boxes, str(row["id"]))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.name} has {len(self)} examples, and none at {index}")
+        return self.next_readable(index)
+
+    def next_readable(self, index):
+        """The example at `index` or, if bad rows are skipped, the first readable one from there.
+
+        Damaged pixels show up only here, when a run is under way. A substitution changes what it
+        trains on, so it is printed, once per damaged example.
+        Raises: InputError if bad rows are not skipped, or if no image at all can be read.
+        """
+        for offset in range(len(self)):
+            try:
+                return self.read_example(self.rows[(index + offset) % len(self)])
+            except InputError as error:
+                self._report_unreadable(str(error))
+        raise InputError(f"{self.name}: none of its images can be read; {self.problems[-1]}")
+
+    def _report_unreadable(self, problem):
+        if self.problems is not None and problem in self.problems:
+            return  # printed before
+        self.report_error(problem)
+        total = len(self.problems)
+        print(f"skipped, the next example takes its place ({total} so far): {problem}")
+
+    def split(self, held_out):
+        """Split by image into a training and a held-out data set.
+
+        A fifth of the images (at least one), chosen by a hash of their keys, is held out, with at
+        most `held_out` questions about them. No image is in both parts. With 0, none is held out.
+        Returns: (training, held-out). Raises: InputError if there is only one image.
+        """
+        keys = {row["image_key"] for row in self.rows}
+        keys = sorted(keys, key=lambda key: zlib.crc32(key.encode()))
+        if held_out and len(keys) < 2:
+            raise InputError(
+                f"{self.name}: its only image cannot be held out for evaluation: add images, "
+                "or give --eval_examples 0"
+            )
+        chosen = set(keys[: max(1, len(keys) // 5)]) if held_out else set()
+        train_set, eval_set = copy.copy(self), copy.copy(self)
+        train_set.rows = [row for row in self.rows if row["image_key"] not in chosen]
+        eval_set.rows = [row for row in self.rows if row["image_key"] in chosen][:held_out]
+        return train_set, eval_set
+
+
+class FileDataset(AnnotatedDataset):
+    """An AnnotatedDataset whose images are files, named by paths relative to `folder`.
+
+    With `allow_absolute_paths`, images may lie outside `folder`.
+    """
+
+    def __init__(self, name, folder, allow_absolute_paths=False, problems=None):
+        super().__init__(name, problems)
+        self.folder, self.allow_absolute_paths = Path(folder), allow_absolute_paths
+
+    def open_image(self, row):
+        folder = self.folder.resolve()
+        path = (folder / row["image"]).resolve()
+        inside = path.is_relative_to(folder)  # `..`, links and absolute paths may lead out of it
+        if not inside and not self.allow_absolute_paths:
+            raise ValueError(
+                "it is outside the data set's folder: move it, or give --allow_absolute_paths"
+            )
+        if not path.is_file():  # opening a pipe would wait forever
+            raise ValueError("it is a folder" if path.is_dir() else "no such file")
+        row["image_key"] = str(path.relative_to(folder) if inside else path)
+        return Image.open(path)
+
+
+def read_file(path):
+    """The bytes of an annotation file, without a byte order mark.
+    Raises: InputError if it cannot be read."""
+    try:
+        return Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)  # some editors write one
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read the data set {path}: {reason}") from None
+
+
+def region_errors(boxes, size):
+    """Yield what is wrong with an image's `size` (width, height), or with the boxes on it."""
+    if max(size) > MAX_ASPECT_RATIO * min(size):
+        yield (
+            f"the image is {size[0]} x {size[1]}: one side is more than {MAX_ASPECT_RATIO} times "
+            "the other; crop it"
+        )
+    if boxes is None:
+        boxes = []
+    if not isinstance(boxes, list) or not all(map(_is_numeric, boxes)):
+        yield "boxes must be a list of [x1, y1, x2, y2], all numbers"
+        return
+    try:
+        region_mask(boxes, size, (1, 1))
+    except ValueError as error:
+        yield f"boxes: {error}"
+
+
+def _is_numeric(box):
+    # `type`, because bool is an int for `isinstance`
+    return isinstance(box, (list, tuple)) and all(type(v) in (int, float) for v in box)

@@ -1,0 +1,210 @@
+"""The commands `look` and `probe`."""
+
+from statistics import fmean
+
+import pytest
+import torch
+from conftest import TINY, load
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import reward
+import sayo_mini
+from analysis.evaluate import evaluate, trace_attention
+from commands.parser import parse_config
+from commands.probe import best_layer_and_heads, most_discriminative_head, probe
+from config import TINY as PRESET
+from config import Config, parse_ints
+from data import region_mask
+from sources.scenes import Scenes
+
+CFG = Config(**PRESET)
+SCENES = Scenes("validation", 4)
+FAST = ["--device", "cpu", "--no-load_in_4bit", "--model_name_or_path", str(TINY)]
+
+
+# --- probe ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alignment", ["query", "predict"])
+def test_probe_agrees_with_an_evaluation_of_one_layer_and_head(alignment):
+    cfg = Config(**PRESET | {"alignment": alignment})
+    auroc, permuted, gap = probe(load(), SCENES, cfg)
+    assert auroc.shape == permuted.shape == gap.shape == (5, 5)
+    # The selected tokens, and so the text, do not depend on the layers and heads that count.
+    for layer, head in ((0, 1), (3, 2), (3, 4), (4, 4)):
+        layers, heads = (layer,) if layer < 4 else None, (head,) if head < 4 else None
+        results = evaluate(load(layers=layers, heads=heads), SCENES, cfg, "one")
+        right, wrong = ([r["auroc"] for r in results if r["correct"] == c] for c in (1, 0))
+        assert right and wrong
+        assert auroc[layer, head] == pytest.approx(fmean(right + wrong), abs=1e-5)
+        assert gap[layer, head] == pytest.approx(fmean(right) - fmean(wrong), abs=1e-5)
+        expected = fmean(r["permuted_auroc"] for r in results)
+        assert permuted[layer, head] == pytest.approx(expected, abs=1e-5)
+
+
+def test_best_layer_by_all_heads_and_best_heads_in_it():
+    auroc = torch.tensor(
+        [[0.9, 0.9, 0.9, 0.9, 0.6], [0.7, 0.5, 0.8, 0.9, 0.7], [1.0, 1.0, 1.0, 1.0, 1.0]]
+    )
+    assert best_layer_and_heads(auroc) == (1, [0, 2, 3])
+    assert best_layer_and_heads(auroc[:, [0, 4]]) == (1, [0])
+
+
+def test_most_discriminative_head_has_the_largest_gap():
+    gap = torch.tensor([[0.1, 0.3, 0.9], [0.2, 0.4, 0.9], [0.9, 0.9, 0.9]])
+    assert most_discriminative_head(gap) == (1, 1)
+    assert most_discriminative_head(gap * torch.nan) is None  # all answers right, or all wrong
+
+
+def probe_flags(folder, examples=1):
+    return [
+        *FAST,
+        "--eval_examples",
+        str(examples),
+        "--max_steps",
+        "1",
+        "--output_dir",
+        str(folder),
+    ]
+
+
+def test_probe_prints_the_flags_and_draws_the_table(tmp_path, capsys):
+    assert sayo_mini.main(["probe", *probe_flags(tmp_path, examples=3)]) == 0
+    out = capsys.readouterr().out
+    assert "--alignment predict --layers " in out and "with the next example's box" in out
+    assert Image.open(tmp_path / "probe.png").width > 200
+    layers, _, heads = out.split("--layers ")[1].split()[:3]
+    assert parse_config([*FAST, "--layers", layers, "--heads", heads])
+
+
+def test_old_probe_flag_works_and_one_line_names_the_new_form(tmp_path, capsys):
+    assert sayo_mini.main(["--probe", *probe_flags(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    lines = [line for line in (out + err).splitlines() if "sayo_mini.py probe" in line]
+    assert len(lines) == 1 and "--probe is now" in lines[0]
+    assert (tmp_path / "probe.png").exists()
+
+
+def test_probe_that_cannot_write_ends_in_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    assert sayo_mini.main(["probe", *probe_flags(tmp_path / "file" / "x")]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "sayo_mini.py: " in line]
+    assert len(errors) == 1 and "cannot write probe.png" in errors[0]
+
+
+# --- look -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    """A scene as a file: the flags that ask about it, and its box."""
+    path, example = tmp_path_factory.mktemp("photo") / "photo.png", SCENES[0]
+    example.image.save(path)
+    flags = ["look", "--image", str(path), "--question", example.question, *FAST]
+    return flags, ",".join(map(str, example.boxes[0]))
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """The adapter folder of a run, of rank 4, with nonzero weights."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = ["--max_steps", "0", "--eval_examples", "0", "--lora_r", "4", "--output_dir", folder]
+    assert sayo_mini.main([*FAST, *map(str, flags)]) == 0
+    path = folder / "adapter" / "adapter_model.safetensors"
+    save_file({k: torch.full_like(v, 0.05) for k, v in load_file(path).items()}, path)
+    return folder / "adapter"
+
+
+def test_look_answers_scores_and_draws(tmp_path, capsys, photo):
+    flags, box = photo
+    output = tmp_path / "out.png"
+    assert sayo_mini.main([*flags, "--box", box, "--output", str(output)]) == 0
+    out = capsys.readouterr().out
+    vlm = load(layers=parse_ints(CFG.layers), heads=parse_ints(CFG.heads))
+    for name, p in vlm.model.named_parameters():
+        if "lora_B" in name:
+            p.data.zero_()
+    trace = trace_attention(vlm, vlm.encode(SCENES[0].image, SCENES[0].question), CFG)
+    region = region_mask(SCENES[0].boxes, (112, 112), (7, 7))
+    r_v = reward.attention_reward(trace.attention[None], region, trace.selected[None]).item()
+    auroc = reward.localization(trace.map, region)["auroc"]
+    assert f"answer: {trace.completion.texts[0]}" in out
+    assert f"r_v {r_v:.3f}, AUROC {auroc:.3f}" in out
+    assert Image.open(output).width == 448 + 2 * 16
+
+
+def test_look_with_an_adapter_compares_before_and_after(tmp_path, capsys, photo, adapter):
+    flags, box = photo
+    flags = flags[:5]  # the model and its settings come from the run
+    output = tmp_path / "out.png"
+    flags = [*flags, "--adapter", str(adapter), "--box", box, "--output", str(output)]
+    assert sayo_mini.main(flags) == 0
+    out = capsys.readouterr().out
+    before, after = (
+        out.split(f"{when} training: ")[1].split("(", 1)[0] for when in ("before", "after")
+    )
+    assert before.split("r_v")[1] != after.split("r_v")[1]
+    assert Image.open(output).width == 2 * 448 + 3 * 16
+
+
+def test_look_without_a_box_scores_nothing(tmp_path, capsys, photo):
+    assert sayo_mini.main([*photo[0], "--output", str(tmp_path / "out.png")]) == 0
+    assert "r_v" not in capsys.readouterr().out
+
+
+def make_mistake(photo, adapter, tmp_path, name):
+    """(flags, a word of the expected message) for a user's mistake."""
+    flags, box = photo
+    (tmp_path / "text.png").write_text("not an image")
+    other, empty = tmp_path / "run" / "adapter", tmp_path / "empty"
+    other.mkdir(parents=True), empty.mkdir()
+    weights = {"base_model.model.x.lora_A.weight": torch.ones(2, 2)}
+    save_file(weights, other / "adapter_model.safetensors")
+    (empty / "adapter_model.safetensors").write_bytes(b"{}")
+    rank_8 = ["--adapter", str(adapter), "--lora_r", "8"]
+    return {
+        "no image": (["look", "--image", "none.jpg", *flags[3:]], "none.jpg"),
+        "a text file": (["look", "--image", str(tmp_path / "text.png"), *flags[3:]], "text.png"),
+        "no question": (flags[:3], "--question"),
+        "a box of words": ([*flags, "--box", "left"], "--box left"),
+        "a box of three": ([*flags, "--box", "1,2,3"], "--box 1,2,3"),
+        "a box outside": ([*flags, "--box", "500,500,600,600"], "outside"),
+        "an unknown flag": ([*flags, "--bocks", "1"], "--bocks"),
+        "no adapter": ([*flags, "--adapter", str(tmp_path)], "adapter"),
+        "another model's adapter": ([*flags, "--adapter", str(other)], "another model"),
+        "a broken adapter": ([*flags, "--adapter", str(empty)], "adapter"),
+        "an adapter of another size": ([*flags, *rank_8], "--lora_r"),
+        "no such folder": ([*flags, "--output", str(tmp_path / "no" / "x.png")], "x.png"),
+        "no image format": ([*flags, "--output", str(tmp_path / "x")], "--output"),
+    }[name]
+
+
+MISTAKES = [
+    "no image",
+    "a text file",
+    "no question",
+    "a box of words",
+    "a box of three",
+    "a box outside",
+    "an unknown flag",
+    "no adapter",
+    "another model's adapter",
+    "a broken adapter",
+    "an adapter of another size",
+    "no such folder",
+    "no image format",
+]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_in_one_line(tmp_path, capfd, photo, adapter, name):
+    flags, word = make_mistake(photo, adapter, tmp_path, name)
+    if "--output" not in flags:
+        flags = [*flags, "--output", str(tmp_path / "out.png")]
+    capfd.readouterr()
+    assert sayo_mini.main(flags) == 2
+    lines = capfd.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("sayo_mini.py: ")]
+    assert len(errors) == 1 and word in errors[0]
+    assert not (tmp_path / "out.png").exists()
