@@ -3,77 +3,82 @@ a resumed run ends in the same bits as one that was never interrupted."""
 
 import json
 import os
-import shlex
 import shutil
 import signal
-import zlib
+import time
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
 from tqdm import tqdm
 
+from commands import run_folder
+from commands.checkpoint_file import load_checkpoint, pack_checkpoint
+from commands.run_folder import CHECKPOINTS, remove, resume_command, sync
+from commands.settings import check_checkpoint, stored_settings
+from commands.signals import handle_signals, mute_lost_terminal, signals_to_stop
 from config import InputError
 
-CHECKPOINTS = "checkpoint.safetensors", "checkpoint-previous.safetensors"  # newest first
 LOGS = "metrics.jsonl", "samples.jsonl"
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM, at a point of a step where nothing has been updated yet."""
-
-
-@contextmanager
-def handle_signals(numbers, handler):
-    """Handle these signals with `handler` for a while."""
-    previous = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
+    """Ctrl-C, SIGTERM or SIGHUP, at a point of a step where nothing has been updated yet."""
 
 
 @contextmanager
 def stop_signals():
-    """Ctrl-C and SIGTERM add to the list that is yielded instead of ending the program; the loop
-    checks it between groups."""
+    """A signal adds to the list that is yielded instead of ending the program; the loop checks it
+    between groups. A second Ctrl-C ends the program at once: every file is whole at every moment.
+    """
     stop = []
-    with handle_signals((signal.SIGINT, signal.SIGTERM), lambda *_: stop.append(1)):
+
+    def handler(number, frame):
+        if stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        mute_lost_terminal()
+        stop.append(number)
+
+    with handle_signals(signals_to_stop(), handler):
         yield stop
 
 
 class RunDirectory:
-    """config.json, logs, two checkpoints, before.json, after.json, adapter/, pictures and report.
+    """config.json, logs, checkpoints, before.json, after.json, adapter/, report; and a lock.
 
     The state of a run is the adapter, both moments of AdamW, the random generator and the number of
     steps made, from which the learning rate and the next examples follow. During training only
     `log` and `save` write.
     """
 
-    def __init__(self, cfg, params, optimizer, generator):
-        self.folder, self.resumed = Path(cfg.output_dir), cfg.resume
+    def __init__(self, cfg, params, optimizer, generator, scaler=None):
+        self.folder, self.settings = Path(cfg.output_dir), stored_settings(cfg)
         self.params, self.optimizer, self.generator = params, optimizer, generator
+        self.scaler = scaler  # a GradScaler
         self.step = 0
         self.saved_step = None  # of the newest checkpoint
         self.skipped_in_a_row = 0
         self.memory_reduced = False
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # only read if deterministic
+        torch.use_deterministic_algorithms(cfg.deterministic)
         with self.writing("the run"):
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = run_folder.lock(self.folder)
         # Those of scale_trl.py, which resumes by itself.
         trl = any(self.folder.glob("checkpoint-*/trainer_state.json"))
         ours = any((self.folder / name).exists() for name in CHECKPOINTS)
         if trl if cfg.resume else ours:
             program = "scale_trl.py" if trl else "sayo_mini.py"
             raise InputError(f"{self.folder} holds a run of {program}: choose another --output_dir")
+        # Without either, nobody can tell of which settings a before.json is.
+        self.resumed = cfg.resume and (ours or (self.folder / "config.json").exists())
         if cfg.resume:
             self.restore()
+        texts = {name: self.logged_lines(name) for name in LOGS}
         self.write_config(cfg)
-        for name in LOGS:  # what was logged after the checkpoint will be logged again
-            text = b"".join(line + b"\n" for line in self.logged_lines(name))
+        for name, lines in texts.items():  # what was logged after the checkpoint is logged again
+            text = b"".join(line + b"\n" for line in lines)
             self.atomic_write(name, lambda path, text=text: path.write_bytes(text))
 
     @contextmanager
@@ -83,10 +88,9 @@ class RunDirectory:
             yield
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise InputError(
-                f"cannot write {what} to --output_dir {self.folder}: {reason}; what was saved is "
-                f"intact: make room, then {resume_command(self.folder)}"
-            ) from None
+            advice = run_folder.how_to_go_on(error, self.folder)
+            message = f"cannot write {what} to --output_dir {self.folder}: {reason}; {advice}"
+            raise InputError(message) from None
 
     def atomic_write(self, name, write):
         """Call `write` with a temporary path, then rename that file or folder to `name`: there is
@@ -107,28 +111,35 @@ class RunDirectory:
                 raise
 
     def write_json(self, name, content):
-        self.atomic_write(name, lambda path: path.write_text(json.dumps(content)))
+        self.write_texts({name: json.dumps(content)})
         return content
 
     def write_texts(self, texts):
         for name, text in texts.items():
-            self.atomic_write(name, lambda path, text=text: path.write_text(text))
+            self.atomic_write(name, lambda path, text=text: path.write_bytes(text.encode()))
 
     def write_config(self, cfg):
-        self.write_json("config.json", asdict(cfg) | {"resume": False})
+        self.settings = stored_settings(cfg)
+        self.write_json("config.json", self.settings | {"made_with": run_folder.made_with()})
 
-    def read_json(self, name):
-        """What an interrupted run wrote under `name`, or None."""
+    def read_json(self, name, valid=lambda content: True):
+        """What an interrupted run wrote under `name`, or None. Raises: InputError if it is damaged,
+        or not `valid`."""
         path = self.folder / name
         try:
-            return json.loads(path.read_text()) if self.resumed and path.exists() else None
+            if not self.resumed or not path.exists():
+                return None
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if valid(content):
+                return content
+            raise ValueError("its content is not what was written")
         except (OSError, ValueError) as error:
             advice = "repair it, or start in another --output_dir"
             raise InputError(f"{path} is damaged ({error}): {advice}") from None
 
     def logged_lines(self, name):
         """The lines of a log up to the checkpoint's step. A kill can leave half a line behind."""
-        path, kept = self.folder / name, []
+        path, kept, steps = self.folder / name, [], set()
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         for number, line in enumerate(lines, 1):
             try:
@@ -140,15 +151,21 @@ class RunDirectory:
                     break
                 raise InputError(f"{path}:{number} is damaged: repair or remove it") from None
             kept.append(line)
+            steps.add(row["step"])
             self.count_skipped(row)
+        if steps != set(range(1, self.step + 1)):
+            advice = "restore it, or start again in another --output_dir"
+            raise InputError(f"{path} lacks steps before the checkpoint, {self.step}: {advice}")
         return kept
 
     def log(self, metrics, samples):
         """Append one step to the logs. Raises: InputError after ten skipped updates in a row."""
         self.step += 1
-        for name, rows in zip(LOGS, ([metrics], samples)):
-            with self.writing(name), open(self.folder / name, "a") as file:
-                file.write("".join(json.dumps({"step": self.step} | row) + "\n" for row in rows))
+        timing = {"seconds": self.seconds} | run_folder.peak_memory(self.generator.device)
+        for name, rows in zip((*LOGS, "timing.jsonl"), ([metrics], samples, [timing])):
+            text = "".join(json.dumps({"step": self.step} | row) + "\n" for row in rows)
+            with self.writing(name), open(self.folder / name, "ab") as file:
+                file.write(text.encode())
         self.count_skipped(metrics)
         skipped = self.skipped_in_a_row
         if skipped:
@@ -167,9 +184,10 @@ class RunDirectory:
     def roll_back_on_interrupt(self):
         """Undo a step that stops halfway, then save. Nothing is updated before all of its groups
         are scored, so only the gradients and the random state have to be put back."""
-        state = self.generator.get_state()
+        state, start = self.generator.get_state(), time.perf_counter()
         try:
             yield
+            self.seconds = round(time.perf_counter() - start, 3)
         except (Stopped, InputError, torch.OutOfMemoryError):
             self.optimizer.zero_grad()
             self.generator.set_state(state)
@@ -184,12 +202,13 @@ class RunDirectory:
         for name, p in self.params.items():
             tensors |= {f"{name}|{k}": v.cpu() for k, v in self.optimizer.state[p].items()}
             tensors[f"{name}|value"] = p.detach().cpu()
-        metadata = {"step": str(self.step), "checksum": checksum(tensors, self.step)}
+        if scale := self.scaler.state_dict():  # empty unless the model computes in fp16
+            tensors["loss_scale"] = torch.tensor([scale["scale"], scale["_growth_tracker"]])
         newest, previous = (self.folder / name for name in CHECKPOINTS)
         with self.writing("a checkpoint"):
             for name in LOGS:  # a checkpoint must not outlive the log of its steps
                 sync(self.folder / name)
-        content = save(tensors, metadata)
+        content = pack_checkpoint(self.step, tensors, self.settings)
 
         def write(path):
             path.write_bytes(content)
@@ -214,15 +233,25 @@ class RunDirectory:
         else:
             advice = "start again in another --output_dir"
             raise InputError(f"no checkpoint in {self.folder} is intact: {advice}")
-        if path != found[0]:  # else the next save would keep the damaged one as the previous
-            remove(found[0])
-            os.replace(path, found[0])
+        check_checkpoint(path, self.settings)
         shapes = {f"{name}|value": p.shape for name, p in self.params.items()}
         if shapes != {name: t.shape for name, t in tensors.items() if name.endswith("|value")}:
             advice = "resume a run with its own settings"
             raise InputError(f"{path} is from another model or --lora_r: {advice}")
+        if not (self.folder / "before.json").exists():
+            advice = "restore it, or start again in another --output_dir"
+            raise InputError(f"{self.folder} has no before.json, but was trained: {advice}")
         self.step = self.saved_step = step
-        self.generator.set_state(tensors.pop("generator"))
+        try:
+            self.generator.set_state(tensors.pop("generator"))
+        except RuntimeError:  # the state of a CUDA generator is of another form
+            kind = "cpu" if self.generator.device.type == "cuda" else "cuda"
+            advice = f"{resume_command(self.folder)} --device {kind}"
+            raise InputError(f"{path} is of a run on {kind}; continue there: {advice}") from None
+        if "loss_scale" in tensors:
+            scale, count = tensors.pop("loss_scale").tolist()
+            changes = {"scale": scale, "_growth_tracker": int(count)}
+            self.scaler.load_state_dict(self.scaler.state_dict() | changes)
         for key, tensor in tensors.items():
             name, what = key.split("|")
             p = self.params[name]
@@ -230,43 +259,7 @@ class RunDirectory:
                 p.data.copy_(tensor)
             else:  # AdamW wants its step count on the CPU
                 self.optimizer.state[p][what] = tensor if what == "step" else tensor.to(p.device)
+        if path != found[0]:  # else the next save would keep the damaged one as the previous
+            remove(found[0])
+            os.replace(path, found[0])
         print(f"resuming {self.folder} after step {self.step}")
-
-
-def resume_command(folder, program="python sayo_mini.py"):
-    return f"{program} --resume --output_dir {shlex.quote(str(folder))}"
-
-
-def load_checkpoint(path):
-    """(step, tensors) of a checkpoint. Raises: some exception if it is not intact."""
-    with safe_open(path, "pt") as saved:
-        step = int(saved.metadata()["step"])
-        tensors = {name: saved.get_tensor(name) for name in saved.keys()}
-        if saved.metadata()["checksum"] != checksum(tensors, step):
-            raise ValueError("its checksum differs")
-    return step, tensors
-
-
-def checksum(tensors, step):
-    """CRC-32 of all bits, names, shapes and types; safetensors itself only checks sizes."""
-    total = step
-    for name, tensor in sorted(tensors.items()):
-        total = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), total)
-        total = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), total)
-    return str(total)
-
-
-def sync(path):
-    """Wait until the disk has it."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def remove(path):
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

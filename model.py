@@ -4,6 +4,7 @@ The prompt and its image run once per group: sampling decodes G completions next
 prompt, scoring packs prompt and completions into one sequence. attention.py makes both possible.
 """
 
+import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -13,7 +14,13 @@ from transformers import DynamicCache
 
 from attention import Capture, stack_prompts
 from config import InputError
-from sources.pretrained import add_lora, choose_device, load_adapter, load_pretrained
+from sources.pretrained import (
+    add_lora,
+    choose_device,
+    load_adapter,
+    load_pretrained,
+    resolve_indices,
+)
 
 LOGITS_PER_CHUNK = 2**24  # floats: 64 MiB, about 110 tokens of Qwen's vocabulary
 
@@ -63,10 +70,14 @@ class Vlm:
         self.model, self.tokenizer, self.image_processor = model, tokenizer, processor
         self.core = model.get_base_model()  # the transformers model under PEFT, LoRA in place
         self.device = self.core.device
+        self.dtype = self.core.lm_head.weight.dtype  # of the computation; 4-bit weights have none
+        # transformers 5.24 renames past_key_values, the argument and the output, to cache.
+        known = inspect.signature(type(self.core.model).forward).parameters
+        self.cache_name = "cache" if "cache" in known else "past_key_values"
         self.completions_per_forward, self.gradient_checkpointing = per_forward, checkpointing
         config, text = self.core.config, self.core.config.text_config
-        self.layers = _resolve("layer", layers, text.num_hidden_layers)
-        self.heads = _resolve("head", heads, text.num_attention_heads)
+        self.layers = resolve_indices("layer", layers, text.num_hidden_layers)
+        self.heads = resolve_indices("head", heads, text.num_attention_heads)
         if checkpointing:
             self.core.activation_checkpointing_enable({"use_reentrant": False})
         # Tokens that stand for an image are not words: they are neither sampled nor scored.
@@ -101,10 +112,8 @@ class Vlm:
         if text.count(placeholder) != 1:
             raise InputError(f"the question may not contain {placeholder}: {question!r}")
         text = text.replace(placeholder, placeholder * (rows * cols))
-        ids = self.tokenizer(
-            text, return_tensors="pt", add_special_tokens=False
-        ).input_ids  # (1, P)
-        is_image = ids == image_id
+        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        is_image = ids == image_id  # (1, P)
         layout = {"mm_token_type_ids": is_image.int(), "image_grid_thw": patches}
         positions, _ = self.core.model.get_rope_index(ids, **layout)  # (3, 1, P)
         where = is_image[0].nonzero()[:, 0]  # (N,)
@@ -130,7 +139,8 @@ class Vlm:
             if temperature == 0:
                 token = logits.argmax(-1)
             else:
-                token = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+                p = logits.softmax(-1)  # drawn as torch.multinomial does, which crashes on NaN
+                token = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
             ids.append(token.masked_fill(done, self.pad_id))
             live.append(~done)
             done = done | torch.isin(token, self.stop_ids)
@@ -153,7 +163,7 @@ class Vlm:
 
     def _decode_step(self, token, position, prompt_caches, own_cache):
         """Feed one token (B*G,) of every completion. Returns: hidden states (B*G, D)."""
-        caches = {"use_cache": True, "past_key_values": own_cache, "prompts": prompt_caches}
+        caches = {"use_cache": True, self.cache_name: own_cache, "prompts": prompt_caches}
         return self._forward(None, token[:, None], position.expand(3, -1, -1), **caches)[0][:, -1]
 
     def _completions(self, ids, mask, done, temperature):
@@ -234,7 +244,7 @@ class Vlm:
             kwargs["mm_encoder_outputs"] = {"image": prompt.features}
         kwargs.setdefault("use_cache", False)
         out = self.core.model(input_ids=ids, position_ids=positions, **kwargs)
-        return out.last_hidden_state, out.past_key_values
+        return out.last_hidden_state, getattr(out, self.cache_name)
 
     def _logits(self, hidden, temperature):
         """fp32 logits (R, V) of the distribution that is sampled and scored, of states (R, D)."""
@@ -269,15 +279,16 @@ def load_vlm(
     completions_per_forward=0,
     layers=(-1,),
     heads=None,
+    dtype=None,
 ):
     """Load a Qwen2.5-VL or Qwen3-VL from the hub or a folder, in 4 bits, frozen but for LoRA on the
     language model's linear layers.
 
     Args: device, by default CUDA if available; max_pixels, images are scaled down to this area;
     completions_per_forward, 0 for a whole group; layers and heads whose attention `score`
-    averages, None for all. Returns: Vlm. Raises: InputError.
+    averages, None for all; dtype, by default the device's. Returns: Vlm. Raises: InputError.
     """
-    device, dtype = choose_device(device)
+    device, dtype = choose_device(device, dtype)
     model, tokenizer, processor = load_pretrained(str(name_or_path), load_in_4bit, device, dtype)
     if max_pixels:
         least = min(processor.size["shortest_edge"], max_pixels // 2)  # small images are scaled up
@@ -285,12 +296,3 @@ def load_vlm(
     model = add_lora(model, lora_r, lora_alpha)
     settings = layers, heads, completions_per_forward, gradient_checkpointing
     return Vlm(model, tokenizer, processor, *settings)
-
-
-def _resolve(what, indices, count):
-    """Non-negative indices, all if None. Raises: InputError if one is out of range."""
-    for i in indices or ():
-        if not -count <= i < count:
-            last = f"{what}s 0 to {count - 1}, or -1 for the last"
-            raise InputError(f"no {what} {i}: the model has {last}")
-    return sorted({i % count for i in indices}) if indices else list(range(count))

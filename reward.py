@@ -1,5 +1,4 @@
-"""The math of SAYO and GRPO as pure functions of tensors and text. `REWARDS`, at the end, lists the
-rewards: a new one goes there.
+"""The math of SAYO and GRPO as pure functions of tensors and text. `REWARDS` lists the rewards.
 
 Shapes: G completions of one prompt, C completion tokens (padded on the right, `mask` is true on
 real ones), N image tokens. [code] marks the official code, and what is done differently here.
@@ -10,6 +9,14 @@ from dataclasses import dataclass
 import torch
 
 
+def _fp32(values, **masks):
+    """`values` in fp32, or as they are if more exact. Raises: ValueError naming a mask not bool."""
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool:  # 0 and 1 would be taken for positions
+            raise ValueError(f"{name} is {mask.dtype}: a mask must be bool")
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def select_tokens(entropy, mask, fraction=0.3):
     """Select the tokens at which the model is least certain: the paper's top 30 % by entropy.
 
@@ -17,6 +24,7 @@ def select_tokens(entropy, mask, fraction=0.3):
     Returns: bool (G, C), true on max(1, floor(fraction * n)) real tokens of each row; among equal
     entropies the first. A row without real tokens selects none. [code] counts and selects padding.
     """
+    entropy = _fp32(entropy, mask=mask)
     count = mask.sum(1, keepdim=True)  # (G, 1)
     k = (fraction * count.double() + 1e-9).floor().clamp(min=1)  # 1e-9: 0.29 * 100 is 28.999...
     order = entropy.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -27,10 +35,9 @@ def select_tokens(entropy, mask, fraction=0.3):
 def align_attention(attention, prompt_row, alignment="query"):
     """Choose the attention row that goes with token j.
 
-    The entropy of token j is the uncertainty *before* it is written. "query", the paper's literal
-    reading, pairs it with the row whose query is token j, which is where the model looks while it
-    predicts token j + 1. "predict" pairs it with the row that predicts token j: the query is token
-    j - 1, or the prompt's last token if j is the first.
+    The entropy of token j is the uncertainty *before* it is written. "query", the paper's reading,
+    pairs it with the row whose query is token j, which predicts token j + 1; "predict" with the row
+    that predicts token j: the query is token j - 1, or the prompt's last token if j is the first.
 
     Args: attention (..., C, N), row j has token j as its query; prompt_row (..., N), the row of the
     prompt's last token. Returns: (..., C, N). Raises: ValueError for another alignment.
@@ -48,12 +55,11 @@ def attention_reward(attention, region, selected, eps=1e-8):
     """SAYO's reward r_v = tanh(log((a + eps) / (v + eps))): does the model look at the region?
 
     `a` is the mean attention from the selected tokens to the image tokens in the region, `v` to all
-    image tokens (a ratio of means, not a mean of ratios). With rho = a / v this is
-    (rho^2 - 1) / (rho^2 + 1); uniform attention gives 0.
+    (a ratio of means, not a mean of ratios). With rho = a / v this is (rho^2 - 1) / (rho^2 + 1).
 
     Args: attention (G, C, N), mean over heads and layers; region (N,) bool; selected (G, C) bool.
-    Returns: (G,) in [-1, 1]. A completion with nothing selected gets -1: with 0, an empty one would
-    escape the penalty. Raises: ValueError if the region is empty or the shapes do not match.
+    Returns: (G,) in [-1, 1]; 0 for uniform attention, -1 for nothing selected: with 0, an empty one
+    would escape the penalty. Raises: ValueError if the region is empty or the shapes do not match.
     """
     rho = attention_ratio(attention, region, selected, eps)
     return torch.where(selected.any(1), torch.tanh(rho.log()), -1.0)
@@ -61,6 +67,7 @@ def attention_reward(attention, region, selected, eps=1e-8):
 
 def attention_ratio(attention, region, selected, eps=1e-8):
     """rho = (a + eps) / (v + eps) of `attention_reward`, (G,)."""
+    attention = _fp32(attention, region=region, selected=selected)
     if attention.shape != (expected := (*selected.shape, len(region))):
         raise ValueError(f"attention {(*attention.shape,)} is not {expected}, (G, C, N)")
     if not region.any():
@@ -79,8 +86,8 @@ def find_answer(text):
 
 
 def format_reward(text, n_tokens, shortest=60, longest=100):
-    """1 for exactly one well-formed <answer>...</answer>; as in [code], 0.6 * n / shortest below
-    `shortest` tokens and 0.6 * longest / n above `longest`. Returns: float in [0, 1]."""
+    """1 for exactly one well-formed answer; 0.6 * n / shortest below `shortest` tokens and
+    0.6 * longest / n above `longest`, as in [code]. Returns: float in [0, 1]."""
     if find_answer(text) is None:
         return 0.0
     if n_tokens < shortest:
@@ -106,9 +113,8 @@ def group_advantages(rewards, eps=1e-4):
     """
     if len(rewards) < 2:
         raise ValueError("a group of one has no advantage: num_generations must be at least 2")
-    if (
-        rewards == rewards[0]
-    ).all():  # the mean of equal floats may differ from them in the last bit
+    rewards = _fp32(rewards)
+    if rewards.eq(rewards[0]).all():  # their mean may differ from them in the last bit
         return torch.zeros_like(rewards)
     return (rewards - rewards.mean()) / (rewards.std() + eps)
 
@@ -119,15 +125,14 @@ def grpo_loss(
     """The clipped policy-gradient loss with a KL penalty, normalized by tokens (TRL's "dapo").
 
     Sum over real tokens of -min(ratio * A, clip(ratio) * A) + beta * k3, over `denominator`, with
-    ratio = exp(logp - old_logp) and k3 = exp(d) - d - 1, d = ref_logp - logp, an estimate of the KL
-    divergence from the reference that is never negative.
+    ratio = exp(logp - old_logp) and the KL estimate k3 = exp(d) - d - 1, d = ref_logp - logp.
 
-    Args: logps (G, C) with gradient; old_logps (G, C) under the policy that sampled; ref_logps
-    (G, C), or None for no KL; advantages (G,); mask (G, C) bool; denominator: the token count of
-    the whole step when gradients are accumulated, by default mask.sum(). Log-ratios are clamped to
-    +-20, where exp and its gradient are still finite. Returns: (loss, a scalar; stats, token means
-    as floats: kl, ratio, clip_ratio/low_mean, clip_ratio/high_mean).
+    Args: logps (G, C) with gradient; old_logps (G, C) of the sampling policy; ref_logps (G, C), or
+    None for no KL; advantages (G,); mask (G, C) bool; denominator, the tokens of the whole step if
+    gradients are accumulated, by default mask.sum(). Log-ratios are clamped to +-20: exp stays
+    finite. Returns: (loss; token means, floats: kl, ratio, clip_ratio/low_mean and /high_mean).
     """
+    logps = _fp32(logps, mask=mask)  # the others are promoted where they meet it
     A = advantages.unsqueeze(1).expand_as(logps)[mask]  # (tokens,)
     logps, old_logps = logps[mask], old_logps[mask]  # drop padding first: a NaN there stays there
     ratio = (logps - old_logps).clamp(-20, 20).exp()
@@ -148,15 +153,14 @@ def localization(attention, region):
     """How well one attention map finds the region. In brackets: the chance level.
 
     Args: attention (N,), region (N,) bool. Returns floats: `auroc`, the probability that a cell
-    inside gets more than one outside, ties counting half (0.5; NaN if the region is the whole
-    image); `mass_over_area`, rho (1); `pointing`, whether the largest cell is inside, ties shared
-    (the region's share of the area); `tas`, the paper's Target Attention Score, (1 + r_v) / 2
-    (0.5); `image_mass`, the total attention to the image.
+    inside gets more than one outside, ties counting half (0.5; NaN if all are inside);
+    `mass_over_area`, rho (1); `pointing`, whether the largest cell is inside, ties shared (region /
+    image); `tas`, Target Attention Score, (1 + r_v) / 2 (0.5); `image_mass`, the sum.
     """
-    selected = torch.ones(1, 1, dtype=torch.bool, device=attention.device)
+    attention = _fp32(attention, region=region)
     inside, outside = attention[region].unsqueeze(1), attention[~region].unsqueeze(0)
     wins = (inside > outside).float() + 0.5 * (inside == outside).float()  # (R, N - R)
-    rho = attention_ratio(attention[None, None], region, selected)
+    rho = attention_ratio(attention[None, None], region, torch.ones_like(region[:1, None]))
     return {
         "auroc": wins.mean().item(),
         "mass_over_area": rho.item(),
@@ -179,12 +183,8 @@ class RewardInputs:
     format_lengths: tuple[int, int]  # shortest, longest
 
 
-def _formats(x):
-    return [format_reward(text, n, *x.format_lengths) for text, n in zip(x.texts, x.lengths)]
-
-
 REWARDS = {  # name -> function of RewardInputs, returns G floats; flags, log and report follow it
     "attention": lambda x: attention_reward(x.attention, x.region, x.selected),
-    "format": _formats,
+    "format": lambda x: [format_reward(*y, *x.format_lengths) for y in zip(x.texts, x.lengths)],
     "accuracy": lambda x: [accuracy_reward(text, x.answer) for text in x.texts],
 }

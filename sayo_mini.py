@@ -9,6 +9,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+sys.path.insert(0, __file__.removesuffix("sayo_mini.py"))  # for `python -m sayo_mini.sayo_mini`
 from commands.parser import check_command_line, parse_command_line, run_config
 
 if __name__ == "__main__":  # answer --help and refuse bad flags before torch takes seconds to load
@@ -18,8 +19,9 @@ import torch
 from tqdm import tqdm
 
 import reward
-from analysis.evaluate import evaluate
-from analysis.metrics import attention_metrics, print_alarms, sample_rows, step_metrics
+from analysis.alarms import print_alarms
+from analysis.evaluate import are_results, evaluate
+from analysis.metrics import attention_metrics, json_row, sample_rows, step_metrics
 from analysis.report import write_report
 from checkpoint import RunDirectory, Stopped, resume_command, stop_signals
 from commands import run_subcommand
@@ -27,9 +29,10 @@ from commands.errors import halve_micro_batch, one_line_errors
 from config import parse_ints, parse_weights
 from data import Example, encode_example, example_region
 from model import Completions, Prompt, load_vlm
-from sources import load_datasets
+from sources import load_datasets, step_examples
 
 SAMPLED_AT_ONCE = 64  # completions: decoding a token costs about as much for many as for one
+NO_LOSS_SCALE = torch.amp.GradScaler(enabled=False)
 
 
 @dataclass
@@ -48,13 +51,13 @@ class Group:
     log: dict[str, float]  # means over the group
 
 
-def train_step(vlm, examples, cfg, optimizer, generator, stop=()):
+def train_step(vlm, examples, cfg, optimizer, generator, stop=(), scaler=NO_LOSS_SCALE):
     """One batch of questions: sample completions, reward them, update the adapter.
 
     A group costs three forwards of P + G*C tokens: sampling, the reference (none if `beta` is 0),
     and one for rewards and gradient; one more if `completions_per_forward` splits the group.
-    Returns: (metrics, see `step_metrics`; samples, a dict per completion). Raises: Stopped between
-    two groups if `stop` is no longer empty, only before the first update.
+    Args: scaler, a GradScaler for a model in fp16. Returns: (metrics, see `step_metrics`; samples,
+    a dict per completion). Raises: Stopped once `stop` is non-empty, but not after an update.
     """
     rollouts = roll_out(vlm, examples, cfg, generator, stop)
     step_tokens = sum(completions.mask.sum().item() for *_, completions in rollouts)
@@ -64,11 +67,11 @@ def train_step(vlm, examples, cfg, optimizer, generator, stop=()):
             raise Stopped
         group, scores = score_and_reward(vlm, *rollout, cfg)
         groups.append(group)
-        losses += accumulate_gradient(vlm, group, cfg, step_tokens, scores)
-    updates = [update(optimizer, losses, cfg)]
+        losses += accumulate_gradient(vlm, group, cfg, step_tokens, scaler, scores)
+    updates = [update(optimizer, scaler, losses, cfg)]
     for _ in range(cfg.num_iterations - 1):  # more updates on the same completions
-        losses = [x for g in groups for x in accumulate_gradient(vlm, g, cfg, step_tokens)]
-        updates.append(update(optimizer, losses, cfg))
+        losses = [x for g in groups for x in accumulate_gradient(vlm, g, cfg, step_tokens, scaler)]
+        updates.append(update(optimizer, scaler, losses, cfg))
     return step_metrics(groups, updates), [row for group in groups for row in sample_rows(group)]
 
 
@@ -94,7 +97,8 @@ def score_and_reward(vlm, example, prompt, completions, cfg):
         scores = vlm.score(prompt, completions)
     rewards, inputs = compute_rewards(vlm, example, prompt, completions, scores, cfg)
     total = sum(w * rewards[name] for name, w in parse_weights(cfg.reward_weights).items())
-    zero_std = total.std().item() < 1e-6  # equal but for rounding
+    finite = scores.logps[completions.mask].isfinite().all().item()  # else the update is skipped
+    zero_std = finite and total.std().item() < 1e-6  # equal but for rounding
     ref_logps = None
     if cfg.beta and not zero_std:
         with torch.no_grad():
@@ -130,7 +134,7 @@ def compute_rewards(vlm, example, prompt, completions, scores, cfg):
     return {name: torch.as_tensor(value, **dtype) for name, value in rewards.items()}, inputs
 
 
-def accumulate_gradient(vlm, group, cfg, step_tokens, scores=None):
+def accumulate_gradient(vlm, group, cfg, step_tokens, scaler, scores=None):
     """Backpropagate the loss of a group, one micro-batch at a time.
 
     Args: step_tokens, completion tokens of the whole step, which normalize the loss; scores of the
@@ -147,17 +151,22 @@ def accumulate_gradient(vlm, group, cfg, step_tokens, scores=None):
         ref_logps = group.ref_logps[rows] if cfg.beta else None
         batch = group.old_logps[rows], ref_logps, group.advantages[rows], completions.mask
         loss, stats = reward.grpo_loss(part.logps, *batch, cfg.epsilon, cfg.beta, step_tokens)
-        loss.backward()
+        scaler.scale(loss).backward()
         losses.append(stats | {"loss": loss.item(), "tokens": completions.mask.sum().item()})
     return losses
 
 
-def update(optimizer, losses, cfg):
-    """One optimizer update, skipped if a loss or the gradient is not finite."""
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.max_grad_norm)
+def update(optimizer, scaler, losses, cfg):
+    """One update, skipped if loss or gradient is not finite; this halves fp16's loss scale."""
+    if losses:  # else there was no backward pass
+        scaler.unscale_(optimizer)
+    limit = cfg.max_grad_norm if cfg.max_grad_norm > 0 else math.inf
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], limit)
     finite = norm.isfinite().item() and all(math.isfinite(x["loss"]) for x in losses)
     if finite:
         optimizer.step()
+    if losses:
+        scaler.update()
     optimizer.zero_grad()
     return {"losses": losses, "grad_norm": norm.item(), "finite": finite}
 
@@ -170,8 +179,10 @@ def train(cfg):
     generator = torch.Generator(vlm.device).manual_seed(cfg.seed)
     params = {name: p for name, p in vlm.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), cfg.learning_rate, weight_decay=cfg.weight_decay)
-    run = RunDirectory(cfg, params, optimizer, generator)
-    before = run.read_json("before.json")
+    # In fp16 small gradients would round to 0: the loss is scaled up for the backward pass.
+    scaler = torch.amp.GradScaler(vlm.device.type, 2**10, enabled=vlm.dtype == torch.float16)
+    run = RunDirectory(cfg, params, optimizer, generator, scaler)
+    before = run.read_json("before.json", lambda content: are_results(content, len(eval_set)))
     before = before or run.write_json("before.json", evaluate(vlm, eval_set, cfg, "before"))
     warned = set()
     with stop_signals() as stop, tqdm(total=cfg.max_steps, initial=run.step, desc="train") as bar:
@@ -180,14 +191,15 @@ def train(cfg):
             try:
                 with run.roll_back_on_interrupt():
                     examples = step_examples(train_set, run.step, cfg)
-                    metrics, samples = train_step(vlm, examples, cfg, optimizer, generator, stop)
+                    state = optimizer, generator, stop, scaler
+                    metrics, samples = train_step(vlm, examples, cfg, *state)
             except Stopped:
                 break
             except torch.OutOfMemoryError:
                 if not halve_micro_batch(vlm, cfg, run):
                     raise
                 continue
-            run.log(metrics | {"learning_rate": rate}, samples)
+            run.log(json_row(metrics | {"learning_rate": rate}), [json_row(row) for row in samples])
             print_alarms(run.step, metrics, warned)
             means = (f"{name} {metrics[f'rewards/{name}/mean']:.2f}" for name in reward.REWARDS)
             bar.set_postfix_str(" ".join(means), refresh=False)
@@ -220,18 +232,6 @@ def load_model(cfg):
     return vlm
 
 
-def step_examples(train_set, step, cfg):
-    order = range(step * cfg.prompts_per_step, (step + 1) * cfg.prompts_per_step)
-    return [train_set[epoch_index(k, len(train_set), cfg.seed)] for k in order]
-
-
-def epoch_index(k, n, seed):
-    """The k-th of an endless sequence of examples: each epoch visits all n in a new order."""
-    epoch, i = divmod(k, n)
-    generator = torch.Generator().manual_seed(seed + 1000003 * epoch)
-    return torch.randperm(n, generator=generator)[i].item()
-
-
 def learning_rate(cfg, step):
     """Linear warm-up, then constant or a cosine to 0."""
     if step < cfg.warmup_steps:
@@ -252,7 +252,7 @@ def main(argv=None, train=train, program="python sayo_mini.py"):
         if command == "train":
             outcome.exit_code = train(run_config(given))
         else:
-            outcome.exit_code = run_subcommand(command, given, load_model)
+            outcome.exit_code = run_subcommand(command, given, load_model, train_step)
     return outcome.exit_code
 
 

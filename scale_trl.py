@@ -18,8 +18,9 @@ from config import InputError, parse_weights
 from data import Example, encode_example
 from model import Completions
 from reward import REWARDS
-from sources import load_datasets
-from sources.trl import TrlProcessor, forbid_placeholders, set_schedule, trl_dataset
+from sources import epoch_index, load_datasets
+from sources.pretrained import choose_device
+from sources.trl import TrlProcessor, configure_trainer, forbid_placeholders, trl_dataset
 
 SHARDED = "every process needs all weights: use DDP, ZeRO-1 or ZeRO-2, not ZeRO-3 or FSDP"
 
@@ -53,8 +54,7 @@ class SayoRewards:
         for example, rows in groupby(map(Example, image, question, answer, boxes, id)):
             completions = self.completions([next(ids) for _ in rows])
             prompt = encode_example(self.vlm, example, self.cfg)
-            scores = self.vlm.score(prompt, completions)
-            batch = example, prompt, completions, scores
+            batch = example, prompt, completions, self.vlm.score(prompt, completions)
             group, _ = sayo_mini.compute_rewards(self.vlm, *batch, self.cfg)
             for name, values in group.items():
                 rewards[name] += values.tolist()
@@ -79,7 +79,7 @@ def trl_config(cfg):
     most = cfg.completions_per_forward or cfg.num_generations
     batch = max(n for n in range(1, most + 1) if rows % n == 0)
     same = "output_dir num_generations num_iterations max_completion_length temperature beta seed "
-    same += "epsilon learning_rate weight_decay max_grad_norm gradient_checkpointing"
+    same += "epsilon learning_rate weight_decay max_grad_norm"
     weights = parse_weights(cfg.reward_weights)
     loss = {"loss_type": "dapo", "use_bias_correction_kl": False}  # those of reward.grpo_loss
     args = GRPOConfig(
@@ -91,7 +91,9 @@ def trl_config(cfg):
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=rows // batch,
         shuffle_dataset=False,
-        bf16=False,
+        activation_checkpointing=cfg.gradient_checkpointing,
+        bf16=False,  # the weights have their types already
+        fp16=choose_device(cfg.device)[1] == torch.float16,  # for the loss scale
         use_cpu=cfg.device == "cpu" or not torch.cuda.is_available(),
         report_to="none",
         logging_steps=1,
@@ -107,14 +109,14 @@ def make_trainer(cfg, args, vlm, train_set):
     rewards, processor = SayoRewards(vlm, cfg), TrlProcessor(vlm.image_processor, vlm.tokenizer)
     functions = [rewards.function(name) for name in REWARDS]
     count, n = cfg.max_steps * cfg.prompts_per_step, len(train_set)
-    data = trl_dataset(train_set, count, lambda k: sayo_mini.epoch_index(k, n, cfg.seed), cfg)
+    data = trl_dataset(train_set, count, lambda k: epoch_index(k, n, cfg.seed), cfg)
     adapter = {p: p.data.clone() for p in vlm.model.parameters() if p.requires_grad}
     trainer = GRPOTrainer(vlm.model, functions, args, data, processing_class=processor)
     for p, value in adapter.items():
         p.data = value  # over 4 bits TRL rounds LoRA to bf16, in which steps of 5e-6 vanish
     if cfg.beta:
         vlm.model.delete_adapter("ref")  # TRL's copy; the reference is the adapter switched off
-    set_schedule(trainer, lambda i: sayo_mini.learning_rate(cfg, i // cfg.num_iterations))
+    configure_trainer(trainer, lambda i: sayo_mini.learning_rate(cfg, i // cfg.num_iterations))
     return trainer
 
 
@@ -125,8 +127,7 @@ def train(cfg):
     train_set, _ = load_datasets(cfg)
     vlm = sayo_mini.load_model(replace(cfg, device=str(args.device)))
     args.distributed_state.wait_for_everyone()  # all have seen that the folder holds no run
-    first = args.process_index == 0
-    run = RunDirectory(replace(cfg, resume=False), {}, None, None) if first else None
+    run = None if args.process_index else RunDirectory(replace(cfg, resume=False), {}, None, None)
     trainer = make_trainer(cfg, args, vlm, train_set)
     # A checkpoint's last file is the trainer's state: where it exists, the rest does.
     states = Path(cfg.output_dir).glob("checkpoint-*/trainer_state.json")
@@ -143,5 +144,5 @@ def train(cfg):
 
 if __name__ == "__main__":
     if int(os.environ.get("RANK", 0)):  # only the first process prints
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     sys.exit(sayo_mini.main(train=train, program="accelerate launch scale_trl.py"))

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 import reward
 from analysis.html_report import pack_map
+from config import InputError
 from data import encode_example, example_region
 from model import Completions
 
@@ -40,10 +41,13 @@ def trace_attention(vlm, prompt, cfg, completion=None, selected=None):
 
     Args: completion, Completions of one answer, by default the greedy one; selected (C,) bool, by
     default the tokens that `reward.select_tokens` selects.
-    Returns: AttentionTrace.
+    Returns: AttentionTrace. Raises: InputError if the model's output is not finite.
     """
     completion = completion or vlm.sample(prompt, 1, cfg.max_completion_length, temperature=0)
     scores = vlm.score(prompt, completion)
+    if not (scores.logps.isfinite().all() and scores.attention.isfinite().all()):
+        advice = "try --no-load_in_4bit, another --adapter, or --device cpu, which computes in fp32"
+        raise InputError(f"the model's output is not finite (NaN or infinity): {advice}")
     if selected is None:
         selected = reward.select_tokens(scores.entropy, completion.mask, cfg.token_fraction)[0]
     rows = scores.attention, scores.prompt_attention
@@ -85,6 +89,32 @@ def evaluate(vlm, examples, cfg, name, before=None):
             | map_fields(vlm, prompt, trace, cfg, i)
         )
     return results
+
+
+def are_results(content, count):
+    """Whether decoded JSON has the form of `count` results of `evaluate`; a file may be damaged."""
+    per_token = "ids", "selected", "to_region", "to_image"
+    scores = "auroc", "mass_over_area", "pointing", "tas", "image_mass"
+    scores += "correct", "length", "area", "permuted_auroc", *(f"fixed_{name}" for name in scores)
+    numbers = int, float
+
+    def is_result(row):
+        cells = row["grid"][0] * row["grid"][1]
+        attention, page = row["map"] or [0] * cells, row["page"] or {}
+        return (
+            isinstance(row["text"], str)
+            and all(type(row[name]) in numbers for name in scores)
+            and all(len(row[name]) == row["length"] for name in per_token)
+            and all(type(v) in (*numbers, bool) for name in per_token for v in row[name])
+            and len(attention) == cells
+            and all(type(v) in numbers for v in attention)
+            and isinstance(page, dict)
+        )
+
+    try:
+        return len(content) == count and all(map(is_result, content))
+    except (TypeError, KeyError, IndexError, AttributeError):
+        return False
 
 
 def answer_in_batches(vlm, examples, cfg):

@@ -9,7 +9,9 @@ import re
 from pathlib import Path
 from statistics import fmean
 
-from analysis.summary import results_table
+from analysis.results_table import results_table
+from commands.run_folder import join_flags
+from commands.settings import FIELDS
 
 # An attention value is stored as one of 64 characters.
 LEVELS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"
@@ -35,7 +37,7 @@ def render_report(folder, examples):
     steps = read_metrics(folder / "metrics.jsonl")
     charts = position_charts(before, after) if before else []
     status = f"{len(steps)} of {config['max_steps']} steps" + ("" if after else ": not finished")
-    settings = " ".join(f"--{name} {value}" for name, value in config.items())
+    settings = settings_command(config)
     table = results_table(before, after or before) if before else ""
     parts = {
         "STATUS": html.escape(
@@ -49,19 +51,32 @@ def render_report(folder, examples):
         # An example may contain "</script>".
         "DATA": json.dumps(example_data(examples, before, after)).replace("<", "\\u003c"),
     }
-    template = (Path(__file__).parent / "report_template.html").read_text()
+    template = (Path(__file__).parent / "report_template.html").read_text(encoding="utf-8")
     page = re.sub("@([A-Z_]+)@", lambda match: parts[match[1]], template)
     return {"report.html": page, "response.svg": stack_charts(charts)}
 
 
+def settings_command(config):
+    """The command that starts a run with the settings in config.json, in another folder."""
+    names = [name for name in FIELDS if name in config.keys() - {"output_dir", "resume"}]
+    switches = {True: "--", False: "--no-"}
+    flags = [
+        f"{switches[config[name]]}{name}"
+        if type(config[name]) is bool
+        else f"--{name}={config[name]}"
+        for name in names
+    ]
+    return f"python sayo_mini.py {join_flags(flags)}"
+
+
 def read_json(path):
     """The content of a JSON file, None if there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def read_metrics(path):
     """The rows of metrics.jsonl, none if there is no such file."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
 
 

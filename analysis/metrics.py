@@ -1,40 +1,21 @@
-"""What a training step logs, and what the log warns of. docs/logging.md explains every metric."""
+"""What a training step logs. docs/logging.md explains every metric."""
 
+import math
 import re
 from statistics import fmean as mean
 
 import torch
-from tqdm import tqdm
 
 import reward
 
-ALARMS = {  # metric -> (suspicious from this value on, why)
-    "frac_reward_zero_std": (
-        0.9,
-        "all completions of a question earn the same: nothing to learn from",
-    ),
-    "completions/seq_rep_3": (0.3, "completions repeat the same words over and over"),
-    "completions/unclosed_tags": (0.3, "completions open <answer> without closing it"),
-    "completions/clipped_ratio": (0.5, "most completions are cut off at --max_completion_length"),
-}
 
-
-def alarms(row):
-    """The alarms of one row of metrics.jsonl: known ways to earn a reward without doing what was
-    meant, or to earn none. Returns: {metric: message}."""
+def json_row(row):
+    """The row with null for NaN and infinity, which are not JSON. They occur in a step whose update
+    was skipped."""
     return {
-        name: f"{name} {row[name]:.2f}: {why}"
-        for name, (minimum, why) in ALARMS.items()
-        if row[name] >= minimum
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
     }
-
-
-def print_alarms(step, row, warned):
-    """Print each alarm the first time it is raised in a run; `warned` collects them."""
-    for name, message in alarms(row).items():
-        if name not in warned:
-            tqdm.write(f"step {step}: {message}")
-        warned.add(name)
 
 
 def sample_rows(group):
@@ -54,10 +35,11 @@ def attention_metrics(entropy, mask, inputs):
     attention, region, selected = inputs.attention, inputs.region, inputs.selected
     maps = [a[s].mean(0) for a, s in zip(attention, selected)]  # G of (N,)
     auroc = torch.tensor([reward.localization(map, region)["auroc"] for map in maps])
+    auroc = torch.where(torch.stack(maps).isfinite().all(1).cpu(), auroc.nan_to_num(0.5), math.nan)
     log_rho = reward.attention_ratio(attention, region, selected).log()  # (G,)
     return {
         "entropy": entropy[mask].mean().item(),
-        "attention/auroc": auroc.nan_to_num(0.5).mean().item(),
+        "attention/auroc": auroc.mean().item(),
         "attention/log_rho": log_rho.mean().item(),
         "attention/image_mass": attention.sum(-1)[mask].mean().item(),
     }

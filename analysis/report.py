@@ -4,7 +4,7 @@ from functools import partial
 
 from analysis.html_report import render_report
 from analysis.plots import plot_before_after
-from analysis.summary import results_table
+from analysis.results_table import results_table
 
 
 def write_report(run, examples, before=None, after=None):

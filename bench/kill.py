@@ -1,22 +1,34 @@
-"""Kill a tiny run with SIGKILL at random moments, resume it each time, and compare its files with
+"""Kill tiny runs in the middle of their work, resume them each time, and compare their files with
 those of an uninterrupted run.
 
     python bench/kill.py --kills 50
 
-Every process is the real command. Each resumes what the one before left behind, and may be killed
-itself. `tests/test_durability.py` does the same with 20 kills.
+Every process is the real program, in which the functions of PHASES note when they begin and end. A
+kill is a timer of the operating system, set when a phase begins: its signal ends the process at
+once, without running a handler or a line of Python, as SIGKILL does. The delay is a random part of
+the phase's duration on this machine, which the uninterrupted run measures. A kill counts where it
+fell. A run is killed once in every phase, then finished and compared; then the next run begins.
+`tests/test_durability.py` does the same with 20 kills. Writes bench/results/kill.json.
 """
 
 import argparse
+import json
 import os
 import random
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench.doc_tables import RESULTS, ROOT, machine, markdown_table, write_atomically
+
 FLAGS = ["--device", "cpu", "--no-load_in_4bit", "--model_name_or_path", str(ROOT / "tiny")]
 FLAGS += ["--prompts_per_step", "2", "--num_generations", "4", "--eval_examples", "2"]
 FLAGS += ["--max_steps", "16", "--save_steps", "2"]
@@ -27,59 +39,157 @@ COMPARED = (
     "after.json",
     "adapter/adapter_model.safetensors",
 )
+PHASES = (  # in the order of a run
+    "loading",
+    "opening the run",
+    "first evaluation",
+    "sampling",
+    "update",
+    "log",
+    "checkpoint",
+    "last evaluation",
+    "results",
+)
+REPEATED = "sampling", "update", "log", "checkpoint"  # several times in a run
+SIGNAL = signal.SIGALRM  # what the timer sends; nobody handles it
 
 
-def start(folder, *flags):
-    """Start the real command, which resumes what is in the folder. Its output is unbuffered and
-    goes into one pipe."""
-    command = [sys.executable, "sayo_mini.py", *FLAGS, "--resume", "--output_dir", str(folder)]
-    settings = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, *flags],
+# --- in the process that is killed ---
+
+
+def run_with_marks():
+    """The program, with marks in the file $MARKS: a line "name time" where a phase begins or ends.
+    $KILL_AT, "phase,number,seconds", sets the timer when the phase begins for the number-th
+    time."""
+    import sayo_mini
+
+    mark = partial(write_mark, os.open(os.environ["MARKS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND))
+    in_phase(sayo_mini, "load_datasets", "loading", mark)
+    in_phase(sayo_mini, "load_model", "loading", mark)
+    in_phase(sayo_mini, "RunDirectory", "opening the run", mark)
+    in_phase(sayo_mini, "evaluate", None, mark)
+    in_phase(sayo_mini, "roll_out", "sampling", mark)
+    in_phase(sayo_mini, "score_and_reward", "update", mark)
+    in_phase(sayo_mini, "accumulate_gradient", "update", mark)
+    in_phase(sayo_mini, "update", "update", mark)
+    in_phase(sayo_mini.RunDirectory.__wrapped__, "log", "log", mark)
+    in_phase(sayo_mini.RunDirectory.__wrapped__, "save", "checkpoint", mark)
+    in_phase(sayo_mini.RunDirectory.__wrapped__, "atomic_write", "results", mark, ("adapter",))
+    in_phase(sayo_mini, "write_report", "results", mark)
+    sys.exit(sayo_mini.main())
+
+
+def in_phase(owner, name, phase, mark, only=None):
+    """Let a function mark its beginning and its end. `only`: if its first argument is one of
+    these. Without a phase, the argument "before" or "after" of `evaluate` names it."""
+    function = getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        chosen = phase or {"before": "first evaluation", "after": "last evaluation"}[args[3]]
+        if only and args[1] not in only:
+            return function(*args, **kwargs)
+        mark(chosen)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            mark("-")
+
+    wrapped.__wrapped__ = function
+    setattr(owner, name, wrapped)
+
+
+def write_mark(file, phase, counts=Counter()):
+    os.write(file, f"{phase},{time.monotonic()}\n".encode())
+    counts[phase] += 1
+    wanted, number, seconds = os.environ.get("KILL_AT", "-,0,0").split(",")
+    if phase == wanted and counts[phase] == int(number):
+        signal.setitimer(signal.ITIMER_REAL, float(seconds))
+
+
+# --- in the process that starts it ---
+
+
+def run(folder, kill_at=None):
+    """Run the program, which resumes what is in the folder, until it ends or is killed.
+
+    Args: kill_at, (phase, number, seconds) or None.
+    Returns: the marks, a list of (phase or "-", time); whether it was killed.
+    Raises: SystemExit if it ended with an error.
+    """
+    marks = folder.with_suffix(".marks")
+    marks.unlink(missing_ok=True)
+    start = [sys.executable, "-c", "from bench.kill import run_with_marks; run_with_marks()"]
+    settings = {"MARKS": str(marks), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    if kill_at:
+        settings["KILL_AT"] = ",".join(map(str, kill_at))
+    process = subprocess.run(
+        [*start, *FLAGS, "--resume", "--output_dir", str(folder)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | settings,
     )
-
-
-def run_and_kill(folder, seconds):
-    """Start a process and kill it `seconds` after it has opened the run's folder.
-    Returns: False if it had ended by then. Raises: SystemExit if it ended with an error."""
-    process = start(folder)
-    output = ""
-    for line in process.stdout:  # loading comes first, and writes nothing
-        output += line
-        if "starting from the beginning" in line or "resuming" in line:
-            break
-    time.sleep(seconds)
-    process.kill()
-    output += process.communicate()[0]
-    if process.returncode not in (0, -9):
-        raise SystemExit(f"a process ended with exit code {process.returncode}:\n{output}")
-    return process.returncode == -9
-
-
-def kill_and_resume(folder, kills, seed=0):
-    """Kill `kills` processes, each at a random moment of its work, then let one finish.
-    Returns: the number of steps in the log after each kill. Raises: SystemExit if a process ends
-    with an error."""
-    rng, steps = random.Random(seed), []
-    while len(steps) < kills:
-        if run_and_kill(folder, rng.uniform(0, 1.5)):
-            log = folder / "metrics.jsonl"
-            steps.append(log.read_bytes().count(b"\n") if log.exists() else 0)
-    finish(folder)
-    return steps
+    if process.returncode not in (0, -SIGNAL):
+        raise SystemExit(f"a process ended with {process.returncode}:\n{process.stdout}")
+    lines = (line.split(",") for line in marks.read_text().splitlines())
+    return [(phase, float(at)) for phase, at in lines], process.returncode == -SIGNAL
 
 
 def finish(folder):
-    """Run a process to its end. Raises: SystemExit if it fails."""
-    process = start(folder)
-    output = process.communicate()[0]
-    if process.returncode:
-        raise SystemExit(f"the last process ended with exit code {process.returncode}:\n{output}")
+    """Run the program to its end. Returns: {phase: its median duration in seconds}."""
+    marks, _ = run(folder)
+    durations = {phase: [] for phase in PHASES}
+    for (phase, start), (_, end) in zip(marks, marks[1:]):
+        if phase != "-":
+            durations[phase].append(end - start)
+    return {phase: statistics.median(values) for phase, values in durations.items() if values}
+
+
+def kill_and_resume(folder, kills, seed=0):
+    """Kill runs and compare each with an uninterrupted one. All are in `folder`.
+
+    Args: kills, how often at least, of which an equal share falls in every phase.
+    Returns: a list of dicts, one per kill: `phase` in which it fell, `run`, `ms` after the phase
+    had begun, `steps` in the log; {run: the files that differ}. Raises: SystemExit if a process
+    ends with an error.
+    """
+    folder.mkdir(exist_ok=True)
+    rng, found, different = random.Random(seed), [], {}
+    durations = finish(folder / "uninterrupted")
+
+    def missing(phase):
+        return len(found) < kills or count(found, phase) < kills // len(PHASES)
+
+    while any(map(missing, PHASES)):
+        run = folder / f"run{len(different) + 1}"
+        for phase in filter(missing, PHASES):
+            had = count(found, phase)
+            for _ in range(3):  # it may fall elsewhere
+                number = rng.randint(1, 3) if phase in REPEATED else 1
+                seconds = max(1e-6, rng.uniform(0, 0.9 * durations[phase]))
+                found += kill_once(run, (phase, number, seconds))
+                if count(found, phase) > had:
+                    break
+        finish(run)
+        different[run.name] = differences(folder / "uninterrupted", run)
+    return found, different
+
+
+def count(kills, phase):
+    return sum(kill["phase"] == phase for kill in kills)
+
+
+def kill_once(folder, kill_at):
+    """Returns: [a dict, see `kill_and_resume`], or [] if the process ended before, or between two
+    phases."""
+    marks, killed = run(folder, kill_at)
+    phase, began = marks[-1]
+    if not killed or phase == "-":
+        return []
+    log = folder / "metrics.jsonl"
+    steps = log.read_bytes().count(b"\n") if log.exists() else 0
+    return [{"phase": phase, "run": folder.name, "ms": 1000 * kill_at[2], "steps": steps}]
 
 
 def differences(folder, other):
@@ -94,15 +204,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--kills", type=int, default=50, help="default: 50")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (default: 0)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of kill.json")
     args = parser.parse_args()
+    FLAGS[1] = args.device
+    if args.device == "cuda":
+        FLAGS.append("--deterministic")
     with tempfile.TemporaryDirectory() as temporary:
-        uninterrupted, killed = Path(temporary, "uninterrupted"), Path(temporary, "killed")
-        finish(uninterrupted)
-        steps = kill_and_resume(killed, args.kills, args.seed)
-        different = differences(uninterrupted, killed)
-    print(f"killed {len(steps)} times, with {steps} steps in the log")
-    print(f"files that differ: {different or 'none'}")
-    return bool(different)
+        found, different = kill_and_resume(Path(temporary), args.kills, args.seed)
+    rows = []
+    for phase in PHASES:
+        kills = [kill for kill in found if kill["phase"] == phase]
+        files = {name for kill in kills for name in different[kill["run"]]}
+        rows.append([phase, str(len(kills)), ", ".join(sorted(files)) or "none"])
+    print(markdown_table(["killed in", "kills", "files that differ"], rows))
+    print(f"{len(found)} kills in {len(different)} runs")
+    results = {"machine": machine(), "seed": args.seed, "kills": found, "different": different}
+    write_atomically(args.results / "kill.json", json.dumps(results, indent=1) + "\n")
+    return any(different.values())
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ have the shapes of the real ones and random weights.
     python bench/memory.py --report       # the tables again, from the JSON
 
 Without CUDA it computes the floors of these shapes, and measures a small shape to show how close a
-step comes to its floor. The random weights are written to disk once: 4.3 GB for 2b, 8.9 GB for 4b,
-17.5 GB for 8b. GB are 2**30 bytes.
+step comes to its floor. Predictions in the tables are those of bench/fit.py. The random weights are
+written to disk once: 4.3 GB for 2b, 8.9 GB for 4b, 17.5 GB for 8b. GB are 2**30 bytes.
 """
 
 import argparse
@@ -144,51 +144,66 @@ def measure_missing(args, results, save):
     known = {(row["shape"], row["N"], row["G"], row["cap"]) for row in results["measured"]}
     for shape in shapes:
         todo = [(N, G, cap) for N, G in POINTS for cap in caps if (shape, N, G, cap) not in known]
-        if not todo:
-            continue
-        folder = make_model(shape, args.models, args.device)
-        vlm = load_vlm(folder, device=args.device, gradient_checkpointing=True)
-        counts = count_forward_tokens(vlm.core)
-        if cuda:
-            results["loading"][shape] = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-        for N, G, cap in tqdm(todo, desc=shape):
-            point = vlm, counts, shape, N, G
-            if cap:
-                row = measure_under_cap(*point, cap)
-            else:
-                row = measure_point(*point, args.rounds * cuda)
-            nothing_fits = {"shape": shape, "N": N, "G": G, "cap": None, "peak": None}
-            results["measured"].append(row or nothing_fits)
-            save()
-        del vlm
-        gc.collect()
+        if todo:
+            measure_shape(shape, todo, args, results, save)
+            gc.collect()
 
 
-def tables(cpu_results, cuda_results):
-    """{name: Markdown}."""
+def measure_shape(shape, todo, args, results, save):
+    """The model of a shape lives as long as this call. Args: todo, a list of (N, G, cap)."""
+    cuda = args.device == "cuda"
+    folder = make_model(shape, args.models, args.device)
+    vlm = load_vlm(folder, device=args.device, gradient_checkpointing=True)
+    counts = count_forward_tokens(vlm.core)
+    if cuda:
+        results["loading"][shape] = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    for N, G, cap in tqdm(todo, desc=shape):
+        point = vlm, counts, shape, N, G
+        if cap:
+            row = measure_under_cap(*point, cap)
+        else:
+            row = measure_point(*point, args.rounds * cuda)
+        nothing_fits = {"shape": shape, "N": N, "G": G, "cap": None, "peak": None}
+        results["measured"].append(row or nothing_fits)
+        save()
+
+
+def tables(cpu_results, cuda_results, predictions):
+    """{name: Markdown}. Args: predictions, "shapes" of the results of bench/fit.py."""
     rows = {(r["shape"], r["N"], r["G"], r["cap"]): r for r in cuda_results["measured"]}
-    floors, short, caps = [], [], []
+    predicted = {(r["shape"], r["N"], r["G"]): r for r in predictions}
+    floors, short, cards, caps = [], [], [], []
     for shape in SHAPES:
         for N, G in POINTS:
             point, parts = [shape.upper(), str(N), str(G)], memory_floor(shape, N, G)
-            row = rows.get((shape, N, G, None))
-            cost = cost_cells(row)
+            row, plan = rows.get((shape, N, G, None)), predicted.get((shape, N, G))
+            peak = f"{plan['peak'] / GB:.2f}" if plan else ""
+            cost = [peak, *cost_cells(row)]
             floors.append([*point, *(f"{part / GB:.2f}" for part in parts.values()), *cost])
             if G == 8:
                 short.append([*point, f"{parts['floor'] / GB:.1f}", *cost])
+            if plan:
+                cards.append([*point, f"{plan['needed']:.1f}", *map(card_cell, plan["cards"])])
             if row:
                 caps.append([*point, *(cap_cell(rows.get((shape, N, G, cap))) for cap in CAPS)])
-    where = ["shape", "N", "G"]
-    cost = ["peak, GB", "s / step", "completion tokens / s", "forward tokens / s"]
+    where, cap_names = ["shape", "N", "G"], [f"{cap} GB" for cap in CAPS]
+    cost = ["predicted peak, GB", "measured peak, GB", "s / step"]
+    cost += ["completion tokens / s", "forward tokens / s"]
     names = [name for name in memory_floor("2b", 256, 4) if name != "floor"]
-    cap_table = markdown_table([*where, *(f"{cap} GB" for cap in CAPS)], caps)
+    cap_table = markdown_table([*where, *cap_names], caps)
     return {
         "short": markdown_table([*where, "computed floor, GB", *cost], short),
         "floor": markdown_table([*where, *names, "computed floor, GB", *cost], floors),
+        "cards": markdown_table([*where, "needed, GB", *cap_names], cards),
         "caps": cap_table if caps else "Not yet measured.",
         "small": small_table(cpu_results),
     }
+
+
+def card_cell(per_forward):
+    """Args: completions per forward with which a step fits; 0: all of them; None: it never does."""
+    return "no" if per_forward is None else f"{per_forward} per forward" if per_forward else "all"
 
 
 def cost_cells(row):
@@ -253,7 +268,8 @@ def main():
 
     if not args.report:
         measure_missing(args, results[args.device], save)
-    for name, text in tables(results["cpu"], results["cuda"]).items():
+    predictions = load_results(args.results / "fit.json").get("shapes", [])
+    for name, text in tables(results["cpu"], results["cuda"], predictions).items():
         print(f"\n{name}\n\n{text}")
         if args.results == RESULTS:
             insert(ROOT / "docs" / "cost.md", f"memory {name}", text)

@@ -208,7 +208,7 @@ def repeat_prompt(vlm, G):
     def forward(prompt, ids, positions, **kwargs):
         nonlocal cache
         if prompt is None:  # decoding: every completion has a cache of its own
-            own = {"past_key_values": cache, "prompts": None}
+            own = {vlm.cache_name: cache, "prompts": None}
             return shared_forward(None, ids, positions, **(kwargs | own))
         prompt.features = None  # the vision tower runs again
         if not kwargs.get("use_cache"):

@@ -1,9 +1,10 @@
 """`sayo_mini.py check mine.jsonl`: validate a data set before training. No model is loaded."""
 
+import textwrap
 from bisect import bisect_right
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from analysis.plots import overlay
 from config import InputError
@@ -11,7 +12,8 @@ from data import region_mask
 from sources.jsonl import JsonLines
 
 MAX_DRAWN = 9  # examples in the picture
-THUMBNAIL, GAP, COLUMNS = 224, 8, 3  # pixels, pixels, thumbnails in a row
+THUMBNAIL, CAPTION, GAP, COLUMNS = 224, 72, 8, 3  # pixels, pixels, pixels, examples in a row
+CAPTION_LETTERS, CAPTION_LINES = 34, 4
 
 
 def check_dataset(dataset, allow_absolute_paths=False):
@@ -42,7 +44,8 @@ def check_dataset(dataset, allow_absolute_paths=False):
 
 def measure_examples(data, problems):
     """Decode every image, one at a time, and add those that fail to `problems`.
-    Returns: (areas of the regions in %, question lengths in words, thumbnails of the first)."""
+    Returns: (areas of the regions in %, question lengths in words, (thumbnail, caption) of the
+    first examples)."""
     areas, words, thumbnails = [], [], []
     for row in data.rows:
         try:
@@ -57,7 +60,7 @@ def measure_examples(data, problems):
         words.append(len(example.question.split()))
         if len(thumbnails) < MAX_DRAWN:
             picture = overlay(example.image, [0], (1, 1), example.boxes, size=THUMBNAIL)
-            thumbnails.append(picture)
+            thumbnails.append((picture, caption(example)))
     return areas, words, thumbnails
 
 
@@ -84,12 +87,23 @@ def histogram(title, values, edges):
     return "\n".join(lines)
 
 
+def caption(example):
+    """Question and answer, in as many lines as have room; the answer's line is always there."""
+    question = textwrap.wrap(example.question, CAPTION_LETTERS)[: CAPTION_LINES - 1]
+    answer = textwrap.shorten(f"= {example.answer}", CAPTION_LETTERS, placeholder=" ...")
+    return "\n".join([*question, answer])
+
+
 def save_contact_sheet(thumbnails, path):
-    """Save the thumbnails in one picture. Raises: InputError if it cannot be written."""
-    step, rows = THUMBNAIL + GAP, -(-len(thumbnails) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * step + GAP, rows * step + GAP), "white")
-    for i, thumbnail in enumerate(thumbnails):
-        sheet.paste(thumbnail, (GAP + i % COLUMNS * step, GAP + i // COLUMNS * step))
+    """Save (thumbnail, caption) pairs in a picture. Raises: InputError if it cannot be written."""
+    width, height = THUMBNAIL + GAP, THUMBNAIL + CAPTION + GAP
+    rows = -(-len(thumbnails) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * width + GAP, rows * height + GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    for i, (thumbnail, text) in enumerate(thumbnails):
+        x, y = GAP + i % COLUMNS * width, GAP + i // COLUMNS * height
+        sheet.paste(thumbnail, (x, y))
+        draw.multiline_text((x, y + thumbnail.height + 2), text, "black", font, spacing=2)
     try:
         sheet.save(path)
     except OSError as error:

@@ -1,16 +1,23 @@
 """`look`: ask one question about one image, and draw where the model looks while it answers."""
 
+import os
+import re
 from pathlib import Path
 
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 
 import reward
 from analysis.evaluate import decode_tokens, trace_attention
 from analysis.plots import plot_answers
-from commands.parser import build_config, load_saved
-from config import InputError
+from commands.parser import build_config
+from commands.settings import load_saved
+from config import InputError, is_tiny
 from data import Example, encode_example, example_region
-from sources.images import apply_exif_orientation, image_errors
+from sources.dataset import region_errors, text_errors
+from sources.images import apply_exif_orientation, clip_box, image_errors, stored_size
+from sources.pretrained import adapter_settings
+from sources.scenes import Scenes
 
 
 def run_look(given, load_model):
@@ -18,17 +25,23 @@ def run_look(given, load_model):
     before and after training, with the settings of the run that trained it.
 
     Args: given, the flags from the command line: `image`, `question`, `output`, and optionally
-    `box`, `adapter` and the fields of Config; load_model, a function of Config that returns a Vlm.
-    Returns: the exit code. Raises: InputError.
+    `box` (a list), `adapter` and the fields of Config; load_model, a function of Config that
+    returns a Vlm. Returns: the exit code. Raises: InputError, if possible before loading the model.
     """
     settings = dict(given)
     image, question, output = (settings.pop(name) for name in ("image", "question", "output"))
-    box, adapter = settings.pop("box", ""), settings.pop("adapter", "")
-    run_folder = Path(adapter).parent
-    has_settings = adapter and (run_folder / "config.json").exists()
-    cfg = build_config(settings, load_saved(run_folder) if has_settings else None)
-    example = read_example(image, question, parse_box(box))
+    boxes, adapter = settings.pop("box", []), settings.pop("adapter", "")
+    check_output(output)
+    example = read_example(image, question, [parse_box(box) for box in boxes])
+    saved = None
+    if adapter:
+        check_adapter(adapter)
+        settings |= adapter_settings(adapter, settings)
+        saved = load_saved(Path(adapter).parent)
+    cfg = build_config(settings, saved)
     vlm = load_model(cfg)
+    if is_tiny(cfg.model_name_or_path):
+        warn_of_unknown(vlm, example)
     answers = [describe_answer(vlm, example, cfg, "before training" if adapter else "")]
     if adapter:
         vlm.load_adapter(adapter)
@@ -41,22 +54,65 @@ def run_look(given, load_model):
     return 0
 
 
+def check_output(output):
+    """Raises: InputError if no picture can be written there."""
+    path, formats = Path(output), Image.registered_extensions()
+    if formats.get(path.suffix.lower()) not in Image.SAVE:
+        raise InputError(f"--output {output}: end it in .png, .jpg or another format of Pillow")
+    target = path if path.exists() else path.parent
+    if path.is_dir() or not target.exists():
+        problem = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise InputError(f"--output {output}: {problem}")
+    if not os.access(target, os.W_OK):
+        raise InputError(f"--output {output}: {target} is not writable")
+
+
+def check_adapter(folder):
+    """Raises: InputError if there is no adapter. Whether it fits shows when it is loaded."""
+    try:
+        with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as weights:
+            weights.keys()
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"--adapter {folder}: no adapter there ({error})") from None
+
+
 def parse_box(text):
-    """[(x1, y1, x2, y2)] from "x1,y1,x2,y2"; [] from "". Raises: InputError."""
-    if not text:
-        return []
+    """[x1, y1, x2, y2] from "x1,y1,x2,y2". Raises: InputError."""
     try:
         x1, y1, x2, y2 = (float(number) for number in text.split(","))
     except ValueError:
         raise InputError(f"--box {text}: give four numbers, x1,y1,x2,y2") from None
-    return [(x1, y1, x2, y2)]
+    return [x1, y1, x2, y2]
 
 
 def read_example(path, question, boxes):
-    """The Example of an image file. Raises: InputError if the image cannot be read."""
+    """The Example of an image file. Raises: InputError if the image cannot be read, the question
+    cannot be asked, or a box is not on the image."""
+    for error in text_errors("question", question):
+        raise InputError(f"--question: {error}")
     with image_errors(path), Image.open(path) as stored:
-        image, boxes = apply_exif_orientation(stored, boxes)
+        size = stored_size(stored)
+        errors = list(region_errors(boxes or [[0, 0, *size]], size))
+        if not errors:
+            boxes = [clip_box(box, size) for box in boxes]
+            image, boxes = apply_exif_orientation(stored, boxes)
+    for error in errors:
+        raise InputError(f"--box: {error}" if boxes else f"--image {path}: {error}")
     return Example(image, question, "", boxes, f"--image {path}")
+
+
+def warn_of_unknown(vlm, example):
+    """Print that the tiny model knows nothing but its scenes, if it is shown anything else."""
+    tokenizer, side = vlm.tokenizer, Scenes.image_size
+    words = re.findall(r"\w+|[^\w\s]", example.question)
+    unknown = [word for word in words if tokenizer.unk_token_id in tokenizer(word).input_ids]
+    found = [f"the image is {example.image.width} x {example.image.height}"]
+    found = found * (example.image.size != (side, side)) + [f"no word {w!r}" for w in unknown[:1]]
+    if found:
+        print(
+            f"the tiny model only knows {side} x {side} images of cards and a few words, as in "
+            f"example/ ({', '.join(found)}): for anything else, give --model_name_or_path"
+        )
 
 
 def describe_answer(vlm, example, cfg, caption):

@@ -2,19 +2,44 @@
 `parse_command_line` loads no torch."""
 
 import argparse
-import json
+import signal
 import sys
-from dataclasses import fields
+from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
 
-from config import ROOT, TINY, Config, InputError, parse_ints, parse_weights
+from commands.run_folder import check_folder, holds_run
+from commands.settings import FIELDS, check_resumed, check_settings, load_saved
+from commands.signals import leave_quietly_on_ctrl_c
+from config import TINY, Config, InputError, is_tiny, parse_weights
 
-REMOVED = ("probe",)  # settings that config.json of an earlier version may hold
+GROUPS = {  # of --help: title -> its first setting; it ends where the next one begins
+    "data": "dataset",
+    "model": "model_name_or_path",
+    "training": "max_steps",
+    "reward": "reward_weights",
+    "evaluation": "eval_examples",
+    "run": "output_dir",
+}
+USUAL = "dataset model_name_or_path max_steps num_generations learning_rate reward_weights layers"
+USUAL = f"{USUAL} heads eval_examples output_dir resume".split()  # what most users change
+EXAMPLES = {
+    "train": (
+        "",
+        "--dataset mine.jsonl --output_dir runs/mine",
+        "--resume --output_dir runs/mine",
+    ),
+    "look": ("look --image photo.jpg --question 'What color is the mug?' --box 310,120,402,233",),
+    "probe": ("probe --dataset mine.jsonl --output_dir runs/probe",),
+    "check": ("check mine.jsonl",),
+    "fit": ("fit --model_name_or_path Qwen/Qwen3-VL-4B-Instruct --num_generations 16",),
+}
 COMMANDS = {
     "train": "train, and evaluate before and after (the default)",
     "look": "ask about one image and draw where the model looks",
     "probe": "measure how well each layer and head finds the region, without training",
     "check": "validate a .jsonl data set and draw its boxes; loads no model",
+    "fit": "predict the GPU memory of a run, and which cards it fits on; needs no GPU",
 }
 
 
@@ -28,18 +53,22 @@ def parse_command_line(argv, program="sayo_mini.py"):
         argv.remove("--probe")
         argv, notice = ["probe", *argv], "--probe is now `python sayo_mini.py probe`"
     command = argv.pop(0) if argv and argv[0] in COMMANDS else "train"
-    return command, vars(make_parser(command, program).parse_args(argv)), notice
+    parser = make_parser(command, program)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [*parser._option_string_actions, *COMMANDS]
+        nearest = get_close_matches(unknown[0].split("=")[0], known, 1)
+        question = f": did you mean {nearest[0]}?" if nearest else ""
+        refuse(f"unrecognized arguments: {' '.join(unknown)}{question}")
+    check_settings(vars(given))
+    return command, vars(given), notice
 
 
 def make_parser(command, program):
-    about = COMMANDS[command]
-    if command == "train":
-        others = "\n".join(f"  {program} {name:6} {text}" for name, text in COMMANDS.items())
-        about = f"Commands, each with its own --help:\n{others}"
     parser = argparse.ArgumentParser(
         f"{program} {command}",
         usage="%(prog)s [--flag value ...]" + " dataset" * (command == "check"),
-        description=about,
+        description=describe(command, program),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -52,24 +81,74 @@ def make_parser(command, program):
     if command == "look":
         parser.add_argument("--image", required=True, help="any image that Pillow reads")
         parser.add_argument("--question", required=True)
-        parser.add_argument("--box", metavar="x1,y1,x2,y2", help="pixels; drawn, and scored")
+        box_help = "pixels; drawn, and scored; several --box count all; --box=-9,... for a minus"
+        parser.add_argument("--box", action="append", metavar="x1,y1,x2,y2", help=box_help)
         parser.add_argument("--output", default="look.png", help="the picture (default: look.png)")
-    for f in fields(Config):
-        how = dict(type=f.type, metavar="X", choices=f.metadata["choices"])
-        if f.type is bool:
-            how = dict(action=argparse.BooleanOptionalAction)
-        default = f"default: {f.default}"
-        if f.name in TINY and f.name != "model_name_or_path":
-            default += f"; tiny: {TINY[f.name] or 'none'}"
-        help = f"{f.metadata['help']} ({default})".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", help=help, **how)
+    if command == "fit":
+        tokens_help = "text around the image, instruction and question (default: 128)"
+        parser.add_argument("--prompt_tokens", type=whole_number, metavar="X", help=tokens_help)
+    names = list(FIELDS)
+    starts = sorted(map(names.index, GROUPS.values())) + [len(names)]
+    for title, first in GROUPS.items():
+        group, start = parser.add_argument_group(title), names.index(first)
+        for name in names[start : starts[starts.index(start) + 1]]:
+            add_flag(group, FIELDS[name])
     return parser
 
 
+def describe(command, program):
+    """What --help says above the flags."""
+    lines = ["examples:", *(f"  python {program} {flags}".rstrip() for flags in EXAMPLES[command])]
+    if command == "train":
+        lines += ["", "commands, each with its own --help:"]
+        lines += [f"  python {program} {name:6} {text}" for name, text in COMMANDS.items()]
+    else:
+        lines = [COMMANDS[command], "", *lines]
+    return "\n".join(
+        lines + ["", "* marks the flags that most users change"] * (command != "check")
+    )
+
+
+def add_flag(group, field):
+    how = dict(type=TYPES.get(field.type, str), metavar="X", choices=field.metadata["choices"])
+    if field.type is bool:
+        how = dict(action=argparse.BooleanOptionalAction)
+    default = f"default: {'none' if field.default == '' else field.default}"
+    if field.name in TINY and field.name != "model_name_or_path":
+        default += f"; tiny: {TINY[field.name] or 'none'}"
+    mark = "* " * (field.name in USUAL)
+    help = f"{mark}{field.metadata['help']} ({default})".replace("%", "%%")
+    group.add_argument(f"--{field.name}", help=help, **how)
+
+
+def whole_number(text):
+    """An int, also from "1e6". Raises: argparse.ArgumentTypeError."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.5
+    if not number.is_integer() or abs(number) > 2**53:  # above, floats leave out whole numbers
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(number)
+
+
+TYPES = {int: whole_number, float: float}
+
+
 def check_command_line(argv, program="sayo_mini.py"):
-    """Answer --help, and end the program here if a flag is wrong."""
+    """Answer --help, and end the program here if a flag is wrong, or with Ctrl-C until
+    `main` runs."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        leave_quietly_on_ctrl_c()
     try:
         parse_command_line(argv)
+        from sources.packages import check_packages  # here, because it loads torch
+
+        check_packages()
     except InputError as error:
         print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -86,28 +165,20 @@ def parse_config(argv):
 
 def run_config(given):
     """The Config of a run, new or resumed, from the flags `given`.
-    Raises: InputError if the folder holds another run."""
+    Raises: InputError if the folder holds another run, or this one cannot be resumed so."""
     folder = Path(given.get("output_dir", Config.output_dir))
-    if given.get("resume") and (folder / "config.json").exists():
-        return build_config(given, load_saved(folder))
-    if (folder / "metrics.jsonl").exists() or any(folder.glob("checkpoint*.safetensors")):
+    check_folder(folder)
+    if given.get("resume"):
+        saved = load_saved(folder)
+        if saved is None:
+            return build_config(given)
+        check_resumed(saved, given, folder)
+        return build_config(given | {"output_dir": str(folder)}, saved)
+    if holds_run(folder):
         raise InputError(
             f"{folder} holds a run: give --resume to continue, or another --output_dir"
         )
     return build_config(given)
-
-
-def load_saved(folder):
-    """The settings that a run left in its folder. Raises: InputError if they are damaged."""
-    path, types = folder / "config.json", {f.name: f.type for f in fields(Config)}
-    try:
-        saved = json.loads(path.read_text())
-        settings = {name: value for name, value in saved.items() if name not in REMOVED}
-        if all(type(value) is types[name] for name, value in settings.items()):
-            return settings
-    except (OSError, ValueError, KeyError, AttributeError):
-        pass
-    raise InputError(f"{path} is damaged: remove it, and give the run's flags again with --resume")
 
 
 def build_config(given, base=None):
@@ -115,37 +186,27 @@ def build_config(given, base=None):
     where it applies), over the defaults. Raises: InputError naming the flag that cannot work."""
     if base is None:
         base = TINY if uses_tiny_model(given) else {}
+    if given.get("adapter"):  # it brings its rank and alpha
+        from sources.pretrained import adapter_settings
+
+        base = base | adapter_settings(given["adapter"], given)
     cfg = Config(**(base | given))
-    for f in fields(cfg):
-        if f.metadata["minimum"] is not None and not getattr(cfg, f.name) >= f.metadata["minimum"]:
-            value = f"--{f.name} {getattr(cfg, f.name)}"
-            raise InputError(f"{value}: must be at least {f.metadata['minimum']}")
-    parsers = dict(
-        reward_weights=parse_weights, layers=parse_ints, heads=parse_ints, format_lengths=parse_ints
-    )
-    parsed = {}
-    for name, parse in parsers.items():
-        try:
-            parsed[name] = parse(getattr(cfg, name))
-        except ValueError:
-            raise InputError(f"--{name} {getattr(cfg, name)}: see --help for its form") from None
+    check_settings(asdict(cfg))
     from reward import REWARDS  # here, because it loads torch
 
-    if unknown := set(parsed["reward_weights"]) - set(REWARDS):
+    if unknown := set(parse_weights(cfg.reward_weights)) - set(REWARDS):
         raise InputError(
             f"--reward_weights: no reward {unknown.pop()!r}; known: {', '.join(REWARDS)}"
         )
-    if len(parsed["format_lengths"] or []) != 2:
-        raise InputError(f"--format_lengths {cfg.format_lengths}: give two, shortest,longest")
     return cfg
 
 
 def uses_tiny_model(given):
     if "model_name_or_path" in given:
-        return Path(given["model_name_or_path"]).resolve() == ROOT / "tiny"
-    import torch
+        return is_tiny(given["model_name_or_path"])
+    from sources.pretrained import choose_device
 
-    if given.get("device") != "cpu" and torch.cuda.is_available():
+    if choose_device(given.get("device"))[0].type == "cuda":
         return False
     print("no CUDA: using the tiny model in tiny/ (--model_name_or_path selects another)")
     return True

@@ -1,6 +1,7 @@
 """`probe`: how well does the attention of each layer and head find the region, before training?"""
 
 from pathlib import Path
+from statistics import NormalDist
 
 import torch
 from tqdm import tqdm
@@ -8,21 +9,36 @@ from tqdm import tqdm
 import reward
 from analysis.evaluate import trace_attention
 from analysis.plots import plot_heatmap
+from commands.parser import build_config, run_config
+from commands.run_folder import check_folder
 from config import InputError
 from data import encode_example, example_region
+from sources import load_datasets
+
+FOLDER = "runs/probe"  # not that of the default run
+RECOMMENDED = 3  # heads, at most
+MIN_QUESTIONS = 10  # for an interval
 
 
-def run_probe(vlm, examples, cfg):
-    """Probe the first `--eval_examples` examples, print the table, and draw it as probe.png.
+def run_probe(given, load_model):
+    """Probe the first `--eval_examples` training examples (the held-out ones stay unused until the
+    evaluation), print the table, and draw it as probe.png.
 
-    Args: examples, the training set: the held-out questions stay unused until the evaluation.
-    Returns: the exit code. Raises: InputError if probe.png cannot be written.
+    Args: given, the flags from the command line; load_model, a function of Config that returns a
+    Vlm. Returns: the exit code. Raises: InputError.
     """
-    count = min(len(examples), cfg.eval_examples or 64)
-    auroc, permuted, gap = probe(vlm, [examples[i] for i in range(count)], cfg)
-    print_table(auroc, f"AUROC of {count} questions, {cfg.alignment} rows")
-    print_recommendation(auroc, permuted, gap, cfg.alignment)
+    resume = given.get("resume")
+    cfg = run_config(given) if resume else build_config({"output_dir": FOLDER} | given)
     folder = Path(cfg.output_dir)
+    check_folder(folder)
+    examples = load_datasets(cfg)[0]
+    count = min(len(examples), cfg.eval_examples or 64)
+    examples = [examples[i] for i in range(count)]
+    tables, correct = measure_heads(load_model(cfg), examples, cfg)
+    auroc, permuted = tables.nanmean(0)
+    print_table(auroc, f"AUROC of {count} questions, {cfg.alignment} rows")
+    print(f"chance: 0.50; with the next example's box: {permuted.nanmean():.2f} overall")
+    print_recommendation(tables, correct, cfg.alignment)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         plot_heatmap(auroc.tolist(), folder / "probe.png")
@@ -41,6 +57,15 @@ def probe(vlm, examples, cfg):
     region. `gap`: the mean AUROC of right answers minus that of wrong ones. A head that looks at
     the same place whether the answer is right or wrong gives the reward nothing to teach.
     """
+    tables, correct = measure_heads(vlm, examples, cfg)
+    auroc, permuted = tables.nanmean(0)
+    gap = tables[correct, 0].nanmean(0) - tables[~correct, 0].nanmean(0)
+    return auroc, permuted, gap
+
+
+def measure_heads(vlm, examples, cfg):
+    """The AUROCs that `probe` averages. Returns: (AUROCs (examples, 2, L + 1, H + 1), with its own
+    region and with the next example's; whether each answer is right, bool (examples,))."""
     tables, correct = [], []
     for i in tqdm(range(len(examples)), desc="probe"):
         example, next_example = examples[i], examples[(i + 1) % len(examples)]
@@ -52,10 +77,7 @@ def probe(vlm, examples, cfg):
         tables.append([auroc_table(maps, region) for region in regions])
         answer = trace.completion.texts[0]
         correct.append(reward.accuracy_reward(answer, example.answer) == 1)
-    tables, correct = torch.tensor(tables), torch.tensor(correct)  # (examples, 2, L + 1, H + 1)
-    auroc, permuted = tables.nanmean(0)
-    gap = tables[correct, 0].nanmean(0) - tables[~correct, 0].nanmean(0)
-    return auroc, permuted, gap
+    return torch.tensor(tables), torch.tensor(correct)
 
 
 def layer_head_attention(vlm, prompt, completion, cfg):
@@ -101,15 +123,70 @@ def print_table(auroc, title):
         print(f"{name:>8} " + " ".join(f"{value:.2f}" for value in row))
 
 
-def print_recommendation(auroc, permuted, gap, alignment):
-    """Print the best layer and heads, and the flags that select them."""
-    layer, heads = best_layer_and_heads(auroc)
-    other, overall = permuted[layer, -1], permuted.nanmean()
-    print(f"with the next example's box: {other:.2f} in layer {layer}, {overall:.2f} overall")
-    print("chance: 0.50")
-    flags = f"--alignment {alignment} --layers {layer} --heads {','.join(map(str, heads))}"
-    print(f"best layer {layer} ({auroc[layer, -1]:.2f}), best heads in it {heads}: {flags}")
-    if discriminative := most_discriminative_head(gap):
-        layer, head = discriminative
+def mean_and_error(values):
+    """The mean and its standard error over the first dimension, without NaNs."""
+    count, mean = values.isfinite().sum(0), values.nanmean(0)
+    variance = (values - mean).square().nansum(0) / (count - 1)
+    return mean, (variance / count).sqrt()
+
+
+def heads_above_chance(tables):
+    """The single heads whose AUROC is above 0.5 and above that with the next example's box.
+
+    The best of many heads is above 0.5 by luck. So the intervals are wide enough to hold for all
+    heads at once, with 95 % confidence (Bonferroni).
+
+    Args: tables, see `measure_heads`.
+    Returns: a list of (layer, head, AUROC, low, high, AUROC with the next box), the best first.
+    """
+    mean, error = mean_and_error(tables[:, 0, :-1, :-1])  # (L, H)
+    permuted = tables[:, 1, :-1, :-1].nanmean(0)
+    half = simultaneous_z(mean.numel()) * error
+    table = torch.stack([mean, mean - half, mean + half, permuted], -1).tolist()
+    found = [
+        (layer, head, *row)
+        for layer, heads in enumerate(table)
+        for head, row in enumerate(heads)
+        if row[1] > max(0.5, row[3])
+    ]
+    return sorted(found, key=lambda row: -row[2])
+
+
+def head_of_right_answers(tables, correct):
+    """The (layer, head, gap, half width) whose AUROC is most clearly higher if the answer is right;
+    None if no head's is, with the confidence of `heads_above_chance`."""
+    right, wrong = (tables[chosen, 0, :-1, :-1] for chosen in (correct, ~correct))
+    if min(len(right), len(wrong)) < MIN_QUESTIONS:
+        return None
+    (mean, error), (other, other_error) = mean_and_error(right), mean_and_error(wrong)
+    gap = (mean - other).nan_to_num(-1)
+    half = simultaneous_z(gap.numel()) * (error**2 + other_error**2).sqrt()
+    layer, head = divmod(gap.argmax().item(), gap.shape[1])
+    values = gap[layer, head].item(), half[layer, head].item()
+    return (layer, head, *values) if values[0] > values[1] else None
+
+
+def simultaneous_z(count):
+    return NormalDist().inv_cdf(1 - 0.025 / count)
+
+
+def print_recommendation(tables, correct, alignment):
+    """Print the best single heads with their intervals, and the flags that select them; nothing
+    where nothing is above chance."""
+    more = "more questions (--eval_examples) give narrower intervals"
+    if len(tables) < MIN_QUESTIONS:
+        return print(f"no recommendation from fewer than {MIN_QUESTIONS} questions: {more}")
+    found = heads_above_chance(tables)
+    if not found:
+        return print(f"no head is above chance and above the next example's box: {more}")
+    count = tables[0, 0, :-1, :-1].numel()
+    print(f"best single heads, with 95 % intervals that hold for all {count} together:")
+    for layer, head, mean, low, high, permuted in found[:RECOMMENDED]:
+        interval = (
+            f"{mean:.3f} [{max(0.0, low):.3f}, {min(1.0, high):.3f}], next box {permuted:.3f}"
+        )
+        print(f"  {interval}: --alignment {alignment} --layers {layer} --heads {head}")
+    if chosen := head_of_right_answers(tables, correct):
+        layer, head, gap, half = chosen
         flags = f"--alignment {alignment} --layers {layer} --heads {head}"
-        print(f"most discriminative head (AUROC right - wrong: {gap[layer, head]:+.2f}): {flags}")
+        print(f"looks best if the answer is right: {gap:+.3f} +- {half:.3f} AUROC: {flags}")

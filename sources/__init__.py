@@ -4,7 +4,9 @@ is imported only if it is used."""
 import logging
 from pathlib import Path
 
-from config import TINY, InputError
+import torch
+
+from config import InputError, is_tiny
 
 # Before bitsandbytes loads: it warns of a kernel that is not used here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -15,8 +17,7 @@ def load_datasets(cfg):
     if cfg.dataset == "scenes":
         from sources.scenes import LARGE_SCENES, Scenes
 
-        tiny = Path(cfg.model_name_or_path).resolve() == Path(TINY["model_name_or_path"])
-        style = {} if tiny else LARGE_SCENES
+        style = {} if is_tiny(cfg.model_name_or_path) else LARGE_SCENES
         count = max(1, cfg.max_steps * cfg.prompts_per_step)
         return Scenes("train", count, cfg.seed, **style), Scenes("test", cfg.eval_examples, **style)
     from torch.utils.data import ConcatDataset
@@ -51,3 +52,16 @@ def open_dataset(name, cfg):
     from sources.jsonl import JsonLines
 
     return JsonLines(name, cfg.allow_absolute_paths, problems)
+
+
+def step_examples(train_set, step, cfg):
+    """The questions of a training step."""
+    order = range(step * cfg.prompts_per_step, (step + 1) * cfg.prompts_per_step)
+    return [train_set[epoch_index(k, len(train_set), cfg.seed)] for k in order]
+
+
+def epoch_index(k, n, seed):
+    """The k-th of an endless sequence of examples: each epoch visits all n in a new order."""
+    epoch, i = divmod(k, n)
+    generator = torch.Generator().manual_seed(seed + 1000003 * epoch)
+    return torch.randperm(n, generator=generator)[i].item()

@@ -3,7 +3,7 @@
 import json
 
 from config import InputError
-from sources.annotated import FileDataset
+from sources.dataset import FileDataset
 
 # GQA's files are large. These parts are not used, and are dropped during parsing to save memory.
 UNUSED = frozenset(

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from sources.annotated import FileDataset, read_file
+from config import InputError
+from sources.dataset import FileDataset, read_file
 
 
 class JsonLines(FileDataset):
@@ -13,8 +14,11 @@ class JsonLines(FileDataset):
 
     def __init__(self, path, allow_absolute_paths=False, problems=None):
         super().__init__(path, Path(path).parent, allow_absolute_paths, problems)
+        content = read_file(path)
+        if is_array(content):
+            raise InputError(f"{path} is one JSON array: write one object per line, without commas")
         # str.splitlines() would also split at characters that JSON text may contain.
-        for number, line in enumerate(read_file(path).split(b"\n"), 1):
+        for number, line in enumerate(content.split(b"\n"), 1):
             if line.strip():
                 self.parse_line(f"{path}:{number}", line)
         self.finish()
@@ -30,3 +34,11 @@ class JsonLines(FileDataset):
             self.add(where, row)
         else:
             self.reject(where, "not a JSON object with image, question, answer and boxes")
+
+
+def is_array(content):
+    """Whether a whole file is one JSON array: one problem, and not one per line."""
+    try:
+        return content.lstrip()[:1] == b"[" and isinstance(json.loads(content), list)
+    except (ValueError, RecursionError):
+        return False

@@ -5,7 +5,7 @@ import io
 from PIL import Image
 
 from config import InputError
-from sources.annotated import AnnotatedDataset
+from sources.dataset import AnnotatedDataset
 
 SIDES = "x1", "y1", "x2", "y2"
 

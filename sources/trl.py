@@ -2,6 +2,7 @@
 head that cannot write image placeholders."""
 
 import torch
+from accelerate.utils import AutocastKwargs
 from datasets import Dataset
 from transformers import ProcessorMixin
 
@@ -47,9 +48,14 @@ def forbid_placeholders(vlm):
     head.bias[vlm.placeholders] = -1e4
 
 
-def set_schedule(trainer, rate):
-    """Use `rate(i)` as the learning rate of update i. The trainer makes the scheduler itself,
-    because DeepSpeed drops one that is passed in."""
+def configure_trainer(trainer, rate):
+    """Use `rate(i)` as the learning rate of update i, and of TRL's fp16 only the loss scale.
+
+    The trainer makes the scheduler itself, because DeepSpeed drops one that is passed in. The
+    weights have their types already: autocast would also compute in fp16 what is in fp32 for its
+    range, such as Qwen2.5-VL's vision tower.
+    """
+    trainer.accelerator.autocast_handler = AutocastKwargs(enabled=False)
 
     def create_scheduler(num_training_steps, optimizer=None):
         optimizer = optimizer or trainer.optimizer

@@ -20,6 +20,19 @@ from sources.scenes import Scenes
 
 torch.set_num_threads(1)  # as the program does for models this small
 TINY = Path(__file__).parent.parent / "tiny"
+# Of the tests marked cuda. `bench/gpu.sh --small` runs them on a CPU, to show that they run.
+DEVICE = os.environ.get("TEST_DEVICE", "cuda")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a CUDA card; skipped without one")
+
+
+def pytest_collection_modifyitems(items):
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA"))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,8 @@
 """The commands `look` and `probe`."""
 
+import math
+import shutil
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -12,7 +15,14 @@ import reward
 import sayo_mini
 from analysis.evaluate import evaluate, trace_attention
 from commands.parser import parse_config
-from commands.probe import best_layer_and_heads, most_discriminative_head, probe
+from commands.probe import (
+    best_layer_and_heads,
+    head_of_right_answers,
+    heads_above_chance,
+    most_discriminative_head,
+    print_recommendation,
+    probe,
+)
 from config import TINY as PRESET
 from config import Config, parse_ints
 from data import region_mask
@@ -70,12 +80,65 @@ def probe_flags(folder, examples=1):
 
 
 def test_probe_prints_the_flags_and_draws_the_table(tmp_path, capsys):
-    assert sayo_mini.main(["probe", *probe_flags(tmp_path, examples=3)]) == 0
+    flags = [*probe_flags(tmp_path, examples=24), "--max_steps", "3"]  # 24 training scenes
+    assert sayo_mini.main(["probe", *flags]) == 0
     out = capsys.readouterr().out
     assert "--alignment predict --layers " in out and "with the next example's box" in out
     assert Image.open(tmp_path / "probe.png").width > 200
     layers, _, heads = out.split("--layers ")[1].split()[:3]
     assert parse_config([*FAST, "--layers", layers, "--heads", heads])
+
+
+def test_probe_does_not_write_to_the_folder_of_the_default_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert sayo_mini.main(["probe", *probe_flags("")[:-2]]) == 0
+    assert [str(path) for path in Path().rglob("*.png")] == ["runs/probe/probe.png"]
+    assert "no recommendation from fewer than 10 questions" in capsys.readouterr().out
+
+
+def tables_of(auroc, permuted, spread, count=40):
+    """Tables of `measure_heads` with these means (L, H), `spread` up and down from them."""
+    signs = torch.tensor([1.0, -1.0]).repeat(count // 2).view(-1, 1, 1, 1)
+    means = torch.stack([torch.tensor(auroc), torch.tensor(permuted)])
+    return torch.nn.functional.pad(means, (0, 1, 0, 1), value=0.9) + spread * signs
+
+
+def test_probe_recommends_single_heads_that_are_above_chance():
+    permuted = [[0.5, 0.5], [0.8, 0.5]]
+    tables = tables_of([[0.45, 0.70], [0.75, 0.80]], permuted, 0.1)
+    found = heads_above_chance(tables)
+    # Layer 1, head 0 is at a favorite place: its value is no better than with another box.
+    assert [row[:2] for row in found] == [(1, 1), (0, 1)]
+    # The standard deviation is 0.1 sqrt(40 / 39); z of 1 - 0.025 / 4 is 2.4977.
+    half = 2.4977 * 0.1 * math.sqrt(40 / 39 / 40)
+    assert found[0][2:] == pytest.approx((0.8, 0.8 - half, 0.8 + half, 0.5), abs=1e-4)
+    tables[0, 0, 1, 1] = math.nan  # a region that covers the image
+    assert [row[:2] for row in heads_above_chance(tables)] == [(1, 1), (0, 1)]
+
+
+def test_probe_recommends_nothing_where_nothing_is_above_chance(capsys):
+    correct = torch.arange(40) < 20
+    for auroc, spread in ((0.48, 0.01), (0.55, 0.4)):
+        tables = tables_of([[auroc] * 2] * 2, [[0.5] * 2] * 2, spread)
+        assert heads_above_chance(tables) == []
+        print_recommendation(tables, correct, "query")
+        out = capsys.readouterr().out
+        assert "no head is above chance" in out and "--layers" not in out
+
+
+def test_probe_names_the_head_that_looks_best_if_the_answer_is_right(capsys):
+    correct = torch.arange(40) < 20
+    tables = tables_of([[0.7, 0.7], [0.7, 0.7]], [[0.5] * 2] * 2, 0.1)
+    tables[correct, 0, 1, 0] += 0.2
+    layer, head, gap, half = head_of_right_answers(tables, correct)
+    # each half has the standard deviation 0.1 sqrt(20 / 19); z as above
+    assert (layer, head) == (1, 0) and gap == pytest.approx(0.2, abs=1e-6)
+    assert half == pytest.approx(2.4977 * 0.1 * math.sqrt(2 / 19), abs=1e-4)
+    print_recommendation(tables, correct, "query")
+    assert "right: +0.200 +- " in capsys.readouterr().out
+    assert head_of_right_answers(tables, torch.ones(40).bool()) is None  # all are right
+    tables = tables_of([[0.7, 0.7], [0.7, 0.7]], [[0.5] * 2] * 2, 0.1)
+    assert head_of_right_answers(tables, correct) is None  # no head's gap is clear
 
 
 def test_old_probe_flag_works_and_one_line_names_the_new_form(tmp_path, capsys):
@@ -90,7 +153,7 @@ def test_probe_that_cannot_write_ends_in_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
     assert sayo_mini.main(["probe", *probe_flags(tmp_path / "file" / "x")]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "sayo_mini.py: " in line]
-    assert len(errors) == 1 and "cannot write probe.png" in errors[0]
+    assert len(errors) == 1 and "--output_dir" in errors[0]
 
 
 # --- look -----------------------------------------------------------------------------------------
@@ -153,6 +216,34 @@ def test_look_without_a_box_scores_nothing(tmp_path, capsys, photo):
     assert "r_v" not in capsys.readouterr().out
 
 
+def test_several_boxes_count_all_and_may_reach_beyond_the_image(tmp_path, capsys, photo):
+    def r_v(*boxes):
+        flags = [f"--box={box}" for box in boxes] + ["--output", str(tmp_path / "out.png")]
+        assert sayo_mini.main([*photo[0], *flags]) == 0
+        return capsys.readouterr().out.split("r_v ")[1].split(",")[0]
+
+    left, right, all = "-10,-10,32,112", "80,0,120,112", "0,0,112,112"
+    assert r_v(all) == "0.000" == r_v(left, right, "32,0,80,112")
+    assert len({r_v(left), r_v(right), r_v(left, right)}) == 3
+
+
+@pytest.mark.parametrize(
+    "size, question, words",
+    [
+        ((112, 112), "What color is the dot on the pink card?", []),
+        ((64, 48), "What color is the dot on the pink card?", ["64 x 48"]),
+        ((112, 112), "What color is the mug?", ["'mug'"]),
+    ],
+)
+def test_the_tiny_model_says_that_it_only_knows_cards(tmp_path, capsys, size, question, words):
+    path = tmp_path / "photo.png"
+    Image.new("RGB", size, "gray").save(path)
+    flags = ["look", "--image", str(path), "--question", question, *FAST]
+    assert sayo_mini.main([*flags, "--output", str(tmp_path / "out.png")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "tiny model only" in line]
+    assert len(lines) == bool(words) and all(word in "".join(lines) for word in words)
+
+
 def make_mistake(photo, adapter, tmp_path, name):
     """(flags, a word of the expected message) for a user's mistake."""
     flags, box = photo
@@ -162,6 +253,8 @@ def make_mistake(photo, adapter, tmp_path, name):
     weights = {"base_model.model.x.lora_A.weight": torch.ones(2, 2)}
     save_file(weights, other / "adapter_model.safetensors")
     (empty / "adapter_model.safetensors").write_bytes(b"{}")
+    for folder in (other, empty):
+        shutil.copy(adapter / "adapter_config.json", folder)
     rank_8 = ["--adapter", str(adapter), "--lora_r", "8"]
     return {
         "no image": (["look", "--image", "none.jpg", *flags[3:]], "none.jpg"),
@@ -169,6 +262,11 @@ def make_mistake(photo, adapter, tmp_path, name):
         "no question": (flags[:3], "--question"),
         "a box of words": ([*flags, "--box", "left"], "--box left"),
         "a box of three": ([*flags, "--box", "1,2,3"], "--box 1,2,3"),
+        "a second box of three": ([*flags, "--box", box, "--box", "1,2,3"], "--box 1,2,3"),
+        "a box of NaN": ([*flags, "--box", "nan,1,2,3"], "--box"),
+        "a box in shares": ([*flags, "--box", "0.1,0.2,0.3,0.4"], "multiply"),
+        "a special token": ([*flags[:4], "a <|image_pad|>", *flags[5:]], "--question"),
+        "an empty question": ([*flags[:4], " ", *flags[5:]], "--question"),
         "a box outside": ([*flags, "--box", "500,500,600,600"], "outside"),
         "an unknown flag": ([*flags, "--bocks", "1"], "--bocks"),
         "no adapter": ([*flags, "--adapter", str(tmp_path)], "adapter"),
@@ -177,6 +275,8 @@ def make_mistake(photo, adapter, tmp_path, name):
         "an adapter of another size": ([*flags, *rank_8], "--lora_r"),
         "no such folder": ([*flags, "--output", str(tmp_path / "no" / "x.png")], "x.png"),
         "no image format": ([*flags, "--output", str(tmp_path / "x")], "--output"),
+        "text as output": ([*flags, "--output", str(tmp_path / "x.txt")], "--output"),
+        "a folder as output": ([*flags, "--output", str(other.parent) + "/"], "--output"),
     }[name]
 
 
@@ -186,6 +286,11 @@ MISTAKES = [
     "no question",
     "a box of words",
     "a box of three",
+    "a second box of three",
+    "a box of NaN",
+    "a box in shares",
+    "a special token",
+    "an empty question",
     "a box outside",
     "an unknown flag",
     "no adapter",
@@ -194,15 +299,23 @@ MISTAKES = [
     "an adapter of another size",
     "no such folder",
     "no image format",
+    "text as output",
+    "a folder as output",
 ]
 
 
+# Mistakes that show only when the adapter and the model are there.
+NEEDS_THE_MODEL = ("another model's adapter",)
+
+
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_ends_in_one_line(tmp_path, capfd, photo, adapter, name):
+def test_a_mistake_ends_in_one_line(tmp_path, capfd, photo, adapter, monkeypatch, name):
     flags, word = make_mistake(photo, adapter, tmp_path, name)
     if "--output" not in flags:
         flags = [*flags, "--output", str(tmp_path / "out.png")]
     capfd.readouterr()
+    if name not in NEEDS_THE_MODEL:
+        monkeypatch.setattr(sayo_mini, "load_vlm", None)  # it is not loaded
     assert sayo_mini.main(flags) == 2
     lines = capfd.readouterr().err.splitlines()
     errors = [line for line in lines if line.startswith("sayo_mini.py: ")]

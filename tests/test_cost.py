@@ -2,6 +2,7 @@
 show the committed results."""
 
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -200,6 +201,32 @@ def test_under_a_cap_fewer_completions_per_forward_are_tried(monkeypatch):
     assert tried[3:] == [8, 4, 2, 1]
 
 
+def test_a_shape_is_freed_before_the_next(monkeypatch):
+    """Two models at a time would not fit on a card, and would count in the peak."""
+    models = []
+
+    class Model:
+        core = None
+
+    def load_vlm(*args, **kwargs):
+        assert [ref() for ref in models if ref()] == []
+        model = Model()
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(memory, "load_vlm", load_vlm)
+    monkeypatch.setattr(memory, "make_model", lambda *args: None)
+    monkeypatch.setattr(memory, "count_forward_tokens", lambda core: {})
+    monkeypatch.setattr(memory, "measure_point", lambda *args: {"peak": 1})
+    monkeypatch.setattr(memory, "measure_under_cap", lambda *args: {"peak": 1})
+    for name in ("max_memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    args = SimpleNamespace(device="cuda", shapes=memory.SHAPES, models="", rounds=1)
+    results = {"loading": {}, "measured": []}
+    memory.measure_missing(args, results, lambda: None)
+    assert len(models) == 3 and len(results["measured"]) == 3 * 6 * 6
+
+
 def test_tables_of_memory_mark_what_was_not_measured():
     cost = {
         "peak": 3 * 2**30,
@@ -212,15 +239,19 @@ def test_tables_of_memory_mark_what_was_not_measured():
     card = [{"shape": "2b", "N": 256, "G": 8, "cap": cap, **cost} for cap in caps]
     card[1]["peak"] = None
     nothing = {"measured": []}
-    text = memory.tables(nothing, {"measured": card})
+    plan = {"shape": "2b", "N": 256, "G": 8, "peak": 2 * 2**30, "needed": 2.85}
+    predictions = [plan | {"cards": [None, 4, 0, 0, 0]}]
+    text = memory.tables(nothing, {"measured": card}, predictions)
     lines = text["short"].splitlines()
-    assert len(lines) == 2 + 6 and "3.00" in lines[2]
+    assert len(lines) == 2 + 6 and "| 2.00               | 3.00 " in lines[2]
     assert all("not yet measured" in line for line in lines[3:])
     cells = text["caps"].splitlines()[2].split("|")
     assert cells[4:6] == [" no   ", " 8 per forward, 2.5 s "]
-    assert memory.tables(nothing, nothing)["caps"] == "Not yet measured."
+    cells = [cell.strip() for cell in text["cards"].splitlines()[2].split("|")]
+    assert cells[1:-1] == ["2B", "256", "8", "2.9", "no", "4 per forward", "all", "all", "all"]
+    assert memory.tables(nothing, nothing, [])["caps"] == "Not yet measured."
     too_large = {"shape": "8b", "N": 1024, "G": 16, "cap": None, "peak": None}
-    full = memory.tables(nothing, {"measured": [too_large]})
+    full = memory.tables(nothing, {"measured": [too_large]}, [])
     assert "does not fit" in full["floor"].splitlines()[-1]
 
 
@@ -233,6 +264,8 @@ def test_documents_show_the_committed_results():
         json.loads(path.read_text()) if path.exists() else {"measured": []}
         for path in (RESULTS / "memory_cpu.json", RESULTS / "memory_cuda.json")
     )
-    for name, text in memory.tables(cpu, cuda).items():
+    predictions = json.loads((RESULTS / "fit.json").read_text())["shapes"]
+    assert len(predictions) == len(memory.SHAPES) * len(memory.POINTS)
+    for name, text in memory.tables(cpu, cuda, predictions).items():
         assert marked(f"memory {name}", text) in cost, name
     assert marked("cost", step.readme_table(results)) in readme

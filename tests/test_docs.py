@@ -67,7 +67,7 @@ def test_flags_exist(page):
     launcher = {"gpu_ids", "num_processes", "multi_gpu", "use_deepspeed", "zero_stage"}
     bench = {"results", "report", "quick", "points", "shapes", "shape", "kills", "rounds"}
     tiny = {"careless_steps", "start_from", "see_steps"}
-    old = {"probe", "check_dataset"}
+    old = {"probe", "check_dataset", "prompt_tokens", "small", "deterministic"}
     for text in commands + named:
         for flag in re.findall(r"--(?:no-)?(\w+)", text):
             assert flag in known | launcher | bench | tiny | old, flag

@@ -4,9 +4,12 @@ import errno
 import json
 import math
 import os
+import pty
 import resource
+import select
 import shlex
 import signal
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,14 +17,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 import checkpoint
 import model
 import reward
 import sayo_mini
-from bench.kill import COMPARED, differences, finish, kill_and_resume
+from bench.kill import COMPARED, PHASES, count, differences, kill_and_resume
+from commands import checkpoint_file, run_folder
+from config import Config, InputError
 from sources.scenes import Scenes
+
+ROOT = Path(__file__).parent.parent
 
 FAST = "--device cpu --no-load_in_4bit --prompts_per_step 2 --num_generations 4".split()
 FAST += "--eval_examples 1 --max_steps 4 --save_steps 1 --model_name_or_path".split() + [str(TINY)]
@@ -70,11 +77,11 @@ def whole(tmp_path_factory):
 # --- kills ---
 
 
-def test_twenty_sigkills_at_random_moments_change_no_bit(tmp_path):
-    finish(tmp_path / "whole")
-    logged = kill_and_resume(tmp_path / "killed", 20)
-    assert len(logged) == 20 and any(0 < n < 16 for n in logged)  # some came during training
-    assert not differences(tmp_path / "whole", tmp_path / "killed")
+@pytest.mark.slow
+def test_twenty_kills_in_every_phase_of_a_run_change_no_bit(tmp_path):
+    kills, different = kill_and_resume(tmp_path, 20)
+    assert len(kills) >= 20 and min(count(kills, phase) for phase in PHASES) >= 2
+    assert not any(different.values())
 
 
 def run_and_die_at_write(folder, count):
@@ -198,19 +205,100 @@ def truncate(text):
     return text[: len(text) // 2]
 
 
+BROKEN_CONFIGS = {
+    "half": truncate,
+    "a list": lambda text: "[]",
+    "not UTF-8": lambda text: text.replace("cosine", "cosin\udcff"),
+    "an unknown setting": lambda text: text.replace('"seed"', '"sead"'),
+    "text for a number": lambda text: text.replace('"max_steps": 4', '"max_steps": "4"'),
+}
+
+
+def damage_config(folder, damage):
+    text = (folder / "config.json").read_text()
+    assert damage(text) != text
+    (folder / "config.json").write_bytes(damage(text).encode(errors="surrogateescape"))
+
+
+@pytest.mark.parametrize("case", BROKEN_CONFIGS)
+def test_damaged_config_is_reported_and_the_checkpoints_settings_used(
+    tmp_path, capsys, whole, case
+):
+    folder = copy_run(whole, tmp_path / "run")
+    damage_config(folder, BROKEN_CONFIGS[case])
+    resume(folder)
+    out = capsys.readouterr().out
+    assert f"{folder / 'config.json'} is damaged" in out and "settings in checkpoint.saf" in out
+    assert not differences(whole, folder)
+
+
+def forget_settings(path):
+    """Make a checkpoint one of an earlier version, which held no settings."""
+    step, tensors = checkpoint.load_checkpoint(path)
+    metadata = {"step": str(step), "checksum": checkpoint_file.checksum(tensors, step, "")}
+    path.write_bytes(save(tensors, metadata))
+
+
+def test_damaged_config_beside_checkpoints_of_an_earlier_version(tmp_path, capfd, whole):
+    """The message says what to do, and doing so works."""
+    folder = copy_run(whole, tmp_path / "run")
+    for name in checkpoint.CHECKPOINTS:
+        forget_settings(folder / name)
+    damage_config(folder, truncate)
+    resume(folder, expect=2)
+    line = error_line(capfd)
+    assert "remove it, and give the run's flags again with --resume" in line
+    (folder / "config.json").unlink()
+    run(folder, "--resume")
+    assert not differences(whole, folder)
+
+
+def test_config_of_another_run_is_noticed(tmp_path, capfd, whole):
+    folder = copy_run(whole, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"seed": 7, "learning_rate": 1.0}))
+    resume(folder, expect=2)
+    line = error_line(capfd)
+    assert "learning_rate is 1.0 in config.json, but 0.0004 in checkpoint.safetensors" in line
+    (folder / "config.json").unlink()  # what the line says
+    resume(folder)
+    assert not differences(whole, folder)
+
+
+MISSING = {  # what was lost -> a word of the message
+    "before.json": (lambda folder: (folder / "before.json").unlink(), "before.json"),
+    "all of metrics.jsonl": (lambda folder: (folder / "metrics.jsonl").write_text(""), "metrics"),
+    "metrics.jsonl": (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl"),
+    "samples.jsonl": (lambda folder: (folder / "samples.jsonl").unlink(), "samples.jsonl"),
+    "the last row": (
+        lambda folder: (folder / "metrics.jsonl").write_text(
+            "".join((folder / "metrics.jsonl").read_text().splitlines(True)[:-1])
+        ),
+        "metrics.jsonl",
+    ),
+    "the first row": (
+        lambda folder: (folder / "metrics.jsonl").write_text(
+            "".join((folder / "metrics.jsonl").read_text().splitlines(True)[1:])
+        ),
+        "metrics.jsonl",
+    ),
+}
+
+
+@pytest.mark.parametrize("lost", MISSING)
+def test_what_was_lost_from_a_run_is_noticed(tmp_path, capfd, whole, lost):
+    folder = copy_run(whole, tmp_path / "run")
+    lose, word = MISSING[lost]
+    lose(folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    resume(folder, expect=2)
+    line = error_line(capfd)
+    assert word in line and "restore it" in line and "--output_dir" in line
+    files["lock"] = b""
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+
+
 BROKEN_FILES = {  # case -> (file, the damage, a word of the message)
-    "half a config": ("config.json", truncate, "config.json"),
-    "a list as config": ("config.json", lambda text: "[]", "config.json"),
-    "an unknown setting": (
-        "config.json",
-        lambda text: text.replace('"seed"', '"sead"'),
-        "config.json",
-    ),
-    "text for a number": (
-        "config.json",
-        lambda text: text.replace('"max_steps": 4', '"max_steps": "4"'),
-        "config",
-    ),
     "half an evaluation": ("before.json", truncate, "before.json"),
     "a broken line of metrics": (
         "metrics.jsonl",
@@ -264,9 +352,8 @@ MOMENTS = [
     ("score_and_reward", 3, 1, 3),  # while the first group of step 2 is scored
     ("score_and_reward", 4, 2, 4),  # while the last one is scored: the step is finished
 ]
-SIGNALS = pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"]
-)
+NUMBERS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+SIGNALS = pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
 
 
 @SIGNALS
@@ -318,6 +405,184 @@ def test_signal_during_an_evaluation_stops_at_once(
     monkeypatch.undo()
     resume(folder)
     assert not differences(whole, folder)
+
+
+def test_a_second_ctrl_c_leaves_at_once_with_the_checkpoint_whole(
+    tmp_path, capsys, monkeypatch, whole
+):
+    def press_twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    calls = do_after_call(monkeypatch, sayo_mini, "score_and_reward", 5, press_twice)
+    folder = tmp_path / "run"
+    run(folder, "--save_steps 2", expect=130)
+    assert len(calls) == 5 and checkpoint_step(folder) == 2  # not saved again
+    assert "stopped; continue with: python sayo_mini.py --resume" in capsys.readouterr().out
+    monkeypatch.undo()
+    resume(folder)
+    assert not differences(whole, folder)
+
+
+def test_other_signals_repeat_without_effect(tmp_path, monkeypatch):
+    """A shell that loses its terminal may pass SIGHUP on after the kernel sent it."""
+
+    def hang_up():
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+            signal.raise_signal(number)
+
+    do_after_call(monkeypatch, sayo_mini, "score_and_reward", 3, hang_up)
+    run(tmp_path / "run", "--save_steps 9", expect=130)
+    assert checkpoint_step(tmp_path / "run") == 1
+
+
+def test_nohup_survives_a_hangup(tmp_path, monkeypatch, whole):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        hang_up = partial(signal.raise_signal, signal.SIGHUP)
+        do_after_call(monkeypatch, sayo_mini, "score_and_reward", 3, hang_up)
+        run(tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert not differences(whole, tmp_path / "run")
+
+
+def test_a_lost_terminal_saves_the_run(tmp_path, whole):
+    """As with a dropped ssh: the kernel sends SIGHUP, and writing to the terminal fails."""
+    folder = tmp_path / "run"
+    argv = [*FAST, "--save_steps", "99", "--max_steps", "400", "--output_dir", str(folder)]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "sayo_mini.py", *argv])
+    log = folder / "metrics.jsonl"
+    while not log.exists() or log.read_bytes().count(b"\n") < 2:
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert checkpoint_step(folder) == len(logged_steps(folder)) >= 2
+    assert (folder / "report.html").exists()
+
+
+def test_ctrl_c_while_torch_loads_prints_one_line():
+    command = [sys.executable, "-X", "importtime", "sayo_mini.py", *FAST]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program = subprocess.Popen(command, cwd=ROOT, **pipes)
+    for line in program.stderr:
+        if "torch." in line:
+            break
+    program.send_signal(signal.SIGINT)
+    out, err = program.communicate(timeout=60)
+    assert (program.returncode, out) == (130, "stopped; nothing had started\n")
+    assert "Traceback" not in err
+
+
+# --- two processes ---
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path, capfd, whole):
+    """The lock is gone with its process, however that ends."""
+    folder = copy_run(whole, tmp_path / "run")
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        file = run_folder.lock(folder)
+        os.write(writer, b"locked")
+        signal.pause()
+        os._exit(file.closed)
+    os.read(reader, 6)
+    try:
+        for start in (run, resume):
+            start(folder, expect=2)
+            line = error_line(capfd)
+            assert "another process is running" in line and str(folder) in line
+        with pytest.raises(InputError, match="another process"):  # of two that start together
+            checkpoint.RunDirectory(Config(output_dir=str(folder)), {}, None, None)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    resume(folder)
+    assert not differences(whole, folder)
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(run_folder.fcntl, "lockf", fail)
+    run_folder.lock(tmp_path).close()
+
+
+# --- another device, another system ---
+
+
+def test_state_of_a_gpus_generator_ends_in_one_line(tmp_path, capfd, whole):
+    folder = copy_run(whole, tmp_path / "run")
+    for name in checkpoint.CHECKPOINTS:
+        step, tensors = checkpoint.load_checkpoint(folder / name)
+        tensors["generator"] = torch.zeros(16, dtype=torch.uint8)  # seed and offset, as on CUDA
+        settings = run_folder.checkpoint_settings(folder / name)
+        content = checkpoint_file.pack_checkpoint(step, tensors, settings)
+        (folder / name).write_bytes(content)
+    resume(folder, expect=2)
+    line = error_line(capfd)
+    assert "is of a run on cuda" in line and line.endswith("--device cuda")
+
+
+def test_deterministic_changes_nothing_on_the_cpu(tmp_path, whole):
+    run(tmp_path / "run", "--deterministic")
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not differences(whole, tmp_path / "run")
+    resume(whole)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_run_on_windows(tmp_path, monkeypatch, whole):
+    """Windows opens no folder, syncs no file that is open for reading only, and has its own
+    encoding."""
+    os_open, os_fsync, read_only = os.open, os.fsync, set()
+
+    def windows_open(path, flags, *args, **kwargs):
+        if os.path.isdir(path) and "dir_fd" not in kwargs:  # shutil.rmtree has its own way there
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        number = os_open(path, flags, *args, **kwargs)
+        (read_only.discard if flags & (os.O_RDWR | os.O_WRONLY) else read_only.add)(number)
+        return number
+
+    def windows_fsync(number):
+        if number in read_only:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        os_fsync(number)
+
+    monkeypatch.setattr(os, "open", windows_open)
+    monkeypatch.setattr(os, "fsync", windows_fsync)
+    monkeypatch.setattr(run_folder, "WINDOWS", True)
+    with pytest.raises(PermissionError):
+        os.open(tmp_path, os.O_RDONLY)
+    run(tmp_path / "run", "--max_steps 4 --save_steps 3")
+    (tmp_path / "run" / "checkpoint.safetensors").unlink()
+    resume(tmp_path / "run")
+    assert not differences(whole, tmp_path / "run")
+
+
+def test_tensors_of_a_checkpoint_do_not_keep_the_file_open(tmp_path, whole):
+    """Windows could not replace it."""
+    step, tensors = checkpoint.load_checkpoint(whole / "checkpoint.safetensors")
+    assert "checkpoint.safetensors" not in Path("/proc/self/maps").read_text()
+    assert step == 4 and tensors
+
+
+# --- what a run stores besides ---
+
+
+def test_config_holds_versions_and_the_log_of_times_is_apart(tmp_path, whole):
+    config = json.loads((whole / "config.json").read_text())
+    assert torch.__version__.startswith(config["made_with"]["torch"].split("+")[0])
+    rows = read_log(whole, "timing.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(0 < row["seconds"] < 60 and row["peak_memory_mb"] > 50 for row in rows)
+    assert "seconds" not in read_log(whole)[0]
 
 
 # --- losses and gradients that are not finite ---
@@ -474,6 +739,38 @@ def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     assert not differences(whole, folder)
 
 
+def test_a_crash_in_the_first_evaluation_leaves_a_folder_to_use(tmp_path, monkeypatch):
+    def crash(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sayo_mini, "evaluate", crash)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "run")
+    monkeypatch.undo()
+    run(tmp_path / "run", "--seed 3")  # the corrected command
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 3
+    run(tmp_path / "run", expect=2)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_without_permission_is_refused_before_loading(tmp_path, capfd):
+    tmp_path.chmod(0o500)
+    run(tmp_path / "run", expect=2)
+    assert "is not writable; choose another" in error_line(capfd)
+
+
+def test_advice_fits_the_failure(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for number, words in (
+        (errno.ENOSPC, "make room, then"),
+        (errno.EROFS, "make it writable, then"),
+        (errno.EACCES, "make it writable, then"),
+    ):
+        advice = run_folder.how_to_go_on(OSError(number, ""), tmp_path)
+        assert words in advice and "--resume" in advice
+    assert "choose another" in run_folder.how_to_go_on(OSError(errno.EACCES, ""), tmp_path / "new")
+
+
 def test_disk_that_becomes_read_only_stops_the_run(tmp_path, capfd, monkeypatch, whole):
     def fail(*args):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -484,7 +781,8 @@ def test_disk_that_becomes_read_only_stops_the_run(tmp_path, capfd, monkeypatch,
     do_after_call(monkeypatch, sayo_mini, "train_step", 2, make_read_only)
     folder = tmp_path / "run"
     run(folder, expect=2)
-    assert "Read-only file system" in error_line(capfd)
+    line = error_line(capfd)
+    assert "Read-only file system" in line and "make it writable" in line and "room" not in line
     monkeypatch.undo()
     resume(folder)
     assert not differences(whole, folder)

@@ -132,7 +132,7 @@ def test_reward_imports_only_torch():
 def test_config_and_parser_need_only_the_standard_library():
     assert outside_the_standard_library(loaded_with("config")) == set()
     assert outside_the_standard_library(TOP_LEVEL_IMPORTS["commands"]) == set()
-    assert outside_the_standard_library(loaded_with("commands.parser")) == {"config"}
+    assert outside_the_standard_library(loaded_with("commands.parser")) <= set(MODULES)
 
 
 def test_data_imports_neither_model_nor_transformers():

@@ -295,7 +295,7 @@ def test_a_reward_unknown_to_the_code_has_its_own_line(tmp_path):
 
 def test_report_does_not_load_torch():
     """Nor do the other modules that only draw and print."""
-    code = "import sys; from analysis import html_report, plots, summary\n"
+    code = "import sys; from analysis import html_report, plots, results_table\n"
     code += "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     root = Path(html_report.__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0

@@ -10,6 +10,7 @@ from conftest import TINY, ask, load
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils import generic
 
 import attention
 import model
@@ -387,6 +388,16 @@ def test_completions_end_with_the_stop_token_and_are_masked_by_position():
         assert mask[:n].all()  # padding is on the right
         stops = torch.isin(ids[:n], vlm.stop_ids)
         assert not stops[:-1].any() and stops[-1] == finished
+
+
+def test_no_name_is_used_that_transformers_will_drop(folder, monkeypatch):
+    """5.24 calls past_key_values `cache`. It logs the use of an old name once per process: here,
+    every time."""
+    messages = []
+    monkeypatch.setattr(generic.logger, "warning_once", lambda message: messages.append(message))
+    vlm = load(folder)
+    vlm.score(*ask(vlm))
+    assert messages == []
 
 
 # --- prompts ---

@@ -762,3 +762,94 @@ def test_registered_rewards_return_what_their_functions_return():
     assert reward.REWARDS["format"](x) == expected
     expected = [reward.accuracy_reward(text, x.answer) for text in x.texts]
     assert reward.REWARDS["accuracy"](x) == expected
+
+
+# --- masks that are not bool, and half precision ---
+
+HALVES = [[1.0, 1.0]]  # of attention, entropy or log-probabilities: (G, C) = (1, 2)
+MASKED_CALLS = {
+    "select_tokens, mask": lambda m: reward.select_tokens(torch.tensor(HALVES), m([1, 0])[None]),
+    "attention_reward, region": lambda m: reward.attention_reward(
+        torch.ones(1, 1, 2), m([1, 0]), bools([1])
+    ),
+    "attention_reward, selected": lambda m: reward.attention_reward(
+        torch.ones(1, 1, 2), bools(1, 0), m([1])[None]
+    ),
+    "attention_ratio, region": lambda m: reward.attention_ratio(
+        torch.ones(1, 1, 2), m([1, 0]), bools([1])
+    ),
+    "attention_ratio, selected": lambda m: reward.attention_ratio(
+        torch.ones(1, 1, 2), bools(1, 0), m([1])[None]
+    ),
+    "grpo_loss, mask": lambda m: reward.grpo_loss(
+        *[torch.tensor(HALVES)] * 3, torch.ones(1), m([1, 0])[None]
+    ),
+    "localization, region": lambda m: reward.localization(torch.ones(2), m([1, 0])),
+}
+
+
+@pytest.mark.parametrize("call", MASKED_CALLS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32, torch.bfloat16])
+def test_a_mask_that_is_not_bool_is_refused_by_name(call, dtype):
+    """Used as an index, 0 and 1 are positions: in the README's example r_v would be 0.649."""
+    MASKED_CALLS[call](lambda values: torch.tensor(values).bool())  # is fine
+    with pytest.raises(ValueError, match=f"{call.split(', ')[1]} is torch"):
+        MASKED_CALLS[call](lambda values: torch.tensor(values).to(dtype))
+
+
+HALF_TYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+@HALF_TYPES
+def test_attention_of_half_precision_is_computed_in_fp32(dtype):
+    # 1 + 300 cells of 2^-10, all exact in both types. Summed in bf16, 1 + 2^-10 stays 1.
+    attention = torch.full((301,), 2.0**-10, dtype=dtype)
+    attention[0] = 1
+    region = torch.arange(301) < 1
+    rho = 301 / (1 + 300 / 1024)  # a = 1, v = (1 + 300 / 1024) / 301
+    r_v = (rho**2 - 1) / (rho**2 + 1)
+    batch = attention[None, None], region, bools([1])
+    for value, expected in (
+        (reward.attention_ratio(*batch), rho),
+        (reward.attention_reward(*batch), r_v),
+    ):
+        assert value.dtype == torch.float32 and value.item() == pytest.approx(expected, rel=1e-5)
+    found = reward.localization(attention, region)
+    assert found["image_mass"] == pytest.approx(1 + 300 / 1024, rel=1e-5)
+    assert found["mass_over_area"] == pytest.approx(rho, rel=1e-5)
+    assert found["tas"] == pytest.approx((1 + r_v) / 2, rel=1e-5)
+
+
+@HALF_TYPES
+def test_entropies_of_half_precision_are_ranked_and_ties_go_to_the_first(dtype):
+    entropy = torch.tensor([[1.0, 3.0, 2.0, 3.0]], dtype=dtype)
+    selected = reward.select_tokens(entropy, lengths_mask([4], 4), fraction=0.5)
+    assert picked(selected[0]) == [1, 3]
+    assert picked(reward.select_tokens(entropy, lengths_mask([4], 4), fraction=0.25)[0]) == [1]
+
+
+@HALF_TYPES
+def test_advantages_of_half_precision_are_computed_in_fp32(dtype):
+    # mean 0.5, deviations 0.25 and 0.5, std sqrt((0.0625 * 2 + 0.25 * 2) / 3) = 0.4564
+    found = reward.group_advantages(torch.tensor([0.25, 0.75, 0.0, 1.0], dtype=dtype))
+    assert found.dtype == torch.float32
+    std = math.sqrt(0.625 / 3) + 1e-4
+    assert found.tolist() == [pytest.approx(x / std, rel=1e-6) for x in (-0.25, 0.25, -0.5, 0.5)]
+
+
+@HALF_TYPES
+def test_loss_of_half_precision_is_computed_in_fp32(dtype):
+    # Log-ratios 1/8 and -1/8, exact in both types; exp(1/8) is not. Both below the clip of 0.2.
+    logps = torch.tensor([[-1.0, -1.25]], dtype=dtype, requires_grad=True)
+    old, ref = torch.tensor([[-1.125, -1.125]], dtype=dtype), logps.detach() + 0.25
+    A = torch.tensor([0.5], dtype=dtype)
+    loss, stats = reward.grpo_loss(logps, old, ref, A, bools([1, 1]), beta=0.1)
+    ratios, k3 = (math.exp(1 / 8), math.exp(-1 / 8)), math.exp(0.25) - 1.25
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(-0.5 * sum(ratios) / 2 + 0.1 * k3, rel=1e-6)
+    assert stats["kl"] == pytest.approx(k3, rel=1e-5)
+    assert stats["ratio"] == pytest.approx(sum(ratios) / 2, rel=1e-6)
+    loss.backward()
+    # d/dlogp of token j: (-A ratio_j + beta (1 - exp(1/4))) / 2
+    expected = [(-0.5 * ratio + 0.1 * (1 - math.exp(0.25))) / 2 for ratio in ratios]
+    assert logps.grad[0].tolist() == [pytest.approx(x, rel=1e-2) for x in expected]

@@ -29,8 +29,8 @@ from commands.parser import parse_config
 from config import InputError
 from data import encode_example
 from model import Completions, Vlm
-from sayo_mini import epoch_index, train_step
-from sources import load_datasets
+from sayo_mini import train_step
+from sources import epoch_index, load_datasets
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = "accelerate launch scale_trl.py"
@@ -272,6 +272,22 @@ def test_deepspeed_gets_the_learning_rate(tmp_path):
     trainer.create_scheduler(num_training_steps=9)
     assert {group["weight_decay"] for group in optimizer.param_groups if group["params"]} == {0.3}
     assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(3e-4 / 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_trl_scales_the_loss_if_the_device_computes_in_fp16(tmp_path, monkeypatch, dtype):
+    """By the rule of sayo_mini.py. Autocast stays off: it would change the types of the weights."""
+    cfg, trainer, _ = make_trainer(tmp_path)
+    assert trainer.accelerator.autocast_handler.enabled is False
+    settings = {}
+    monkeypatch.setattr(scale_trl, "choose_device", lambda device: (torch.device("cuda"), dtype))
+    monkeypatch.setattr(
+        scale_trl,
+        "GRPOConfig",
+        lambda **given: settings.update(given) or SimpleNamespace(deepspeed_plugin=None),
+    )
+    scale_trl.trl_config(cfg)
+    assert settings["fp16"] == (dtype == torch.float16) and settings["bf16"] is False
 
 
 # --- several processes, resuming ---

@@ -21,12 +21,13 @@ import sayo_mini
 from commands.check import check_dataset
 from config import InputError
 from data import region_mask
-from sources.annotated import AnnotatedDataset, FileDataset, read_file
+from sources.dataset import AnnotatedDataset, FileDataset, read_file
 from sources.gqa import Gqa
 from sources.images import apply_exif_orientation
 from sources.jsonl import JsonLines
 from sources.mixture import Mixture
 from sources.refocus import ReFocus
+from sources.scenes import Scenes
 
 HERE = Path(__file__).parent.parent
 FAST = [
@@ -493,9 +494,92 @@ def test_the_shipped_example_is_valid_and_in_the_docs(capfd, tmp_path):
     assert sayo_mini.main(["check", str(tmp_path / "example.jsonl")]) == 0
     out = capfd.readouterr().out
     assert "3 valid examples; 3 images, 4 boxes" in out and "no problems" in out
-    assert Image.open(tmp_path / "example.check.png").size == (704, 240)
+    assert Image.open(tmp_path / "example.check.png").size == (704, 312)
     text = (HERE / "example" / "example.jsonl").read_text()
     assert len(text.splitlines()) == 3 and text in (HERE / "docs" / "data.md").read_text()
+    assert out.replace(str(tmp_path), "example") in (HERE / "docs" / "data.md").read_text()
+
+
+def test_the_shipped_examples_are_the_first_validation_scenes():
+    """The tiny model can solve them, and no training scene is like them."""
+    data = JsonLines(HERE / "example" / "example.jsonl")
+    for example, scene in zip(data, Scenes("validation", 3), strict=True):
+        assert example.image.tobytes() == scene.image.tobytes()
+        assert (example.question, example.answer) == (scene.question, scene.answer)
+        assert [tuple(example.boxes[0])] == scene.boxes
+    assert len(data[2].boxes) == 2 and data[2].id == "card-and-dot"
+
+
+# --- what check finds ---
+
+NEAR_MISSES = [  # keys that are not read, the key that is missing
+    ("img", "image"),
+    ("image_path", "image"),
+    ("Image", "image"),
+    ("prompt", "question"),
+    ("Questions", "question"),
+    ("anwser", "answer"),
+    ("label", "answer"),
+    ("bbox", "boxes"),
+    ("bboxes", "boxes"),
+    ("box", "boxes"),
+]
+
+
+@pytest.mark.parametrize("key, meant", NEAR_MISSES)
+def test_a_near_miss_of_a_key_gets_a_suggestion(folder, key, meant):
+    row = {k: v for k, v in GOOD.items() if k != meant} | {key: GOOD[meant]}
+    with pytest.raises(InputError) as error:
+        JsonLines(write(folder, row))
+    assert f"(is it {key!r}? The key must be {meant!r})" in str(error.value)
+    row = {k: v for k, v in GOOD.items() if k != meant} | {"remark": 1}
+    with pytest.raises(InputError) as error:
+        JsonLines(write(folder, row))
+    assert "missing (--skip" in str(error.value)  # nothing alike: no suggestion
+
+
+def test_a_number_as_answer_is_not_called_missing(folder):
+    with pytest.raises(InputError, match="answer must be text, in quotes, and not 5 "):
+        JsonLines(write(folder, good(answer=5)))
+    with pytest.raises(InputError, match="answer is empty"):
+        JsonLines(write(folder, good(answer=" ")))
+
+
+@pytest.mark.parametrize("boxes", [[[0.1, 0.2, 0.5, 0.6]], [[0, 0, 1, 1], [-0.01, 0.5, 1.0, 1]]])
+def test_boxes_in_shares_of_the_image_are_a_problem(folder, capfd, boxes):
+    path = write(folder, good(boxes=boxes))
+    assert sayo_mini.main(["check", str(path)]) == 2
+    out = capfd.readouterr().out
+    assert f"{path}:1: boxes: " in out and "multiply x by the width, 64" in out
+
+
+@pytest.mark.parametrize("boxes", [[[0, 0, 1, 1]], [[0.5, 0.5, 1.5, 2]], [[0.1, 0.2, 30, 20]]])
+def test_small_boxes_in_pixels_are_fine(folder, boxes):
+    assert len(JsonLines(write(folder, good(boxes=boxes)))) == 1
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_array_is_one_problem(folder, capfd, indent):
+    path = folder / "array.jsonl"
+    path.write_text(json.dumps([GOOD] * 80, indent=indent))
+    assert sayo_mini.main(["check", str(path)]) == 2
+    out, err = capfd.readouterr()
+    assert not out and err.count("\n") == 1 and "one JSON array" in err
+
+
+def test_the_picture_shows_question_and_answer(folder):
+    """Below the image. The answer is there however long the question is."""
+
+    def letters(**change):
+        path = write(folder, good(**change))
+        assert check_dataset(path) == 0
+        picture = Image.open(path.with_suffix(".check.png")).convert("L").crop((8, 180, 232, 260))
+        return picture.point(lambda v: 255 * (v < 128)).getbbox(), picture.tobytes()
+
+    short, _ = letters(question="Why?", answer="so")
+    box, long = letters(question="Why ever? " * 40, answer="so")
+    assert box[2] > 150 and box[3] > short[3] + 20
+    assert long != letters(question="Why ever? " * 40, answer="no")[1]
 
 
 def test_the_check_names_every_problem_and_summarizes_the_valid_examples(

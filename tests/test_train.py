@@ -21,13 +21,13 @@ from transformers import AutoModelForImageTextToText
 
 import reward
 import sayo_mini
-from analysis import metrics as metrics_module
+from analysis.alarms import ALARMS
 from commands.parser import parse_config
 from config import TINY as PRESET
 from config import Config
 from model import Completions
-from sayo_mini import epoch_index, learning_rate, train_step
-from sources import load_datasets
+from sayo_mini import learning_rate, train_step
+from sources import epoch_index, load_datasets
 from sources.scenes import Scenes
 
 ROOT = Path(__file__).parent.parent
@@ -188,8 +188,8 @@ def test_splitting_a_group_changes_only_memory(tmp_path):
 
 
 def test_group_without_variance_is_skipped_and_counted(tmp_path):
-    """With a weight of 0 every completion earns 0: no update, and no division by 0."""
-    metrics, _, before, after = step_and_compare(tmp_path, "--reward_weights format=0")
+    """With this weight all completions earn the same: no update, and no division by 0."""
+    metrics, _, before, after = step_and_compare(tmp_path, "--reward_weights format=1e-12")
     assert metrics["frac_reward_zero_std"] == 1
     assert metrics["grad_norm"] == 0 and metrics["loss"] == 0
     assert all(torch.equal(before[n], after[n]) for n in before)
@@ -253,7 +253,7 @@ def test_degenerate_policy_raises_an_alarm(tmp_path, capsys, monkeypatch, text, 
 
 
 def test_alarm_is_printed_once(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(metrics_module.ALARMS, "entropy", (0.0, "always"))
+    monkeypatch.setitem(ALARMS, "entropy", (0.0, "always"))
     run(tmp_path, "--max_steps 3 --eval_examples 0")
     assert capsys.readouterr().out.count("always") == 1
 
@@ -285,7 +285,7 @@ def test_seed_reaches_adapter_and_sampling(tmp_path, monkeypatch):
     """On the same scenes in the same order: another order alone would make another run."""
     datasets = Scenes("train", 2), Scenes("test", 0)
     monkeypatch.setattr(sayo_mini, "load_datasets", lambda cfg: datasets)
-    monkeypatch.setattr(sayo_mini, "epoch_index", lambda k, n, seed: k % n)
+    monkeypatch.setattr("sources.epoch_index", lambda k, n, seed: k % n)
     texts, adapters = [], []
     for seed in (3, 4):
         folder = tmp_path / str(seed)
@@ -369,7 +369,7 @@ def test_files_of_a_run(tmp_path):
     folder = tmp_path / "run"
     run(folder, "--max_steps 2")
     names = "config.json metrics.jsonl samples.jsonl before.json after.json look.png report.html"
-    names += " response.svg checkpoint.safetensors adapter"
+    names += " response.svg checkpoint.safetensors adapter timing.jsonl lock"
     assert {path.name for path in folder.iterdir()} == set(names.split())
     assert json.loads((folder / "config.json").read_text())["num_generations"] == 4
     assert len(read_log(folder, "samples.jsonl")) == 2 * 2 * 4
@@ -537,6 +537,16 @@ def test_flags_override_the_tiny_preset(tmp_path):
     assert cfg.max_steps == 7 and cfg.prompts_per_step == PRESET["prompts_per_step"]
     cfg = parse_config(["--model_name_or_path", "Qwen/Qwen3-VL-2B-Instruct", *output])
     assert cfg == Config(output_dir=str(tmp_path / "run"))
+
+
+def test_command_prints_no_warning(tmp_path):
+    """Nor does transformers log one: stderr holds the progress bars alone."""
+    process = run_process(*FAST, "--max_steps", 1, "--output_dir", tmp_path)
+    assert process.returncode == 0
+    lines = process.stderr.replace("\r", "\n").splitlines()
+    assert [
+        line for line in lines if line.strip() and "/s" not in line and "s/it" not in line
+    ] == []
 
 
 # --- learning rate and order of the examples ---

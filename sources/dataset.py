@@ -4,6 +4,7 @@ import codecs
 import copy
 import re
 import zlib
+from difflib import get_close_matches
 from pathlib import Path
 
 from PIL import Image
@@ -17,6 +18,14 @@ from sources.images import (
     image_errors,
     stored_size,
 )
+
+KEYS = "image", "question", "answer", "boxes", "id"
+OTHER_NAMES = {  # that other programs give to these keys; difflib finds misspellings
+    "image": "img images path file file_path file_name filename image_path image_file".split(),
+    "question": "prompt query text problem instruction input".split(),
+    "answer": "label target solution response output ground_truth gt".split(),
+    "boxes": "bbox bboxes bbox_2d bounding_box bounding_boxes region regions rect rects".split(),
+}
 
 
 class AnnotatedDataset:
@@ -68,11 +77,12 @@ class AnnotatedDataset:
         question, answer, boxes ([[x1, y1, x2, y2], ...] in pixels of the stored image) and an
         optional id (default: `where`); extra, further entries of the row for `open_image`.
         """
-        row = {key: row.get(key) for key in ("image", "question", "answer", "boxes", "id")} | extra
+        unknown = [str(key) for key in row if key not in KEYS]
+        row = {key: row.get(key) for key in KEYS} | extra
         row["where"] = where
         if row["id"] in (None, ""):
             row["id"] = where
-        errors = list(self.validation_errors(row))
+        errors = list(self.validation_errors(row, unknown))
         if errors:
             self.reject(where, *errors)
         else:
@@ -103,19 +113,22 @@ class AnnotatedDataset:
             raise InputError(f"{problem} (--skip_bad_examples skips unusable examples)")
         self.problems.append(problem)
 
-    def validation_errors(self, row):
-        """Yield everything that is wrong with a row, one line each."""
+    def validation_errors(self, row, unknown=()):
+        """Yield everything that is wrong with a row, one line each.
+
+        Args: unknown, keys of the row that are not read: what is missing may be under one of them.
+        """
         for name in ("image", "question", "answer"):
-            if not isinstance(row[name], str) or not row[name].strip():
-                yield f"{name} must be non-empty text"
-            elif re.search("[\ud800-\udfff]", row[name]):
-                yield f"{name} {row[name]!r} is not valid Unicode: it has half of a surrogate pair"
-            elif name == "question" and (special := re.search(r"<\|\w+\|>", row[name])):
-                yield f"question contains {special.group()}, a special token: remove it"
+            if row[name] is None:
+                yield f"{name} is missing{suggest_key(name, unknown)}"
+            else:
+                yield from text_errors(name, row[name])
         if not isinstance(row["id"], (str, int)) or isinstance(row["id"], bool):
             yield "id must be text or an integer"
         elif (first := self._first_use.setdefault(str(row["id"]), row["where"])) != row["where"]:
             yield f"id {row['id']!r} is already used by {first}"
+        if row["boxes"] is None:
+            yield f"boxes are missing{suggest_key('boxes', unknown)}"
         if isinstance(row["image"], str) and row["image"].strip():
             yield from self._image_and_region_errors(row)
 
@@ -236,9 +249,16 @@ def region_errors(boxes, size):
             "the other; crop it"
         )
     if boxes is None:
-        boxes = []
+        return  # is reported where the other keys of the row are known
     if not isinstance(boxes, list) or not all(map(_is_numeric, boxes)):
-        yield "boxes must be a list of [x1, y1, x2, y2], all numbers"
+        yield f"boxes must be a list of [x1, y1, x2, y2], all numbers, and not {shorten(boxes)}"
+        return
+    values = [value for box in boxes for value in box]
+    if min(size) > 1 and all(-1 <= v <= 1 for v in values) and any(v % 1 for v in values):
+        yield (
+            f"boxes: {shorten(boxes)} are probably shares of the image: boxes are in pixels, so "
+            f"multiply x by the width, {size[0]}, and y by the height, {size[1]}"
+        )
         return
     try:
         region_mask(boxes, size, (1, 1))
@@ -249,3 +269,29 @@ def region_errors(boxes, size):
 def _is_numeric(box):
     # `type`, because bool is an int for `isinstance`
     return isinstance(box, (list, tuple)) and all(type(v) in (int, float) for v in box)
+
+
+def text_errors(name, value):
+    """Yield what is wrong with a row's image, question or answer."""
+    if not isinstance(value, str):
+        yield f"{name} must be text, in quotes, and not {shorten(value)}"
+    elif not value.strip():
+        yield f"{name} is empty"
+    elif re.search("[\ud800-\udfff]", value):
+        yield f"{name} {value!r} is not valid Unicode: it has half of a surrogate pair"
+    elif name == "question" and (special := re.search(r"<\|\w+\|>", value)):
+        yield f"question contains {special.group()}, a special token: remove it"
+
+
+def suggest_key(name, unknown):
+    """ " (is it 'bbox'?)", if one of the keys `unknown` is probably meant to be `name`; else ""."""
+    lower = {key.lower(): key for key in unknown}
+    known = [key for key in lower if key in OTHER_NAMES[name] or key == name]
+    matches = known or get_close_matches(name, lower, n=1, cutoff=0.7)
+    return f" (is it {shorten(lower[matches[0]])}? The key must be {name!r})" if matches else ""
+
+
+def shorten(value):
+    """A value for a message, in at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,167 @@
+"""What bf16 and fp16 cost in accuracy against fp32, on the CPU: one step of the tiny model and of
+a random 34 M model, and a whole default run in each.
+
+    python bench/precision.py                # everything; a run that is finished is not made again
+    python bench/precision.py --steps_only   # without the three runs
+
+The numbers go into bench/results/precision.json. They show rounding, not speed: a CPU computes
+slowly in 16 bits.
+"""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import sayo_mini
+from analysis.results_table import confidence_interval
+from bench.doc_tables import RESULTS, ROOT, machine, write_atomically
+from bench.shapes import TINY, make_model, make_question
+from config import TINY as PRESET
+from config import Config
+from data import encode_example
+from model import load_vlm
+from sources.scenes import Scenes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOSS_SCALE = 2.0**10  # of sayo_mini.train, in fp16
+CFG = Config(**PRESET | {"token_fraction": 0.3, "beta": 0.001})
+SMALL_CFG = Config(num_generations=8, max_completion_length=64)  # for the random model
+
+
+def load(folder, dtype, cfg):
+    """A Vlm in full weights whose adapter changes its output: the same one for every `dtype`."""
+    torch.manual_seed(0)
+    heads = None if cfg.heads == "all" else [int(head) for head in cfg.heads.split(",")]
+    settings = {"max_pixels": cfg.max_pixels, "layers": [int(cfg.layers)], "heads": heads}
+    vlm = load_vlm(folder, load_in_4bit=False, device="cpu", dtype=dtype, **settings)
+    for name, p in vlm.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.02)
+    return vlm
+
+
+def sample(vlm, example, cfg):
+    """G sampled completions and one greedy one, of the fp32 model: every type scores the same."""
+    prompt, generator = encode_example(vlm, example, cfg), torch.Generator().manual_seed(0)
+    length = cfg.max_completion_length
+    completions = vlm.sample(prompt, cfg.num_generations, length, cfg.temperature, generator)
+    return completions, vlm.sample(prompt, 1, length, temperature=0)
+
+
+def step_values(vlm, example, texts, cfg, advantages=None, loss_scale=1.0):
+    """Score, reward and backpropagate one group.
+
+    Args: texts, from `sample`; advantages (G,), by default those of the group's own rewards.
+    Returns: a dict of tensors: logps, entropy, rewards, advantages, gradient, and greedy, the most
+    likely token after each prefix of the greedy text.
+    """
+    completions, greedy = texts
+    prompt, real = encode_example(vlm, example, cfg), completions.mask
+    group, scores = sayo_mini.score_and_reward(vlm, example, prompt, completions, cfg)
+    if advantages is not None:
+        group.advantages, group.zero_std = advantages, False
+        if group.ref_logps is None:
+            group.ref_logps = group.old_logps
+    scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale, enabled=loss_scale != 1)
+    sayo_mini.accumulate_gradient(vlm, group, cfg, real.sum().item(), scaler, scores)
+    trained = [p for p in vlm.model.parameters() if p.requires_grad]
+    gradient = torch.cat([p.grad.flatten() for p in trained]) / loss_scale
+    vlm.model.zero_grad()
+    with torch.no_grad():
+        hidden = vlm._packed_forward(prompt, greedy, None)[0, len(prompt.input_ids) - 1 : -1]
+        most_likely = vlm._logits(hidden, 1.0).argmax(-1)
+    return {
+        "logps": scores.logps.detach()[real],
+        "entropy": scores.entropy[real],
+        "rewards": group.rewards["attention"],
+        "advantages": group.advantages,
+        "gradient": gradient,
+        "greedy": most_likely,
+    }
+
+
+def compare(reference, other):
+    """How far `step_values` of another type are from those in fp32, as floats."""
+    a, b = reference["gradient"].double(), other["gradient"].double()
+    return {
+        "logps_max": (reference["logps"] - other["logps"]).abs().max().item(),
+        "logps_mean": (reference["logps"] - other["logps"]).abs().mean().item(),
+        "entropy_max": (reference["entropy"] - other["entropy"]).abs().max().item(),
+        "rewards_max": (reference["rewards"] - other["rewards"]).abs().max().item(),
+        "gradient_cosine": (a @ b / (a.norm() * b.norm())).item(),
+        "gradient_norm_ratio": (b.norm() / a.norm()).item(),
+        "greedy_differs": (reference["greedy"] != other["greedy"]).float().mean().item(),
+    }
+
+
+def compare_steps(folder, examples, cfg):
+    """`compare` for every type over some examples: the largest of each difference, the mean of the
+    gradient's and of the greedy tokens. fp16 with and without a loss scale. The gradient is that of
+    the same advantages, those of fp32: a change of the reward is shown by itself.
+
+    Returns: {"bf16": {...}, "fp16": {...}, "fp16, no loss scale": {...}}.
+    """
+    vlm = load(folder, torch.float32, cfg)
+    texts = [sample(vlm, example, cfg) for example in examples]
+    references = [step_values(vlm, *each, cfg) for each in zip(examples, texts)]
+    arms = {"bf16": ("bf16", 1.0), "fp16": ("fp16", LOSS_SCALE), "fp16, no loss scale": ("fp16", 1)}
+    results = {}
+    for arm, (name, loss_scale) in arms.items():
+        vlm, rows = load(folder, DTYPES[name], cfg), []
+        for example, text, reference in zip(examples, texts, references):
+            settings = cfg, reference["advantages"], loss_scale
+            rows.append(compare(reference, step_values(vlm, example, text, *settings)))
+        largest = {k: max(row[k] for row in rows) for k in rows[0] if k.endswith("_max")}
+        results[arm] = {k: fmean([row[k] for row in rows]) for k in rows[0]} | largest
+    return results
+
+
+def whole_run(name, folder):
+    """The default run in one type. Returns: accuracy and AUROC before and after as text, the number
+    of skipped updates and, in fp16, the loss scale at the end."""
+    if not (folder / "report.html").exists():
+        sayo_mini.load_vlm = partial(load_vlm, dtype=DTYPES[name])
+        argv = ["--device", "cpu", "--model_name_or_path", str(TINY), "--output_dir", str(folder)]
+        if (folder / "config.json").exists():  # interrupted
+            argv = ["--resume", *argv[-2:]]
+        if sayo_mini.main(argv):
+            raise SystemExit(f"the run in {folder} did not finish")
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    row = {"steps": len(steps), "skipped_updates": sum(step["skipped_updates"] for step in steps)}
+    for moment in ("before", "after"):
+        results = json.loads((folder / f"{moment}.json").read_text())
+        for metric in ("correct", "auroc", "fixed_auroc"):
+            values, proportion = [r[metric] for r in results], metric == "correct"
+            row[f"{metric}_{moment}"] = confidence_interval(values, proportion=proportion)
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps_only", action="store_true", help="without the three runs")
+    parser.add_argument("--models", default="runs/models", help="folder for the random model")
+    parser.add_argument("--runs", default="runs/precision", help="folder for the runs")
+    parser.add_argument("--results", default=str(RESULTS / "precision.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found = {"command": "python bench/precision.py", "machine": machine()}
+    scenes = Scenes("validation", 8)
+    found["tiny"] = compare_steps(TINY, [scenes[i] for i in range(len(scenes))], CFG)
+    folder = make_model("30m", ROOT / args.models)
+    question = make_question(load(folder, torch.float32, SMALL_CFG), 512)
+    found["34M"] = compare_steps(folder, [question], SMALL_CFG)
+    if not args.steps_only:
+        runs = ROOT / args.runs
+        found["runs"] = {name: whole_run(name, runs / name) for name in DTYPES}
+    write_atomically(args.results, json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

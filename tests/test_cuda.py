@@ -1,0 +1,106 @@
+"""What only a card can show. `bench/gpu.sh` runs these tests; without CUDA they are skipped."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEVICE, TINY, ask, load
+from safetensors.torch import load_file
+
+import sayo_mini
+from model import Completions, load_vlm
+from sources.pretrained import choose_device
+from sources.scenes import Scenes
+
+pytestmark = pytest.mark.cuda
+ROOT = Path(__file__).parent.parent
+FLAGS = ["--device", DEVICE, "--model_name_or_path", str(TINY), "--prompts_per_step", "2"]
+FLAGS += "--num_generations 4 --eval_examples 4 --save_steps 1".split()
+
+
+def run(folder, *flags):
+    assert sayo_mini.main([*FLAGS, *flags, "--output_dir", str(folder)]) == 0
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_5"])
+def test_scores_and_gradients_in_fp32_equal_those_of_the_cpu(family, qwen2_5, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of the patch embedding
+    folder = {"qwen3": TINY, "qwen2_5": qwen2_5}[family]
+    cpu = load(folder)
+    card = load_vlm(folder, load_in_4bit=False, device=DEVICE, dtype=torch.float32)
+    card.model.load_state_dict(cpu.model.state_dict())
+    prompt, completions = ask(cpu)
+    example = Scenes("validation", 100)[0]
+    moved = card.encode(example.image, example.question)
+    there = Completions(completions.ids.to(DEVICE), completions.mask.to(DEVICE), completions.texts)
+    ours, theirs = card.score(moved, there), cpu.score(prompt, completions)
+    for name in ("logps", "entropy", "attention", "prompt_attention"):
+        one, other = (getattr(scores, name).detach().cpu() for scores in (ours, theirs))
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4, msg=name)
+    gradients = []
+    for vlm, scores in ((card, ours), (cpu, theirs)):
+        scores.logps.mean().backward()
+        trained = (p for p in vlm.model.parameters() if p.requires_grad)
+        gradients.append(torch.cat([p.grad.flatten().cpu() for p in trained]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.9999
+    assert gradients[0].norm() == pytest.approx(gradients[1].norm().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("quantized", ["--load_in_4bit", "--no-load_in_4bit"])
+def test_a_run_trains_resumes_and_its_compute_type_is_that_of_the_device(tmp_path, quantized):
+    run(tmp_path / "run", quantized, "--max_steps", "2")
+    metrics = run(tmp_path / "run", "--resume", "--max_steps", "3")
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    assert all(torch.tensor(row["grad_norm"]).isfinite() for row in metrics)
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert any(w.abs().max() > 0 for name, w in adapter.items() if "lora_B" in name)
+    vlm = load_vlm(TINY, load_in_4bit=quantized == "--load_in_4bit", device=DEVICE)
+    assert vlm.dtype == choose_device(DEVICE)[1]
+    scores = vlm.score(*ask_on(vlm))
+    assert scores.logps.isfinite().all() and scores.attention.isfinite().all()
+
+
+def ask_on(vlm, **settings):
+    example = Scenes("validation", 100)[0]
+    prompt = vlm.encode(example.image, example.question)
+    generator = torch.Generator(vlm.device).manual_seed(0)
+    return prompt, vlm.sample(prompt, 4, 12, generator=generator, **settings)
+
+
+def test_checkpointing_and_micro_batches_leave_the_gradient_as_it_is():
+    gradients = []
+    for settings in ({}, {"gradient_checkpointing": True, "completions_per_forward": 2}):
+        torch.manual_seed(0)
+        vlm = load_vlm(TINY, load_in_4bit=False, device=DEVICE, dtype=torch.float32, **settings)
+        prompt, completions = ask_on(vlm)
+        vlm.score(prompt, completions).logps[completions.mask].sum().backward()
+        trained = (p for p in vlm.model.parameters() if p.requires_grad)
+        gradients.append(torch.cat([p.grad.flatten() for p in trained]))
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
+
+
+def test_nan_does_not_kill_the_context():
+    """torch.multinomial would end in a device assert, after which nothing runs on the card."""
+    vlm = load_vlm(TINY, load_in_4bit=False, device=DEVICE)
+    with torch.no_grad():
+        vlm.core.lm_head.weight.fill_(torch.nan)
+    _, completions = ask_on(vlm)
+    assert len(completions.ids) == 4
+    assert torch.ones(3, device=DEVICE).sum().item() == 3
+
+
+def test_with_deterministic_two_runs_end_in_the_same_bits(tmp_path):
+    for name in ("one", "two"):
+        run(tmp_path / name, "--deterministic", "--max_steps", "2")
+    for file in ("metrics.jsonl", "samples.jsonl", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_look_and_probe_run_on_the_card(tmp_path):
+    image = ["--image", str(ROOT / "example" / "one.png"), "--question", "what color ?"]
+    output = ["--output", str(tmp_path / "look.png")]
+    assert sayo_mini.main(["look", *image, *output, *FLAGS]) == 0
+    probe = ["probe", *FLAGS, "--max_steps", "2", "--output_dir", str(tmp_path / "probe")]
+    assert sayo_mini.main(probe) == 0

@@ -1,0 +1,97 @@
+"""The published layout of both families, rehearsed with small random weights: train, look, probe,
+resume, and the adapter in plain PEFT. Nothing may warn on the way."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub import SPECIAL, TEMPLATE, VOCABULARY, write_checkpoint
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from model import load_vlm
+from sources.scenes import Scenes
+
+ROOT = Path(__file__).parent.parent
+FLAGS = "--device cpu --max_pixels 12544 --prompts_per_step 1 --num_generations 3 --eval_examples 2"
+FLAGS = f"{FLAGS} --max_completion_length 6 --save_steps 1 --learning_rate 1e-2".split()
+# In a process of its own: some warnings appear only once.
+SCRIPT = """
+import json, sys, sayo_mini
+for flags in json.loads(sys.argv[1]):
+    assert sayo_mini.main(flags) == 0, flags
+"""
+
+
+@pytest.fixture(scope="module", params=["qwen2_5", "qwen3"])
+def checkpoint(request, tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint, tmp_path_factory):
+    """A run of two steps, resumed for a third, with NF4. Returns: (its folder, what the process
+    printed, its errors)."""
+    folder = tmp_path_factory.mktemp("run")
+    model, output = ["--model_name_or_path", str(checkpoint)], ["--output_dir", str(folder / "run")]
+    image = ["--image", str(ROOT / "example" / "one.png"), "--question", "What color is the dot?"]
+    adapter = ["--adapter", str(folder / "run" / "adapter"), "--output", str(folder / "look.png")]
+    probe = ["--output_dir", str(folder / "probe"), "--max_steps", "1"]
+    commands = [
+        [*model, *FLAGS, "--max_steps", "2", *output],
+        ["--resume", "--max_steps", "3", *output],
+        ["look", *image, *adapter],
+        ["probe", *model, *FLAGS, *probe],
+    ]
+    command = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return folder, process.stdout, process.stderr
+
+
+def test_the_checkpoint_loads_as_published(checkpoint):
+    vlm = load_vlm(checkpoint, load_in_4bit=False, device="cpu", max_pixels=12544)
+    assert vlm.core.lm_head.weight is vlm.core.get_input_embeddings().weight  # tied
+    assert len(vlm.core.lm_head.weight) == VOCABULARY > len(vlm.tokenizer)
+    assert vlm.stop_ids.tolist() == [SPECIAL["<|im_end|>"], SPECIAL["<|endoftext|>"]]
+    assert vlm.tokenizer.chat_template == TEMPLATE
+    assert len(vlm.placeholders) == 4
+    files = [load_file(path) for path in sorted(checkpoint.glob("model-*.safetensors"))]
+    assert len(files) == 2
+    saved = {name.split("layers.1.")[-1]: w for file in files for name, w in file.items()}
+    loaded = vlm.core.model.language_model.layers[1].mlp.down_proj.base_layer.weight
+    assert torch.equal(loaded, saved["mlp.down_proj.weight"].float())  # not left random
+    example = Scenes("validation", 1)[0]
+    prompt = vlm.encode(example.image, example.question)
+    assert len(prompt.image_positions) == prompt.grid[0] * prompt.grid[1] >= 9
+
+
+def test_training_look_probe_and_resume_work_and_nothing_warns(run):
+    folder, out, err = run
+    metrics = [json.loads(x) for x in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    assert all(torch.tensor(row["grad_norm"]).isfinite() for row in metrics)
+    assert "after step 2" in out and "before training" in out and "after training" in out
+    for name in ("run/report.html", "look.png", "probe/probe.png"):
+        assert (folder / name).stat().st_size > 1000
+    bars = ("evaluate", "train", "probe")  # everything else on stderr is a warning
+    lines = [line for part in err.splitlines() for line in part.split("\r") if line.strip()]
+    assert [line for line in lines if not line.startswith(bars)] == []
+
+
+def test_the_adapter_loads_in_plain_peft_and_scores_the_same(run, checkpoint):
+    adapter = run[0] / "run" / "adapter"
+    vlm = load_vlm(checkpoint, load_in_4bit=False, device="cpu")
+    vlm.load_adapter(adapter)
+    plain = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
+    ids = torch.tensor([[SPECIAL["<|im_start|>"], 65, 66, 198, 67]])
+    with torch.no_grad():
+        base = plain(input_ids=ids).logits
+        theirs = PeftModel.from_pretrained(plain, adapter)(input_ids=ids).logits
+        ours = vlm.core(input_ids=ids).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert (ours - base).abs().max() > 1e-4  # the adapter has learned something
