@@ -139,6 +139,7 @@ def train(cfg):
         rows = (json.dumps(row) + "\n" for row in trainer.state.log_history)
         run.write_texts({"metrics.jsonl": "".join(rows)})
         run.atomic_write("adapter", vlm.model.save_pretrained)
+    args.distributed_state.destroy_process_group()  # else a process may abort at exit
     return 0
 
 

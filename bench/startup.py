@@ -18,7 +18,7 @@ from bench.doc_tables import ROOT, machine
 
 RUNS = 5
 LOOK = "look --model_name_or_path tiny --device cpu --image example/one.png".split()
-LOOK += ["--question", "What color is the dot on the black card?"]
+LOOK += ["--question", "What color is the dot on the pink card?"]
 
 
 def median_seconds(command):

@@ -1,4 +1,4 @@
-"""analysis/results_table.py: intervals as in textbooks, and the results in the cells of the table."""
+"""analysis/results_table.py: intervals as in textbooks, and results in the cells of the table."""
 
 import math
 import random
