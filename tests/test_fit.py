@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -301,3 +302,6 @@ def test_page_shows_the_committed_results():
     assert len(results["points"]) >= 12
     text = f"{bench_fit.table(results)}\n\n{bench_fit.summary(results)}"
     assert marked("fit errors", text) in page
+    errors = [abs(100 * bench_fit.error(row)) for row in results["points"]]
+    quoted = f"its median error is {median(errors):.1f} %, the largest {max(errors):.1f} %"
+    assert quoted in (ROOT / "docs" / "cost.md").read_text()
