@@ -182,17 +182,22 @@ class RunDirectory:
 
     @contextmanager
     def roll_back_on_interrupt(self):
-        """Undo a step that stops halfway, then save. Nothing is updated before all of its groups
-        are scored, so only the gradients and the random state have to be put back."""
+        """Undo a step that is interrupted, then save. If the step has updated the adapter already
+        (`num_iterations` above 1), it cannot be undone: the last checkpoint stays the newest."""
         state, start = self.generator.get_state(), time.perf_counter()
+        updates = self.count_updates()
         try:
             yield
             self.seconds = round(time.perf_counter() - start, 3)
         except (Stopped, InputError, torch.OutOfMemoryError):
             self.optimizer.zero_grad()
             self.generator.set_state(state)
-            self.save()
+            if self.count_updates() == updates:
+                self.save()
             raise
+
+    def count_updates(self):
+        return sum(int(state.get("step", 0)) for state in self.optimizer.state.values())
 
     def save(self):
         """Write a checkpoint of this step, and keep the one before."""

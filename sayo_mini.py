@@ -214,7 +214,7 @@ def train(cfg):
     run.atomic_write("adapter", vlm.model.save_pretrained)
     after = run.write_json("after.json", evaluate(vlm, eval_set, cfg, "after", before))
     write_report(run, eval_set, before, after)
-    print(f"open {run.folder / 'report.html'}; the adapter, logs and look.png are next to it")
+    print(f"open {run.folder / 'report.html'}; the adapter and the logs are next to it")
     return 0
 
 

@@ -1,1 +1,1 @@
-"""What a run looks at and writes: evaluation, metrics, the probe, pictures and the HTML report."""
+"""What a run measures and shows: evaluation, metrics, alarms, pictures and the HTML report."""

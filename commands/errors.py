@@ -58,7 +58,7 @@ def next_step(argv, program):
     folder = Path(given.get("output_dir", Config.output_dir))
     if command == "train" and (folder / "config.json").exists():
         return f"continue with: {resume_command(folder, program)}"
-    return "nothing had started"
+    return "nothing was saved"
 
 
 def halve_micro_batch(vlm, cfg, run):

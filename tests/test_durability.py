@@ -388,6 +388,32 @@ def test_signal_between_two_updates_of_a_step_finishes_the_step(tmp_path, monkey
     assert not differences(tmp_path / "whole", tmp_path / "stopped")
 
 
+def test_out_of_memory_between_two_updates_saves_no_half_made_step(tmp_path, monkeypatch):
+    """The adapter is then that of no step: the run continues from the last checkpoint."""
+
+    def out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    flags = "--num_iterations 2 --max_steps 2"
+    run(tmp_path / "whole", flags)
+    do_after_call(
+        monkeypatch, torch.optim.AdamW, "step", 3, out_of_memory
+    )  # first update of step 2
+    run(tmp_path / "stopped", flags, expect=2)
+    monkeypatch.undo()
+    resume(tmp_path / "stopped")
+    assert not differences(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_out_of_memory_in_the_first_step_saves_no_half_made_step(tmp_path, monkeypatch):
+    def out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    do_after_call(monkeypatch, torch.optim.AdamW, "step", 1, out_of_memory)
+    run(tmp_path / "run", "--num_iterations 2 --max_steps 2", expect=2)
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
 # `sample_groups` is called by the evaluation before, by four steps, and by the evaluation after.
 @SIGNALS
 @pytest.mark.parametrize("call, evaluation", [(1, "before"), (6, "after")], ids=["before", "after"])

@@ -336,7 +336,7 @@ def test_an_old_torchao_or_a_missing_package_is_one_line(monkeypatch):
         (torch.AcceleratorError("CUDA error: out of memory\nmore"), "lower --completions_per"),
         (
             torch.AcceleratorError("CUDA error: device-side assert triggered\nCompile with"),
-            "the GPU failed (CUDA error: device-side assert triggered); nothing had started",
+            "the GPU failed (CUDA error: device-side assert triggered); nothing was saved",
         ),
     ],
 )
