@@ -394,7 +394,7 @@ def test_out_of_memory_between_two_updates_saves_no_half_made_step(tmp_path, mon
     def out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    flags = "--num_iterations 2 --max_steps 2"
+    flags = "--num_iterations 2 --max_steps 2 --save_steps 2"
     run(tmp_path / "whole", flags)
     do_after_call(
         monkeypatch, torch.optim.AdamW, "step", 3, out_of_memory
