@@ -1,9 +1,7 @@
-"""Attention of the language model: G completions share one prompt, and where they look is recorded.
+"""Attention of the language model: G completions share a prompt, and image attention is recorded.
 
-`sayo_attention` runs in every layer; its output comes from transformers' own SDPA. A completion
-attends to the prompt and to itself, never to its siblings: time and memory grow with
-G * C * (P + C), not with the square of the packed length.
-"""
+A completion attends to the prompt and to itself, never to its siblings. Time and memory therefore
+grow with G * C * (P + C), not with the square of the packed length."""
 
 from dataclasses import dataclass, field
 
@@ -16,7 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 @dataclass
 class Capture:
-    """What to record during one packed forward: some layers' attention to the image tokens."""
+    """Records the attention of some layers to the image tokens in one packed forward pass."""
 
     layers: list[int]
     heads: list[int]
@@ -27,7 +25,7 @@ class Capture:
 
 @dataclass
 class PromptCache:
-    """One layer's keys and values of B prompts, each kept once however many completions use it."""
+    """One layer's keys and values of B prompts, stored once regardless of how many completions."""
 
     keys: torch.Tensor  # (B, H_kv, P, D), shorter prompts padded on the right
     values: torch.Tensor  # (B, H_kv, P, D)
@@ -35,15 +33,17 @@ class PromptCache:
 
 
 def sayo_attention(layer, query, key, value, attention_mask, packed=None, prompts=None, **kwargs):
-    """The attention function of every layer: `prompts`, a PromptCache per layer, means decoding;
-    `packed`, (P, G, C), a packed sequence; neither, a prompt alone or the vision tower.
-    Returns: (B, S, H, D) and None, as every attention function of transformers does."""
+    """The attention function of every layer. Its arguments select one of three cases:
+    - `prompts`, a PromptCache per layer: decoding one token of every completion
+    - `packed`, (P, G, C): a packed sequence, see `packed_attention`
+    - neither: a prompt alone, or the vision tower
+    Returns: (B, S, H, D) and None, like every attention function in transformers."""
     capture = kwargs.pop("capture", None)
     if prompts is not None:
         return decode_attention(query, key, value, prompts[layer.layer_idx], layer.scaling), None
     if packed is None:
         return sdpa(layer, query, key, value, attention_mask, **kwargs)
-    # Gradient checkpointing runs a layer twice; the second time its map is there already.
+    # Gradient checkpointing runs a layer twice; on recomputation the map already exists.
     if capture and layer.layer_idx in set(capture.layers) - set(capture.maps):
         weights = image_attention(query, key, packed, capture, layer.scaling)
         capture.maps[layer.layer_idx] = weights
@@ -51,8 +51,8 @@ def sayo_attention(layer, query, key, value, attention_mask, packed=None, prompt
 
 
 def packed_attention(layer, query, key, value, mask, packed, **kwargs):
-    """One sequence `[prompt | c_1 | ... | c_G]`: the prompt attends to itself, each completion to
-    the prompt and its own past. Args: query (1, H, S, D), key and value (1, H_kv, S, D) with
+    """Attend in `[prompt | c_1 | ... | c_G]`: the prompt to itself, each completion to the prompt
+    and its own past. Args: query (1, H, S, D), key and value (1, H_kv, S, D) with
     S = P + G*C; mask (1, 1, C, P + C), for the completions. Returns: (1, S, H, D)."""
     P, G, C = packed
 
@@ -70,7 +70,7 @@ def packed_attention(layer, query, key, value, mask, packed, **kwargs):
 
 
 def stack_prompts(caches):
-    """The transformers caches of B prompts as a list of PromptCache, one per layer."""
+    """Stack the transformers caches of B prompts. Returns: a list with a PromptCache per layer."""
     lengths = [cache.get_seq_length() for cache in caches]
     padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]  # (B, P)
     padding = padding.to(caches[0].layers[0].keys.device)
@@ -85,7 +85,7 @@ def stack_prompts(caches):
 
 
 def decode_attention(query, key, value, prompt, scaling):
-    """One new token of every completion attends to its prompt and to its own past.
+    """Let one new token of every completion attend to its prompt and to its own past.
 
     Args: query (B*G, H, 1, D); key and value (B*G, H_kv, t, D) of the completions so far; prompt,
     the layer's PromptCache of B prompts. Returns: (B*G, 1, H, D)."""
@@ -106,8 +106,8 @@ def image_attention(query, key, packed, capture, scaling):
     """The attention weights to the image tokens: softmax(q k^T) in fp32, one head at a time.
 
     Args: query (1, H, S, D) and key (1, H_kv, S, D), S = P + G*C; packed, (P, G, C).
-    Returns: (1 + G*C, N), the mean over `capture.heads`, or (H, 1 + G*C, N) if not averaged: the
-    prompt's last token, then the completions. Extra memory: a few times (1 + G*C) * (P + C) floats.
+    Returns: (1 + G*C, N), averaged over `capture.heads`, or (H, 1 + G*C, N) if not averaged. Row 0
+    is the prompt's last token. Extra memory: a few times (1 + G*C) * (P + C) floats.
     """
     P, G, C = packed
     queries_per_key = query.shape[1] // key.shape[1]
@@ -127,4 +127,4 @@ def image_attention(query, key, packed, capture, scaling):
 
 
 AttentionInterface.register("sayo", sayo_attention)
-AttentionMaskInterface.register("sayo", sdpa_mask)  # without it, padding would be attended to
+AttentionMaskInterface.register("sayo", sdpa_mask)  # otherwise padding would get attention

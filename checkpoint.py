@@ -1,5 +1,7 @@
-"""The folder of one run. Its files are complete at every moment, even if the program is killed, and
-a resumed run ends in the same bits as one that was never interrupted."""
+"""The folder of one run. It can be resumed after a kill at any time, bit-identically on a CPU.
+
+Files other than logs are replaced atomically. A kill can leave metrics.jsonl and samples.jsonl
+ahead of the checkpoint, or no adapter/. Resuming cuts both logs back and writes adapter/ again."""
 
 import json
 import os
@@ -24,14 +26,13 @@ LOGS = "metrics.jsonl", "samples.jsonl"
 
 
 class Stopped(Exception):
-    """Ctrl-C, SIGTERM or SIGHUP, at a point of a step where nothing has been updated yet."""
+    """Raised on Ctrl-C, SIGTERM or SIGHUP, before any update of the step."""
 
 
 @contextmanager
 def stop_signals():
-    """A signal adds to the list that is yielded instead of ending the program; the loop checks it
-    between groups. A second Ctrl-C ends the program at once: every file is whole at every moment.
-    """
+    """Append signals to the yielded list, which the loop checks between groups. A second Ctrl-C
+    ends the program immediately."""
     stop = []
 
     def handler(number, frame):
@@ -45,11 +46,10 @@ def stop_signals():
 
 
 class RunDirectory:
-    """config.json, logs, checkpoints, before.json, after.json, adapter/, report; and a lock.
+    """Locks the folder, and reads and writes its settings, logs, checkpoints and results.
 
-    The state of a run is the adapter, both moments of AdamW, the random generator and the number of
-    steps made, from which the learning rate and the next examples follow. During training only
-    `log` and `save` write.
+    The state of a run is the adapter, both moments of AdamW, the random generator, fp16's loss
+    scale, and the number of steps, which determines the learning rate and the next examples.
     """
 
     def __init__(self, cfg, params, optimizer, generator, scaler=None):
@@ -57,7 +57,7 @@ class RunDirectory:
         self.params, self.optimizer, self.generator = params, optimizer, generator
         self.scaler = scaler  # a GradScaler
         self.step = 0
-        self.saved_step = None  # of the newest checkpoint
+        self.saved_step = None  # step of the newest checkpoint
         self.skipped_in_a_row = 0
         self.memory_reduced = False
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # only read if deterministic
@@ -65,25 +65,25 @@ class RunDirectory:
         with self.writing("the run"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = run_folder.lock(self.folder)
-        # Those of scale_trl.py, which resumes by itself.
+        # Checkpoints of scale_trl.py, which TRL resumes.
         trl = any(self.folder.glob("checkpoint-*/trainer_state.json"))
         ours = any((self.folder / name).exists() for name in CHECKPOINTS)
         if trl if cfg.resume else ours:
             program = "scale_trl.py" if trl else "sayo_mini.py"
-            raise InputError(f"{self.folder} holds a run of {program}: choose another --output_dir")
-        # Without either, nobody can tell of which settings a before.json is.
+            raise InputError(f"{self.folder} contains a run of {program}: use a new --output_dir")
+        # Otherwise the settings behind a before.json are unknown.
         self.resumed = cfg.resume and (ours or (self.folder / "config.json").exists())
         if cfg.resume:
             self.restore()
         texts = {name: self.logged_lines(name) for name in LOGS}
         self.write_config(cfg)
-        for name, lines in texts.items():  # what was logged after the checkpoint is logged again
+        for name, lines in texts.items():  # steps after the checkpoint run again
             text = b"".join(line + b"\n" for line in lines)
             self.atomic_write(name, lambda path, text=text: path.write_bytes(text))
 
     @contextmanager
     def writing(self, what):
-        """Turn a failure to write, such as a full disk, into one line. The checkpoint stays."""
+        """Turn a failure to write, such as a full disk, into a one-line InputError."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -93,8 +93,8 @@ class RunDirectory:
             raise InputError(message) from None
 
     def atomic_write(self, name, write):
-        """Call `write` with a temporary path, then rename that file or folder to `name`: there is
-        the old one or the new one, never a part, even after a power cut."""
+        """Call `write` with a temporary path, then rename that file or folder to `name`. A file is
+        always the old or the new one, even after a power cut; a folder can be missing."""
         unfinished, final = self.folder / f"unfinished-{name}", self.folder / name
         with self.writing(name):
             try:
@@ -102,7 +102,7 @@ class RunDirectory:
                 write(unfinished)
                 for path in [unfinished, *unfinished.rglob("*")]:
                     sync(path)
-                if final.is_dir():  # rename cannot replace a folder
+                if final.is_dir():  # a rename cannot replace it
                     shutil.rmtree(final)
                 os.replace(unfinished, final)
                 sync(self.folder)
@@ -123,8 +123,8 @@ class RunDirectory:
         self.write_json("config.json", self.settings | {"made_with": run_folder.made_with()})
 
     def read_json(self, name, valid=lambda content: True):
-        """What an interrupted run wrote under `name`, or None. Raises: InputError if it is damaged,
-        or not `valid`."""
+        """The JSON that an interrupted run wrote to `name`, or None. Raises: InputError if it is
+        damaged or not `valid`."""
         path = self.folder / name
         try:
             if not self.resumed or not path.exists():
@@ -132,13 +132,13 @@ class RunDirectory:
             content = json.loads(path.read_text(encoding="utf-8"))
             if valid(content):
                 return content
-            raise ValueError("its content is not what was written")
+            raise ValueError("unexpected content")
         except (OSError, ValueError) as error:
-            advice = "repair it, or start in another --output_dir"
+            advice = "repair it, or start again with a new --output_dir"
             raise InputError(f"{path} is damaged ({error}): {advice}") from None
 
     def logged_lines(self, name):
-        """The lines of a log up to the checkpoint's step. A kill can leave half a line behind."""
+        """The lines of a log up to the checkpoint's step. A kill can cut the last line."""
         path, kept, steps = self.folder / name, [], set()
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         for number, line in enumerate(lines, 1):
@@ -154,12 +154,12 @@ class RunDirectory:
             steps.add(row["step"])
             self.count_skipped(row)
         if steps != set(range(1, self.step + 1)):
-            advice = "restore it, or start again in another --output_dir"
-            raise InputError(f"{path} lacks steps before the checkpoint, {self.step}: {advice}")
+            advice = "restore it, or start again with a new --output_dir"
+            raise InputError(f"{path} lacks steps up to the checkpoint, {self.step}: {advice}")
         return kept
 
     def log(self, metrics, samples):
-        """Append one step to the logs. Raises: InputError after ten skipped updates in a row."""
+        """Append a step. Raises: InputError if the last ten updates, or all, were skipped."""
         self.step += 1
         timing = {"seconds": self.seconds} | run_folder.peak_memory(self.generator.device)
         for name, rows in zip((*LOGS, "timing.jsonl"), ([metrics], samples, [timing])):
@@ -169,11 +169,11 @@ class RunDirectory:
         self.count_skipped(metrics)
         skipped = self.skipped_in_a_row
         if skipped:
-            reason = f"loss or gradient not finite ({skipped} in a row)"
-            tqdm.write(f"step {self.step}: update skipped, {reason}")
-        if skipped >= 10:
+            reason = f"non-finite loss or gradient ({skipped} in a row)"
+            tqdm.write(f"step {self.step}: skipped update: {reason}")
+        if skipped >= min(10, self.settings["max_steps"]):
             self.save()
-            advice = "lower --learning_rate or try --no-load_in_4bit, in another --output_dir"
+            advice = "lower --learning_rate or try --no-load_in_4bit, with a new --output_dir"
             raise InputError(f"stopped after step {self.step}: {reason}; {advice}")
 
     def count_skipped(self, row):
@@ -182,8 +182,8 @@ class RunDirectory:
 
     @contextmanager
     def roll_back_on_interrupt(self):
-        """Undo a step that is interrupted, then save. If the step has updated the adapter already
-        (`num_iterations` above 1), it cannot be undone: the last checkpoint stays the newest."""
+        """Undo an interrupted step, then save. If the step has already updated the adapter
+        (possible if `num_iterations` is above 1), it cannot be undone and nothing is saved."""
         state, start = self.generator.get_state(), time.perf_counter()
         updates = self.count_updates()
         try:
@@ -200,7 +200,7 @@ class RunDirectory:
         return sum(int(state.get("step", 0)) for state in self.optimizer.state.values())
 
     def save(self):
-        """Write a checkpoint of this step, and keep the one before."""
+        """Write a checkpoint of this step, keeping the previous one."""
         if self.saved_step == self.step:
             return
         tensors = {"generator": self.generator.get_state()}
@@ -211,7 +211,7 @@ class RunDirectory:
             tensors["loss_scale"] = torch.tensor([scale["scale"], scale["_growth_tracker"]])
         newest, previous = (self.folder / name for name in CHECKPOINTS)
         with self.writing("a checkpoint"):
-            for name in LOGS:  # a checkpoint must not outlive the log of its steps
+            for name in LOGS:  # logs must reach the disk before the checkpoint
                 sync(self.folder / name)
         content = pack_checkpoint(self.step, tensors, self.settings)
 
@@ -225,7 +225,7 @@ class RunDirectory:
         self.saved_step = self.step
 
     def restore(self):
-        """Continue from the newest checkpoint that is intact."""
+        """Continue from the newest intact checkpoint."""
         found = [self.folder / name for name in CHECKPOINTS if (self.folder / name).exists()]
         if not found:
             return print(f"no checkpoint in {self.folder} yet: starting from the beginning")
@@ -234,25 +234,25 @@ class RunDirectory:
                 step, tensors = load_checkpoint(path)
                 break
             except Exception as error:  # a damaged file can raise anything
-                print(f"{path} is damaged ({error}): using the previous one, if there is one")
+                print(f"{path} is damaged ({error}): trying the previous checkpoint")
         else:
-            advice = "start again in another --output_dir"
+            advice = "start again with a new --output_dir"
             raise InputError(f"no checkpoint in {self.folder} is intact: {advice}")
         check_checkpoint(path, self.settings)
         shapes = {f"{name}|value": p.shape for name, p in self.params.items()}
         if shapes != {name: t.shape for name, t in tensors.items() if name.endswith("|value")}:
-            advice = "resume a run with its own settings"
-            raise InputError(f"{path} is from another model or --lora_r: {advice}")
+            advice = "use that run's settings"
+            raise InputError(f"{path} was made with a different model or --lora_r: {advice}")
         if not (self.folder / "before.json").exists():
-            advice = "restore it, or start again in another --output_dir"
-            raise InputError(f"{self.folder} has no before.json, but was trained: {advice}")
+            advice = "restore it, or start again with a new --output_dir"
+            raise InputError(f"{self.folder} has a checkpoint but no before.json: {advice}")
         self.step = self.saved_step = step
         try:
             self.generator.set_state(tensors.pop("generator"))
-        except RuntimeError:  # the state of a CUDA generator is of another form
+        except RuntimeError:  # CPU and CUDA generators have different states
             kind = "cpu" if self.generator.device.type == "cuda" else "cuda"
             advice = f"{resume_command(self.folder)} --device {kind}"
-            raise InputError(f"{path} is of a run on {kind}; continue there: {advice}") from None
+            raise InputError(f"{path} was made on {kind}: continue there with {advice}") from None
         if "loss_scale" in tensors:
             scale, count = tensors.pop("loss_scale").tolist()
             changes = {"scale": scale, "_growth_tracker": int(count)}
@@ -262,9 +262,9 @@ class RunDirectory:
             p = self.params[name]
             if what == "value":
                 p.data.copy_(tensor)
-            else:  # AdamW wants its step count on the CPU
+            else:  # AdamW keeps its step count on the CPU
                 self.optimizer.state[p][what] = tensor if what == "step" else tensor.to(p.device)
-        if path != found[0]:  # else the next save would keep the damaged one as the previous
+        if path != found[0]:  # or the next save would keep the damaged file
             remove(found[0])
             os.replace(path, found[0])
         print(f"resuming {self.folder} after step {self.step}")

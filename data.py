@@ -1,5 +1,5 @@
-"""An `Example` is a question about an image; `region_mask` finds the image tokens under its boxes.
-A data set is anything with `len()` and `[i]` that returns Examples; sources/ has the readers."""
+"""An `Example` is a question about an image; `region_mask` finds the image tokens that its boxes
+overlap. A data set is anything with `len()` and `[i]` that returns Examples, see sources/."""
 
 import math
 from dataclasses import dataclass
@@ -23,18 +23,18 @@ class Example:
 
 
 def region_mask(boxes, image_size, grid):
-    """Mark the image tokens that the boxes touch.
+    """Mark the image tokens that the boxes overlap.
 
     Args: boxes, a list of `(x1, y1, x2, y2)` in pixels of the original image, half-open;
     image_size, its `(width, height)` before any resizing; grid, the `(rows, cols)` of image tokens.
     Returns: bool (rows * cols,) in row-major order. A cell is marked if it overlaps a box by a
-    positive area, so a box smaller than a cell still marks one. Several boxes mark their union.
-    Parts of a box beyond the image are ignored.
-    Raises: ValueError if there are no boxes, or naming the box that is empty, inverted, not finite
-    or entirely outside the image.
+    positive area, so every box marks at least one cell. Several boxes mark their union. Parts of a
+    box outside the image are ignored.
+    Raises: ValueError if there are no boxes, or if a box is not four finite numbers, is empty or
+    inverted, or lies entirely outside the image.
 
     The official code assumes a fixed 28-pixel grid, clamps boxes before scaling them and reads only
-    the first box. Here the grid is the processor's own and cell edges are exact fractions.
+    the first box. Here the image processor determines the grid, and cell edges are exact fractions.
     """
     (width, height), (rows, cols) = image_size, grid
     if not len(boxes):
@@ -64,7 +64,7 @@ def example_region(example, grid):
 
 
 def format_question(example, cfg):
-    """The question as the model gets it, with the instruction appended."""
+    """The text of the prompt: the question, with the instruction appended."""
     return f"{example.question} {cfg.instruction}".strip()
 
 

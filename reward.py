@@ -1,7 +1,7 @@
 """The math of SAYO and GRPO as pure functions of tensors and text. `REWARDS` lists the rewards.
 
 Shapes: G completions of one prompt, C completion tokens (padded on the right, `mask` is true on
-real ones), N image tokens. [code] marks the official code, and what is done differently here.
+real ones), N image tokens. [code] marks what the official code does differently.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ import torch
 
 
 def _fp32(values, **masks):
-    """`values` in fp32, or as they are if more exact. Raises: ValueError naming a mask not bool."""
+    """`values` in fp32, or unchanged if more precise. Raises: ValueError naming a non-bool mask."""
     for name, mask in masks.items():
-        if mask.dtype != torch.bool:  # 0 and 1 would be taken for positions
+        if mask.dtype != torch.bool:  # 0 and 1 would be used as indices
             raise ValueError(f"{name} is {mask.dtype}: a mask must be bool")
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
@@ -21,8 +21,8 @@ def select_tokens(entropy, mask, fraction=0.3):
     """Select the tokens at which the model is least certain: the paper's top 30 % by entropy.
 
     Args: entropy (G, C) in nats; mask (G, C) bool; fraction of each completion's own n real tokens.
-    Returns: bool (G, C), true on max(1, floor(fraction * n)) real tokens of each row; among equal
-    entropies the first. A row without real tokens selects none. [code] counts and selects padding.
+    Returns: bool (G, C), true on max(1, floor(fraction * n)) real tokens of each row. Ties go to
+    the earlier token. Nothing is selected in an empty row. [code] counts and selects padding.
     """
     entropy = _fp32(entropy, mask=mask)
     count = mask.sum(1, keepdim=True)  # (G, 1)
@@ -33,14 +33,14 @@ def select_tokens(entropy, mask, fraction=0.3):
 
 
 def align_attention(attention, prompt_row, alignment="query"):
-    """Choose the attention row that goes with token j.
+    """Pair each token j with an attention row.
 
     The entropy of token j is the uncertainty *before* it is written. "query", the paper's reading,
-    pairs it with the row whose query is token j, which predicts token j + 1; "predict" with the row
-    that predicts token j: the query is token j - 1, or the prompt's last token if j is the first.
+    uses the row whose query is token j; that row predicts token j + 1. "predict" uses the row that
+    predicts token j. Its query is token j - 1, or the prompt's last token for the first token.
 
     Args: attention (..., C, N), row j has token j as its query; prompt_row (..., N), the row of the
-    prompt's last token. Returns: (..., C, N). Raises: ValueError for another alignment.
+    prompt's last token. Returns: (..., C, N). Raises: ValueError for an unknown alignment.
     """
     if alignment == "query":
         return attention
@@ -54,19 +54,19 @@ def align_attention(attention, prompt_row, alignment="query"):
 def attention_reward(attention, region, selected, eps=1e-8):
     """SAYO's reward r_v = tanh(log((a + eps) / (v + eps))): does the model look at the region?
 
-    `a` is the mean attention from the selected tokens to the image tokens in the region, `v` to all
-    (a ratio of means, not a mean of ratios). With rho = a / v this is (rho^2 - 1) / (rho^2 + 1).
+    `a` is the mean attention from the selected tokens to image tokens in the region, `v` to all
+    image tokens: a ratio of means. With rho = a / v, r_v = (rho^2 - 1) / (rho^2 + 1).
 
     Args: attention (G, C, N), mean over heads and layers; region (N,) bool; selected (G, C) bool.
-    Returns: (G,) in [-1, 1]; 0 for uniform attention, -1 for nothing selected: with 0, an empty one
-    would escape the penalty. Raises: ValueError if the region is empty or the shapes do not match.
+    Returns: (G,) in [-1, 1]; 0 for uniform attention, -1 if nothing is selected: 0 would let empty
+    completions avoid the penalty. Raises: ValueError for an empty region or wrong shapes.
     """
     rho = attention_ratio(attention, region, selected, eps)
     return torch.where(selected.any(1), torch.tanh(rho.log()), -1.0)
 
 
 def attention_ratio(attention, region, selected, eps=1e-8):
-    """rho = (a + eps) / (v + eps) of `attention_reward`, (G,)."""
+    """rho = (a + eps) / (v + eps), (G,). Arguments and errors as in `attention_reward`."""
     attention = _fp32(attention, region=region, selected=selected)
     if attention.shape != (expected := (*selected.shape, len(region))):
         raise ValueError(f"attention {(*attention.shape,)} is not {expected}, (G, C, N)")
@@ -86,8 +86,8 @@ def find_answer(text):
 
 
 def format_reward(text, n_tokens, shortest=60, longest=100):
-    """1 for exactly one well-formed answer; 0.6 * n / shortest below `shortest` tokens and
-    0.6 * longest / n above `longest`, as in [code]. Returns: float in [0, 1]."""
+    """0 unless there is exactly one well-formed answer. Then 0.6 * n / shortest for n < shortest
+    tokens, 0.6 * longest / n for n > longest, else 1, like the official code. Returns: float."""
     if find_answer(text) is None:
         return 0.0
     if n_tokens < shortest:
@@ -96,7 +96,7 @@ def format_reward(text, n_tokens, shortest=60, longest=100):
 
 
 def accuracy_reward(text, answer):
-    """1.0 if the one well-formed answer equals `answer`, ignoring case, spacing and closing
+    """1.0 if the one well-formed answer equals `answer`, ignoring case, spacing and trailing
     punctuation; else 0.0. SAYO itself does not use this reward."""
     found = find_answer(text)
     return float(found is not None and _normalize(found) == _normalize(answer))
@@ -107,14 +107,14 @@ def _normalize(answer):
 
 
 def group_advantages(rewards, eps=1e-4):
-    """GRPO advantages (r - mean) / (std + eps) within a group; Bessel's correction, as in TRL.
-
+    """GRPO advantages (r - mean) / (std + eps) of a group, with Bessel's correction as in TRL.
     Args: rewards (G,). Returns: (G,), exactly 0 for equal rewards. Raises: ValueError for G < 2.
     """
     if len(rewards) < 2:
         raise ValueError("a group of one has no advantage: num_generations must be at least 2")
     rewards = _fp32(rewards)
-    if rewards.eq(rewards[0]).all():  # their mean may differ from them in the last bit
+    # Equal rewards can differ from their mean in the last bit.
+    if rewards.eq(rewards[0]).all():
         return torch.zeros_like(rewards)
     return (rewards - rewards.mean()) / (rewards.std() + eps)
 
@@ -124,17 +124,17 @@ def grpo_loss(
 ):
     """The clipped policy-gradient loss with a KL penalty, normalized by tokens (TRL's "dapo").
 
-    Sum over real tokens of -min(ratio * A, clip(ratio) * A) + beta * k3, over `denominator`, with
-    ratio = exp(logp - old_logp) and the KL estimate k3 = exp(d) - d - 1, d = ref_logp - logp.
+    Sum over real tokens of -min(ratio * A, clip(ratio) * A) + beta * k3, divided by `denominator`.
+    ratio = exp(logp - old_logp), KL estimate k3 = exp(d) - d - 1, d = ref_logp - logp.
 
     Args: logps (G, C) with gradient; old_logps (G, C) of the sampling policy; ref_logps (G, C), or
-    None for no KL; advantages (G,); mask (G, C) bool; denominator, the tokens of the whole step if
-    gradients are accumulated, by default mask.sum(). Log-ratios are clamped to +-20: exp stays
-    finite. Returns: (loss; token means, floats: kl, ratio, clip_ratio/low_mean and /high_mean).
+    None for no KL; advantages (G,); mask (G, C) bool; denominator, by default mask.sum(); with
+    gradient accumulation, the tokens of the whole step. Log-ratios are clamped to +-20 to keep exp
+    finite. Returns: (loss, {kl, ratio, clip_ratio/low_mean, clip_ratio/high_mean: token means}).
     """
-    logps = _fp32(logps, mask=mask)  # the others are promoted where they meet it
+    logps = _fp32(logps, mask=mask)  # type promotion converts the others
     A = advantages.unsqueeze(1).expand_as(logps)[mask]  # (tokens,)
-    logps, old_logps = logps[mask], old_logps[mask]  # drop padding first: a NaN there stays there
+    logps, old_logps = logps[mask], old_logps[mask]  # drop padding, so NaNs in it cannot spread
     ratio = (logps - old_logps).clamp(-20, 20).exp()
     loss = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
     kl = torch.zeros_like(loss)
@@ -150,12 +150,12 @@ def grpo_loss(
 
 
 def localization(attention, region):
-    """How well one attention map finds the region. In brackets: the chance level.
+    """How well one attention map finds the region. Chance levels are in parentheses.
 
     Args: attention (N,), region (N,) bool. Returns floats: `auroc`, the probability that a cell
-    inside gets more than one outside, ties counting half (0.5; NaN if all are inside);
-    `mass_over_area`, rho (1); `pointing`, whether the largest cell is inside, ties shared (region /
-    image); `tas`, Target Attention Score, (1 + r_v) / 2 (0.5); `image_mass`, the sum.
+    inside gets more attention than one outside, ties count half (0.5; NaN if all are inside);
+    `mass_over_area`, rho (1); `pointing`, whether the largest cell is inside, averaged over ties
+    (region / image); `tas`, Target Attention Score, (1 + r_v) / 2 (0.5); `image_mass`, the sum.
     """
     attention = _fp32(attention, region=region)
     inside, outside = attention[region].unsqueeze(1), attention[~region].unsqueeze(0)
@@ -172,7 +172,7 @@ def localization(attention, region):
 
 @dataclass
 class RewardInputs:
-    """What a reward may look at: G completions of one question."""
+    """The inputs available to a reward: G completions of one question."""
 
     texts: list[str]
     lengths: list[int]  # tokens, the end-of-turn token included
@@ -183,7 +183,7 @@ class RewardInputs:
     format_lengths: tuple[int, int]  # shortest, longest
 
 
-REWARDS = {  # name -> function of RewardInputs, returns G floats; flags, log and report follow it
+REWARDS = {  # name -> function from RewardInputs to G floats; flags, log and report use it
     "attention": lambda x: attention_reward(x.attention, x.region, x.selected),
     "format": lambda x: [format_reward(*y, *x.format_lengths) for y in zip(x.texts, x.lengths)],
     "accuracy": lambda x: [accuracy_reward(text, x.answer) for text in x.texts],

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import reward
 from analysis.alarms import print_alarms
 from analysis.evaluate import are_results, evaluate
-from analysis.metrics import attention_metrics, json_row, sample_rows, step_metrics
+from analysis.metrics import attention_metrics, json_row, mean_rewards, sample_rows, step_metrics
 from analysis.report import write_report
 from checkpoint import RunDirectory, Stopped, resume_command, stop_signals
 from commands import run_subcommand
@@ -31,13 +31,13 @@ from data import Example, encode_example, example_region
 from model import Completions, Prompt, load_vlm
 from sources import load_datasets, step_examples
 
-SAMPLED_AT_ONCE = 64  # completions: decoding a token costs about as much for many as for one
+SAMPLED_AT_ONCE = 64  # completions: decoding more of them together is nearly free
 NO_LOSS_SCALE = torch.amp.GradScaler(enabled=False)
 
 
 @dataclass
 class Group:
-    """One question, its G completions, and what the updates and the log need to know of them."""
+    """One question, its G completions, and what the updates and the log need."""
 
     example: Example
     prompt: Prompt
@@ -45,7 +45,7 @@ class Group:
     rewards: dict[str, torch.Tensor]  # name -> (G,), unweighted
     total_reward: torch.Tensor  # (G,), the weighted sum
     advantages: torch.Tensor  # (G,)
-    zero_std: bool  # all rewards are equal: nothing to learn
+    zero_std: bool  # all total rewards are equal: nothing to learn
     old_logps: torch.Tensor  # (G, C) under the policy that sampled
     ref_logps: torch.Tensor | None  # (G, C) under the model before training; None without KL
     log: dict[str, float]  # means over the group
@@ -57,12 +57,12 @@ def train_step(vlm, examples, cfg, optimizer, generator, stop=(), scaler=NO_LOSS
     A group costs three forwards of P + G*C tokens: sampling, the reference (none if `beta` is 0),
     and one for rewards and gradient; one more if `completions_per_forward` splits the group.
     Args: scaler, a GradScaler for a model in fp16. Returns: (metrics, see `step_metrics`; samples,
-    a dict per completion). Raises: Stopped once `stop` is non-empty, but not after an update.
+    a dict per completion). Raises: Stopped once `stop` is non-empty, never after an update.
     """
     rollouts = roll_out(vlm, examples, cfg, generator, stop)
     step_tokens = sum(completions.mask.sum().item() for *_, completions in rollouts)
     groups, losses = [], []
-    for rollout in rollouts:  # one by one: only one group's activations are in memory
+    for rollout in rollouts:  # one at a time, to hold only one group's activations
         if stop:
             raise Stopped
         group, scores = score_and_reward(vlm, *rollout, cfg)
@@ -98,7 +98,7 @@ def score_and_reward(vlm, example, prompt, completions, cfg):
     rewards, inputs = compute_rewards(vlm, example, prompt, completions, scores, cfg)
     total = sum(w * rewards[name] for name, w in parse_weights(cfg.reward_weights).items())
     finite = scores.logps[completions.mask].isfinite().all().item()  # else the update is skipped
-    zero_std = finite and total.std().item() < 1e-6  # equal but for rounding
+    zero_std = finite and total.std().item() < 1e-6  # equal up to rounding
     ref_logps = None
     if cfg.beta and not zero_std:
         with torch.no_grad():
@@ -138,7 +138,7 @@ def accumulate_gradient(vlm, group, cfg, step_tokens, scaler, scores=None):
     """Backpropagate the loss of a group, one micro-batch at a time.
 
     Args: step_tokens, completion tokens of the whole step, which normalize the loss; scores of the
-    group, used again if they carry the gradient. Returns: a dict per micro-batch, for the log.
+    group, reused if they require grad. Returns: a dict per micro-batch, for the log.
     """
     if group.zero_std:
         return []
@@ -157,7 +157,7 @@ def accumulate_gradient(vlm, group, cfg, step_tokens, scaler, scores=None):
 
 
 def update(optimizer, scaler, losses, cfg):
-    """One update, skipped if loss or gradient is not finite; this halves fp16's loss scale."""
+    """One update. If loss or gradient is not finite, skip it and halve fp16's loss scale."""
     if losses:  # else there was no backward pass
         scaler.unscale_(optimizer)
     limit = cfg.max_grad_norm if cfg.max_grad_norm > 0 else math.inf
@@ -172,18 +172,20 @@ def update(optimizer, scaler, losses, cfg):
 
 
 def train(cfg):
-    """One run, from loading to the report. Returns the exit code."""
+    """One run, from loading the model to the report. Returns the exit code."""
     torch.manual_seed(cfg.seed)  # initializes LoRA; everything later draws from `generator`
     train_set, eval_set = load_datasets(cfg)
     vlm = load_model(cfg)
     generator = torch.Generator(vlm.device).manual_seed(cfg.seed)
     params = {name: p for name, p in vlm.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), cfg.learning_rate, weight_decay=cfg.weight_decay)
-    # In fp16 small gradients would round to 0: the loss is scaled up for the backward pass.
+    # In fp16, small gradients round to 0 unless the loss is scaled up for the backward pass.
     scaler = torch.amp.GradScaler(vlm.device.type, 2**10, enabled=vlm.dtype == torch.float16)
     run = RunDirectory(cfg, params, optimizer, generator, scaler)
     before = run.read_json("before.json", lambda content: are_results(content, len(eval_set)))
-    before = before or run.write_json("before.json", evaluate(vlm, eval_set, cfg, "before"))
+    compare = cfg.adapter and not cfg.max_steps  # no training: the base model beside the adapter
+    with vlm.model.disable_adapter() if compare else nullcontext():
+        before = before or run.write_json("before.json", evaluate(vlm, eval_set, cfg, "before"))
     warned = set()
     with stop_signals() as stop, tqdm(total=cfg.max_steps, initial=run.step, desc="train") as bar:
         while run.step < cfg.max_steps and not stop:
@@ -201,8 +203,7 @@ def train(cfg):
                 continue
             run.log(json_row(metrics | {"learning_rate": rate}), [json_row(row) for row in samples])
             print_alarms(run.step, metrics, warned)
-            means = (f"{name} {metrics[f'rewards/{name}/mean']:.2f}" for name in reward.REWARDS)
-            bar.set_postfix_str(" ".join(means), refresh=False)
+            bar.set_postfix(mean_rewards(metrics), refresh=False)
             bar.update()
             if run.step % cfg.save_steps == 0 or run.step == cfg.max_steps:
                 run.save()
@@ -220,15 +221,14 @@ def train(cfg):
 
 def load_model(cfg):
     """The model that a Config describes."""
-    same = ("load_in_4bit", "lora_r", "lora_alpha", "device", "max_pixels")
-    same += ("gradient_checkpointing", "completions_per_forward")
-    settings = {name: getattr(cfg, name) for name in same}
+    same = "load_in_4bit lora_r lora_alpha device max_pixels gradient_checkpointing"
+    settings = {name: getattr(cfg, name) for name in [*same.split(), "completions_per_forward"]}
     settings |= {"layers": parse_ints(cfg.layers), "heads": parse_ints(cfg.heads)}
     vlm = load_vlm(cfg.model_name_or_path, **settings)
     if cfg.adapter:
         vlm.load_adapter(cfg.adapter)
     if vlm.core.num_parameters() < 1e7:
-        torch.set_num_threads(1)  # for such small tensors, threads only wait for each other
+        torch.set_num_threads(1)  # with tensors this small, threading only adds overhead
     return vlm
 
 
@@ -243,10 +243,10 @@ def learning_rate(cfg, step):
 
 
 def main(argv=None, train=train, program="python sayo_mini.py"):
-    """The command line; scale_trl.py brings its own `train`. Returns the exit code."""
+    """The command line; scale_trl.py passes its own `train`. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     with one_line_errors(argv, program) as outcome:
-        command, given, notice = parse_command_line(argv)
+        command, given, notice = parse_command_line(argv, program)
         if notice:
             print(notice)
         if command == "train":

@@ -1,26 +1,40 @@
 """More than one GPU: SAYO's rewards in TRL's GRPOTrainer, with the flags, data sets and adapters of
-sayo_mini.py. docs/scaling.md says how to start it, what works, and what TRL does differently."""
+sayo_mini.py. docs/scaling.md explains how to start it, what works, and how TRL differs."""
 
 import json
 import os
 import sys
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
+
+from commands.parser import check_command_line
+
+PROGRAM = "accelerate launch scale_trl.py"
+if __name__ == "__main__":  # before torch loads, as in sayo_mini.py
+    if int(os.environ.get("RANK", 0)):  # only the first process prints
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    check_command_line(sys.argv[1:], PROGRAM)
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOConfig, GRPOTrainer
 
 import sayo_mini
 from checkpoint import RunDirectory
+from commands.run_folder import remove
 from config import InputError, parse_weights
 from data import Example, encode_example
-from model import Completions
 from reward import REWARDS
 from sources import epoch_index, load_datasets
 from sources.pretrained import choose_device
-from sources.trl import TrlProcessor, configure_trainer, forbid_placeholders, trl_dataset
+from sources.trl import (
+    TrlProcessor,
+    completions_per_process,
+    configure_trainer,
+    forbid_placeholders,
+    last_checkpoint,
+    pack_completions,
+    trl_dataset,
+)
 
 SHARDED = "every process needs all weights: use DDP, ZeRO-1 or ZeRO-2, not ZeRO-3 or FSDP"
 
@@ -28,9 +42,8 @@ SHARDED = "every process needs all weights: use DDP, ZeRO-1 or ZeRO-2, not ZeRO-
 class SayoRewards:
     """Every reward of `reward.REWARDS` as a reward function of TRL.
 
-    The policy in training, `vlm`, scores a batch of B rows once, for all functions. A batch may
-    hold whole groups or parts of them: the reward of a row does not depend on the other rows.
-    Raises: InputError if the weights are sharded.
+    The policy in training, `vlm`, scores a batch of B rows once for all functions. A batch may
+    split a group, as rows are rewarded one by one. Raises: InputError if the weights are sharded.
     """
 
     def __init__(self, vlm, cfg):
@@ -52,30 +65,20 @@ class SayoRewards:
         training, ids = self.vlm.model.training, iter(completion_ids)
         rewards = {name: [] for name in REWARDS}
         for example, rows in groupby(map(Example, image, question, answer, boxes, id)):
-            completions = self.completions([next(ids) for _ in rows])
+            group = [next(ids) for _ in rows]
+            completions = pack_completions(self.vlm, group, self.cfg.temperature)
             prompt = encode_example(self.vlm, example, self.cfg)
             batch = example, prompt, completions, self.vlm.score(prompt, completions)
-            group, _ = sayo_mini.compute_rewards(self.vlm, *batch, self.cfg)
-            for name, values in group.items():
+            for name, values in sayo_mini.compute_rewards(self.vlm, *batch, self.cfg)[0].items():
                 rewards[name] += values.tolist()
-        self.vlm.model.train(training)  # scoring has switched to eval mode
+        self.vlm.model.train(training)  # scoring switches to eval mode
         return rewards
-
-    def completions(self, ids):
-        rows = [torch.tensor(row, device=self.vlm.device) for row in ids]
-        mask = pad_sequence([torch.ones_like(row).bool() for row in rows], batch_first=True)
-        texts = [self.vlm.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
-        return Completions(pad_sequence(rows, batch_first=True), mask, texts, self.cfg.temperature)
 
 
 def trl_config(cfg):
-    """A Config as TRL's. Raises: InputError if the completions of a step cannot be divided evenly
-    among the processes, or if the weights are to be sharded."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    rows, odd = divmod(cfg.prompts_per_step * cfg.num_generations, processes)
-    if odd or not cfg.max_steps:
-        product = "--prompts_per_step x --num_generations"
-        raise InputError(f"--max_steps must be above 0, {product} a multiple of the processes")
+    """A Config as a GRPOConfig. Raises: InputError if the completions of a step cannot be divided
+    evenly among the processes, or if the launcher shards the weights."""
+    rows = completions_per_process(cfg)
     most = cfg.completions_per_forward or cfg.num_generations
     batch = max(n for n in range(1, most + 1) if rows % n == 0)
     same = "output_dir num_generations num_iterations max_completion_length temperature beta seed "
@@ -121,29 +124,26 @@ def make_trainer(cfg, args, vlm, train_set):
 
 
 def train(cfg):
-    """Replaces `sayo_mini.train`, in every process; the first one writes. Returns the exit code."""
+    """Replaces `sayo_mini.train` and runs in every process; only rank 0 writes. Returns: 0."""
     args = trl_config(cfg)
     torch.manual_seed(cfg.seed)
     train_set, _ = load_datasets(cfg)
     vlm = sayo_mini.load_model(replace(cfg, device=str(args.device)))
-    args.distributed_state.wait_for_everyone()  # all have seen that the folder holds no run
+    args.distributed_state.wait_for_everyone()  # until every rank has checked the folder
     run = None if args.process_index else RunDirectory(replace(cfg, resume=False), {}, None, None)
     trainer = make_trainer(cfg, args, vlm, train_set)
-    # A checkpoint's last file is the trainer's state: where it exists, the rest does.
-    states = Path(cfg.output_dir).glob("checkpoint-*/trainer_state.json")
-    folders = [path.parent for path in states] if cfg.resume else []
-    last = max(folders, key=lambda folder: int(folder.name[11:]), default=None)
+    last = last_checkpoint(cfg.output_dir) if cfg.resume else None
     print(f"resuming {last}" if last else f"starting from the beginning in {cfg.output_dir}")
     trainer.train(resume_from_checkpoint=last)
     if run:
         rows = (json.dumps(row) + "\n" for row in trainer.state.log_history)
         run.write_texts({"metrics.jsonl": "".join(rows)})
         run.atomic_write("adapter", vlm.model.save_pretrained)
+        remove(run.folder / "samples.jsonl")  # TRL logs no samples
+    print(f"the adapter is in {cfg.output_dir}/adapter, the log in {cfg.output_dir}/metrics.jsonl")
     args.distributed_state.destroy_process_group()  # else a process may abort at exit
     return 0
 
 
 if __name__ == "__main__":
-    if int(os.environ.get("RANK", 0)):  # only the first process prints
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    sys.exit(sayo_mini.main(train=train, program="accelerate launch scale_trl.py"))
+    sys.exit(sayo_mini.main(train=train, program=PROGRAM))

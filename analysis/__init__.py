@@ -1,1 +1,1 @@
-"""What a run measures and shows: evaluation, metrics, alarms, pictures and the HTML report."""
+"""Evaluation, metrics, alarms, images and the HTML report of a run."""

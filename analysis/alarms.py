@@ -1,21 +1,20 @@
-"""Warnings about a run that looks wrong, from the metrics of a step."""
+"""Warnings about suspicious metrics of a training step."""
 
 from tqdm import tqdm
 
 ALARMS = {  # metric -> (threshold, what it means)
     "frac_reward_zero_std": (
         0.9,
-        "all completions of a question get the same reward: nothing to learn",
+        "all completions of a question get equal reward, so there is nothing to learn",
     ),
-    "completions/seq_rep_3": (0.3, "completions repeat the same words over and over"),
+    "completions/seq_rep_3": (0.3, "completions repeat the same words"),
     "completions/unclosed_tags": (0.3, "completions open <answer> without closing it"),
     "completions/clipped_ratio": (0.5, "most completions are cut off at --max_completion_length"),
 }
 
 
 def alarms(row):
-    """The alarms of one row of metrics.jsonl: signs of reward hacking, or of no signal at all.
-    Returns: {metric: message}."""
+    """The signs of reward hacks and dead signals in a row of metrics.jsonl, {metric: message}."""
     return {
         name: f"{name} {row[name]:.2f}: {why}"
         for name, (minimum, why) in ALARMS.items()
@@ -24,7 +23,7 @@ def alarms(row):
 
 
 def print_alarms(step, row, warned):
-    """Print each alarm the first time it is raised in a run; `warned` collects them."""
+    """Print each alarm once per run. `warned` is the set of metrics already reported."""
     for name, message in alarms(row).items():
         if name not in warned:
             tqdm.write(f"step {step}: {message}")

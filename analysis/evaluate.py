@@ -1,5 +1,4 @@
-"""Evaluation: greedy answers to held-out questions, and where the model looks while it writes them.
-Nothing here trains."""
+"""Evaluation: greedy answers to held-out questions, and where the model looks while it answers."""
 
 from dataclasses import dataclass
 
@@ -12,19 +11,19 @@ from config import InputError
 from data import encode_example, example_region
 from model import Completions
 
-QUESTIONS_PER_BATCH = 8  # held-out questions answered at the same time
+QUESTIONS_PER_BATCH = 8  # held-out questions answered together
 EXAMPLES_IN_PICTURE = 4  # held-out examples whose maps go into look.png
 EXAMPLES_IN_REPORT = 8  # held-out examples whose maps go into report.html
-MAX_MAP_CHARACTERS = 70_000  # per answer in report.html: a limit on its size, which is under 2 MB
+MAX_MAP_CHARACTERS = 70_000  # per answer; keeps report.html under 2 MB
 MAX_LAYERS = 6  # per answer in report.html
 MAX_GRID_SIDE = 12  # cells per side of a map in report.html
 
 
 @dataclass
 class AttentionTrace:
-    """One answer and the attention of each of its tokens to the image. All tensors on the CPU."""
+    """An answer and the attention of each token to the image. Tensors are on the CPU."""
 
-    completion: Completions  # of one answer; on the model's device
+    completion: Completions  # one answer, on the model's device
     attention: torch.Tensor  # (C, N), aligned, mean over the Vlm's layers and heads
     entropy: torch.Tensor  # (C,) nats
     selected: torch.Tensor  # (C,) bool, the tokens that the attention reward uses
@@ -37,7 +36,7 @@ class AttentionTrace:
 
 @torch.no_grad()
 def trace_attention(vlm, prompt, cfg, completion=None, selected=None):
-    """Record where the model looks while it writes an answer.
+    """Measure where the model looks while it writes an answer.
 
     Args: completion, Completions of one answer, by default the greedy one; selected (C,) bool, by
     default the tokens that `reward.select_tokens` selects.
@@ -46,7 +45,7 @@ def trace_attention(vlm, prompt, cfg, completion=None, selected=None):
     completion = completion or vlm.sample(prompt, 1, cfg.max_completion_length, temperature=0)
     scores = vlm.score(prompt, completion)
     if not (scores.logps.isfinite().all() and scores.attention.isfinite().all()):
-        advice = "try --no-load_in_4bit, another --adapter, or --device cpu, which computes in fp32"
+        advice = "try --no-load_in_4bit, a different --adapter, or --device cpu, which uses fp32"
         raise InputError(f"the model's output is not finite (NaN or infinity): {advice}")
     if selected is None:
         selected = reward.select_tokens(scores.entropy, completion.mask, cfg.token_fraction)[0]
@@ -56,22 +55,22 @@ def trace_attention(vlm, prompt, cfg, completion=None, selected=None):
 
 
 def evaluate(vlm, examples, cfg, name, before=None):
-    """Answer held-out questions greedily, and measure where the model looks.
+    """Answer held-out questions greedily and measure where the model looks.
 
     Args: examples, a data set; name, for the progress bar; before, the results of an earlier
     evaluation of the same examples, or None.
     Returns: a list of dicts for JSON, one per example, with the keys
-    - id; text, ids and selected of the answer; correct (0 or 1); length, in tokens;
-    - area, the region's share of the image, and the scores of `reward.localization` for the mean
-      map of the selected tokens: auroc, mass_over_area, pointing, tas, image_mass;
-    - permuted_auroc: the same map and the *next* example's region. A map that fits any region as
-      well as its own shows a habit and no search for what the question asks about;
-    - fixed_auroc and so on: the scores on fixed text. This model is fed the answers of `before`
-      and measured at the tokens selected then, so the wording is the same before and after, and
-      only a change of attention shows. Without `before` they are the scores above;
-    - to_region, to_image: the attention of each token, (C,);
-    - grid, map, page: what look.png and report.html show of the example. map and page are None
-      for all but the first few examples.
+    - id; text, ids and selected of the answer; correct (0 or 1); length in tokens
+    - area, the region's fraction of the image, and the scores of `reward.localization` for the
+      mean map of the selected tokens: auroc, mass_over_area, pointing, tas, image_mass
+    - permuted_auroc: the same map scored with the *next* example's region. A map that fits any
+      region as well as its own reflects a positional habit, not a search
+    - fixed_auroc, fixed_mass_over_area, ...: the same scores on fixed text. The model is fed the
+      answers of `before` and measured at the tokens selected then. The wording is the same before
+      and after, so only changes in attention count. Without `before` they equal the scores above
+    - to_region, to_image: the attention of each token, (C,)
+    - grid, map, page: data for look.png and report.html. map and page are None except for the
+      first few examples
     """
     results = []
     answers = answer_in_batches(vlm, examples, cfg)
@@ -92,7 +91,7 @@ def evaluate(vlm, examples, cfg, name, before=None):
 
 
 def are_results(content, count):
-    """Whether decoded JSON has the form of `count` results of `evaluate`; a file may be damaged."""
+    """Whether decoded JSON looks like `count` results of `evaluate`; the file may be damaged."""
     per_token = "ids", "selected", "to_region", "to_image"
     scores = "auroc", "mass_over_area", "pointing", "tas", "image_mass"
     scores += "correct", "length", "area", "permuted_auroc", *(f"fixed_{name}" for name in scores)
@@ -128,7 +127,7 @@ def answer_in_batches(vlm, examples, cfg):
 
 
 def trace_fixed_text(vlm, prompt, cfg, result):
-    """The AttentionTrace of the answer in an earlier result, at the tokens selected then."""
+    """The AttentionTrace of the answer in an earlier result, with the tokens selected then."""
     ids = torch.tensor(result["ids"], device=vlm.device)
     selected = torch.tensor(result["selected"], device=vlm.device)
     completion = Completions(ids[None], torch.ones_like(selected)[None])
@@ -148,7 +147,7 @@ def answer_fields(example, trace):
 
 
 def localization_fields(attention, fixed_attention, region, next_region):
-    """Args: two maps (N,), of the model's own answer and of the fixed text; two regions (N,)."""
+    """Args: the maps of the model's own answer and of the fixed text, (N,); two regions (N,)."""
     scores = reward.localization(attention, region)
     fixed_scores = reward.localization(fixed_attention, region)
     return {
@@ -175,10 +174,10 @@ def map_fields(vlm, prompt, trace, cfg, index):
 
 
 def report_maps(vlm, prompt, trace, cfg):
-    """What report.html shows of an answer: its tokens, and a map per token and layer.
+    """Data of one answer for report.html: its tokens, and a map per token and layer.
 
-    A map is the mean over all heads of a layer. Maps are pooled to at most MAX_GRID_SIDE cells per
-    side. Layers are evenly spaced and end with the last; long answers get fewer of them.
+    A map is averaged over all heads of a layer and pooled to at most MAX_GRID_SIDE cells per side.
+    Layers are evenly spaced and include the last; long answers get fewer layers.
     Returns: a dict for JSON; `maps` is [layer][token] of `pack_map`.
     """
     maps, prompt_maps = vlm.attention_maps(prompt, trace.completion)  # (L, H, 1, C, N), (L, H, N)

@@ -1,5 +1,5 @@
-"""report.html: a run on one page, in one file. The page is `report_template.html`; this module
-gathers its data and draws its charts. Only Pillow and the standard library are imported here."""
+"""report.html: a run on one page, in a single file. This module collects the data and draws the
+charts for `report_template.html`. Imports only Pillow and the standard library."""
 
 import base64
 import html
@@ -13,21 +13,21 @@ from analysis.results_table import results_table
 from commands.run_folder import join_flags
 from commands.settings import FIELDS
 
-# An attention value is stored as one of 64 characters.
+# An attention value is stored as one of these 64 characters.
 LEVELS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"
 LINE_COLORS = 6  # the classes line0 to line5 of report_template.html
-CURVES = {  # title -> metrics of metrics.jsonl in one chart; the rewards are added to these
+CURVES = {  # chart title -> metrics in metrics.jsonl; reward charts are added
     "AUROC of the attention, sampled completions": ["attention/auroc"],
     "entropy, nats": ["entropy"],
     "completion length, tokens": ["completions/mean_length"],
-    "KL to the model before training, nats per token": ["kl"],
+    "KL from the pre-training model, nats per token": ["kl"],
 }
 
 
 def render_report(folder, examples):
-    """Render the report of a run from the files in its folder; the run may be unfinished.
+    """Render the report from the files in a run's folder. The run may be unfinished.
 
-    Args: folder, of the run; examples, the held-out data set that its evaluations used.
+    Args: folder, of the run; examples, the held-out data set.
     Returns: {"report.html": text, "response.svg": text}.
     """
     folder = Path(folder)
@@ -57,7 +57,7 @@ def render_report(folder, examples):
 
 
 def settings_command(config):
-    """The command that starts a run with the settings in config.json, in another folder."""
+    """The command that starts a run with the settings in config.json, except --output_dir."""
     names = [name for name in FIELDS if name in config.keys() - {"output_dir", "resume"}]
     switches = {True: "--", False: "--no-"}
     flags = [
@@ -70,18 +70,18 @@ def settings_command(config):
 
 
 def read_json(path):
-    """The content of a JSON file, None if there is no such file."""
+    """The content of a JSON file, or None if it does not exist."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def read_metrics(path):
-    """The rows of metrics.jsonl, none if there is no such file."""
+    """The rows of metrics.jsonl, or [] if it does not exist."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
 def example_data(examples, before, after):
-    """What the page shows of each example whose results hold maps, as a list of dicts for JSON."""
+    """The page's data for every example whose results contain maps, a list of dicts for JSON."""
     data = []
     for i, result in enumerate(before or []):
         if not result["page"]:
@@ -106,7 +106,7 @@ def example_data(examples, before, after):
 
 
 def image_as_url(image, longest=336):
-    """An image as a data URL: PNG if it is small, else JPEG, at most `longest` pixels per side."""
+    """An image as a data URL: PNG if small, otherwise JPEG with at most `longest` px per side."""
     image = image.convert("RGB")
     lossless = max(image.size) <= 128
     image.thumbnail((longest, longest))
@@ -117,7 +117,7 @@ def image_as_url(image, longest=336):
 
 
 def pack_map(attention):
-    """Pack an attention map as [its largest value, a string with one of LEVELS per cell].
+    """Pack an attention map as [largest value, a string with one character of LEVELS per cell].
 
     The level is the square root of the cell's fraction of the largest value, in 64 steps.
     """
@@ -127,7 +127,7 @@ def pack_map(attention):
 
 
 def metric_charts(steps):
-    """The training curves as a list of SVGs. The rewards are those that the log holds.
+    """The training curves of all logged rewards and of CURVES, as a list of SVGs.
 
     Args: steps, the rows of metrics.jsonl.
     """
@@ -147,8 +147,8 @@ def metric_charts(steps):
 
 
 def position_charts(before, after):
-    """The charts of `attention_by_position` as a list of SVGs: before training, and after it unless
-    `after` is None."""
+    """The charts of `attention_by_position` as a list of SVGs, before and, unless `after` is None,
+    after training."""
     return [
         line_chart(f"{name}: {title}", lines, "token")
         for name, results in (("before", before), ("after", after))
@@ -158,11 +158,11 @@ def position_charts(before, after):
 
 
 def attention_by_position(results):
-    """Mean attention of each token of an answer to the region, to the rest of the image and to
-    text, for right and wrong answers.
+    """Mean attention of each answer token to the region, the rest of the image and text, for right
+    and wrong answers.
 
     Args: results of `evaluate`.
-    Returns: {title: {name: list of means, by position}}. A position is included if at least a third
+    Returns: {title: {name: list of means by position}}. A position is included if at least a third
     of the answers are that long.
     """
     charts = {}
@@ -184,8 +184,8 @@ def attention_by_position(results):
 def line_chart(title, lines, x_label="step"):
     """Draw a line chart as inline SVG.
 
-    Args: lines, name -> values at x = 1, 2, ...; None where a value is missing.
-    Returns: the SVG as a string, "" if there are no values.
+    Args: lines, {name: values at x = 1, 2, ...}, with None for a missing value.
+    Returns: the SVG as a string, or "" if there are no values.
     """
     values = [v for line in lines.values() for v in line if v is not None]
     if not values:
@@ -224,20 +224,20 @@ def line_chart(title, lines, x_label="step"):
 def line_style(n):
     """The SVG attributes of a chart's line `n`, counted from 0.
 
-    Colors repeat; dash patterns never do, so lines also differ without color: line 0 is solid, line
-    n a long dash and n dots.
+    Colors repeat but dash patterns do not, so lines differ even without color. Line 0 is solid,
+    line n has a long dash and n dots.
     """
     dashes = " ".join(["10 4", *["2 4"] * n]) if n else "none"
     return f'class="line{n % LINE_COLORS}" stroke-dasharray="{dashes}"'
 
 
 def legend_width(count):
-    """How long a line in the legend must be to show the dash pattern of each of `count` lines."""
-    return max(26, 14 + 6 * (count - 1) + 10)  # the longest pattern, and the next long dash
+    """The legend line length that shows the full dash pattern of each of `count` lines."""
+    return max(26, 14 + 6 * (count - 1) + 10)  # the longest pattern plus the next long dash
 
 
 def stack_charts(charts):
-    """Several charts as one SVG file, one below the other."""
+    """Several charts stacked vertically in one SVG file."""
     style = (
         "text{font:12px sans-serif}.title{font-weight:bold}"
         ".axis,polyline,[class^=line]{fill:none;stroke:#333}"

@@ -1,5 +1,5 @@
-"""Count the memory of a program that runs on meta tensors: they have shapes and no data, so neither
-a GPU nor weights are needed. An operation that mixes devices raises, as it would on a GPU."""
+"""Counts the memory of a program that runs on meta tensors. They have shapes but no data, so no GPU
+and no weights are needed. Operations that mix devices raise an error, as they would on a GPU."""
 
 import weakref
 from contextlib import contextmanager
@@ -20,12 +20,12 @@ DEPEND_ON_DATA = {"nonzero", "repeat_interleave", "unique_consecutive", "masked_
 
 
 class MetaMemory(TorchDispatchMode):
-    """While active, it counts the bytes of meta tensors that are alive, and keeps the peak of each
-    phase. What a program asks of data that is not there is answered so that it goes on:
+    """While active, counts the bytes of live meta tensors and records the peak of each phase.
 
-    - integers and masks of moderate size are computed on the CPU as well, so they are exact; a
-      sampled token is token 0;
-    - a tensor copied to the CPU is full of ones, as is a number read with `.item()`.
+    A program that reads values gets replacements, so it can continue:
+    - Integers and masks of moderate size are also computed on the CPU, so they are exact. Sampled
+      tokens are token 0.
+    - Other tensors copied to the CPU contain ones, and `.item()` returns one.
     """
 
     def __init__(self):
@@ -33,15 +33,15 @@ class MetaMemory(TorchDispatchMode):
         self.current, self.peaks, self.phase = 0, {}, None
         self.alive = {}  # storage -> a weak reference to it
         self.pure, self.forms = {}, {}  # see `run`
-        self.known = WeakTensorKeyDictionary()  # meta tensor -> the same on the CPU, with data
+        self.known = WeakTensorKeyDictionary()  # meta tensor -> the CPU tensor with its data
 
     def enter(self, phase):
-        """What follows belongs to `phase`."""
+        """Start or continue `phase`; later peaks belong to it."""
         self.phase = phase
         self.peaks[phase] = max(self.peaks.get(phase, 0), self.current)
 
     def track(self, tensor):
-        """Count a tensor, until it is freed."""
+        """Count a tensor until it is freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.alive:
@@ -60,7 +60,7 @@ class MetaMemory(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = function._schema.name.partition("::")[2]
-        if name == "gemm_4bit":  # a GPU may fuse it; without that, the weight is dequantized first
+        if name == "gemm_4bit":  # a GPU may fuse it; otherwise it dequantizes the weight first
             with self:
                 return _gemm_4bit_default_impl(*args, **kwargs)
         if name == "_local_scalar_dense" and args[0].is_meta:
@@ -79,8 +79,8 @@ class MetaMemory(TorchDispatchMode):
         return out
 
     def run(self, function, name, args, kwargs):
-        """Call a function on meta tensors. Results that share no memory with an argument have forms
-        that follow from the arguments': computed once, because PyTorch takes long."""
+        """Call a function on meta tensors. If the results share no memory with the arguments, their
+        forms depend only on the arguments' forms, so they are cached. PyTorch itself is slow."""
         if function not in self.pure:
             schema = function._schema
             self.pure[function] = not any(
@@ -93,24 +93,24 @@ class MetaMemory(TorchDispatchMode):
         check_devices(function, name, inputs)
         out = function(*args, **kwargs)
         if key and (new := tensors_in(out)) and all(x.is_meta for x in new):
-            if not storages(new) & storages(inputs):  # _unsafe_view shares in secret
+            if not storages(new) & storages(inputs):  # _unsafe_view's schema hides that it shares
                 self.forms[key] = form(out)
         return out
 
     def follow(self, name, function, args, kwargs, out):
-        """Compute integers and masks on the CPU too."""
+        """Compute integers and masks on the CPU as well."""
         if not isinstance(out, torch.Tensor) or out.is_floating_point() or out.numel() > MAX_KNOWN:
             return
-        if name == "argmax":  # the token that was sampled
+        if name == "argmax":  # a sampled token
             self.known[out] = torch.zeros(out.shape, dtype=out.dtype)
             return
         try:
             self.known[out] = self.on_cpu(function, args, kwargs)
         except KeyError:
-            self.known.pop(out, None)  # overwritten with something unknown
+            self.known.pop(out, None)  # overwritten with unknown values
 
     def on_cpu(self, function, args, kwargs):
-        """Raises: KeyError if some argument is not known."""
+        """Call a function on the known values. Raises: KeyError if an argument is unknown."""
 
         def find(x):
             if isinstance(x, torch.Tensor):
@@ -147,14 +147,14 @@ def on_meta(kwargs, default=False):
 
 
 def check_devices(function, name, tensors):
-    """Raises: RuntimeError if an operation would raise on a GPU because a tensor is on the CPU."""
+    """Raises: RuntimeError if an operation would fail on a GPU because a tensor is on the CPU."""
     if len({x.is_meta for x in tensors if x.dim()}) > 1 and name not in COPIES | TAKE_CPU_INDICES:
         shapes = ", ".join(f"{tuple(x.shape)} on {x.device}" for x in tensors)
         raise RuntimeError(f"{function} mixes devices: {shapes}")
 
 
 def tensors_in(x):
-    """The tensors in nested tuples and lists; torch.utils._pytree takes several times as long."""
+    """The tensors in nested tuples and lists. torch.utils._pytree is several times slower."""
     if isinstance(x, torch.Tensor):
         return [x]
     return [t for y in x for t in tensors_in(y)] if isinstance(x, tuple | list) else []
@@ -165,7 +165,7 @@ def storages(tensors):
 
 
 class Form(NamedTuple):
-    """A tensor without its data."""
+    """The metadata of a tensor."""
 
     shape: torch.Size
     stride: tuple[int]
@@ -174,7 +174,7 @@ class Form(NamedTuple):
 
 
 def form(x):
-    """Something hashable that tells what matters of an argument, or of a result."""
+    """The hashable metadata of an argument or a result."""
     if isinstance(x, torch.Tensor):
         return Form(x.shape, x.stride(), x.dtype, x.device)
     if isinstance(x, tuple | list):
@@ -183,7 +183,7 @@ def form(x):
 
 
 def from_form(x):
-    """The result that has this form."""
+    """A result with this form."""
     if isinstance(x, Form):
         return torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device=x.device)
     if isinstance(x[0], bool):
@@ -193,11 +193,11 @@ def from_form(x):
 
 @contextmanager
 def meta_as_device(name):
-    """Let two functions of PyTorch do on meta tensors what they do on a cuda card or a cpu.
+    """Make two PyTorch functions treat meta tensors like tensors on `name`, "cuda" or "cpu".
 
-    Attention: PyTorch would take the kernel that needs the most memory, which no device does here.
-    `torch.tensor`: it would forget the values. A TorchFunctionMode is off during a backward pass,
-    and with it during recomputation.
+    For attention PyTorch would use the kernel with the highest memory use, unlike either device.
+    `torch.tensor` would lose the values. A TorchFunctionMode cannot replace these patches, because
+    it is off during backward passes and therefore during recomputation.
     """
     functional = torch.nn.functional
     real_attention, real_tensor = functional.scaled_dot_product_attention, torch.tensor
@@ -229,7 +229,7 @@ def meta_attention(
     enable_gqa=False,
     name="cuda",
 ):
-    """Attention with the kernel of a cuda card or a cpu."""
+    """Attention with the kernel that `name`, "cuda" or "cpu", would use."""
     if attn_mask is not None:
         attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device)
     if name == "cpu":

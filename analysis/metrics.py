@@ -1,4 +1,4 @@
-"""What a training step logs. docs/logging.md explains every metric."""
+"""The metrics of a training step. docs/logging.md explains each of them."""
 
 import math
 import re
@@ -10,16 +10,21 @@ import reward
 
 
 def json_row(row):
-    """The row with null for NaN and infinity, which are not JSON. They occur in a step whose update
-    was skipped."""
+    """The row with NaN and infinity replaced by None, because JSON has neither. They occur in steps
+    whose update was skipped."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in row.items()
     }
 
 
+def mean_rewards(metrics):
+    """{name: mean} of every reward, for the progress bar."""
+    return {name: metrics[f"rewards/{name}/mean"] for name in reward.REWARDS}
+
+
 def sample_rows(group):
-    """A group's rows of samples.jsonl, one per completion."""
+    """Yield a group's rows of samples.jsonl, one per completion."""
     example = group.example
     for i, text in enumerate(group.completions.texts):
         row = {"id": example.id, "question": example.question, "answer": example.answer}
@@ -28,7 +33,7 @@ def sample_rows(group):
 
 
 def attention_metrics(entropy, mask, inputs):
-    """What the log says of a group's entropy (G, C) and attention, as means over the group.
+    """A group's metrics of entropy (G, C) and attention, averaged over the group.
 
     Args: mask (G, C) bool, the real tokens; inputs, the group's RewardInputs.
     """
@@ -46,7 +51,7 @@ def attention_metrics(entropy, mask, inputs):
 
 
 def step_metrics(groups, updates):
-    """One row of metrics.jsonl, with TRL's names where TRL has the metric.
+    """One row of metrics.jsonl. Metrics that TRL also logs have TRL's names.
 
     Args: groups, the Groups of a step; updates, a dict per optimizer update with `losses` (a dict
     per micro-batch: loss, tokens and the stats of `grpo_loss`), `grad_norm` and `finite`.
@@ -80,7 +85,7 @@ def step_metrics(groups, updates):
 
 
 def completion_metrics(groups):
-    """Lengths of the completions, and signs of reward hacking in their text."""
+    """Completion lengths, and signs of reward hacking in the text."""
     texts = [text for g in groups for text in g.completions.texts]
     lengths = torch.cat([g.completions.mask.sum(1) for g in groups]).float().cpu()
     finished = torch.cat([g.completions.finished for g in groups])
@@ -97,14 +102,14 @@ def completion_metrics(groups):
 
 
 def repeated_sentences(text):
-    """The share of sentences that repeat an earlier one: padding. Float in [0, 1)."""
+    """The fraction of sentences that repeat an earlier one, a sign of filler. Float in [0, 1)."""
     sentences = [s.strip() for s in re.split(r"[.!?]+(?:\s|$)|\n+", text.casefold()) if s.strip()]
     return 1 - len(set(sentences)) / len(sentences) if sentences else 0.0
 
 
 def seq_rep_3(text):
-    """The share of word triples that repeat an earlier one (Welleck et al. 2020): catches endless
-    lists, which have no sentences. Float in [0, 1)."""
+    """The fraction of word triples that repeat an earlier one (Welleck et al. 2020). It detects
+    endless lists, which have no sentences. Float in [0, 1)."""
     words = text.casefold().split()
     triples = list(zip(words, words[1:], words[2:]))
     return 1 - len(set(triples)) / len(triples) if triples else 0.0

@@ -1,21 +1,20 @@
-"""Pictures of attention: over an image, before and after training, and per layer and head."""
+"""Plots of attention: over an image, before and after training, and per layer and head."""
 
 import textwrap
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-# Black, yellow, and red between them. Lightness rises steadily, so the map also reads in grayscale.
+# Low, high, middle. Lightness increases steadily, so the map also works in grayscale.
 COLOR_MAP = "#000004", "#fcffa4", "#dd513a"
 
 
 def overlay(image, attention, grid, boxes=(), size=336):
     """Draw an attention map over an image.
 
-    Args: attention (N,), a number per cell of `grid` = (rows, cols), scaled so that the largest is
-    brightest; boxes, in pixels of `image`, outlined in white; size, the longer side in pixels of
-    the result.
-    Returns: an RGB image. Cells keep hard edges, because the model sees no finer than that. A cell
-    without attention shows the bare image.
+    Args: attention (N,), a number per cell of `grid` = (rows, cols); the largest is brightest;
+    boxes, in pixels of `image`, outlined in white; size, the longer side of the result in pixels.
+    Returns: an RGB image with hard cell edges, one cell per image token. Cells without attention
+    show the plain image.
     """
     scale = size / max(image.size)
     width, height = (max(1, round(v * scale)) for v in image.size)
@@ -23,7 +22,7 @@ def overlay(image, attention, grid, boxes=(), size=336):
     rows, cols = grid
     strength = Image.new("L", (cols, rows))
     largest = max(max(attention), 1e-12)
-    # The square root makes faint cells visible.
+    # The square root makes weak attention visible.
     strength.putdata([round(255 * max(0.0, a / largest) ** 0.5) for a in attention])
     strength = strength.resize((width, height), Image.Resampling.NEAREST)
     color = ImageOps.colorize(strength, *COLOR_MAP)
@@ -37,10 +36,11 @@ def overlay(image, attention, grid, boxes=(), size=336):
 
 
 def plot_before_after(examples, before, after, path):
-    """Write one row per example that has a map: the bare image, attention before, attention after.
+    """Write an image with one row per example that has a map: the plain image, attention before
+    training, attention after it.
 
-    Args: before, after, results of `evaluate`, of which `map`, `grid`, `text` and `correct` are
-    used; path, where to write the picture.
+    Args: before, after, results of `evaluate` with `map`, `grid`, `text` and `correct`; path, the
+    output file.
     """
     size, gap, caption_height = 336, 12, 54
     row_height = size + gap + caption_height
@@ -63,13 +63,13 @@ def plot_before_after(examples, before, after, path):
 
 
 def plot_answers(image, boxes, answers, path):
-    """Write the picture of the `look` command: one column per answer.
+    """Write the image of the `look` command: one column per answer.
 
-    A column shows the image under the mean attention of the selected tokens, and below it every
-    token: the bluer, the higher its entropy; selected ones are underlined.
+    A column shows the mean attention of the selected tokens over the image. Below it are all
+    tokens: bluer means higher entropy, and selected tokens are underlined.
 
     Args: answers, dicts with `caption`, `map` (N,), `grid`, `tokens` (C strings), `entropy` (C,)
-    in nats and `selected` (C,); path, where to write the picture.
+    in nats and `selected` (C,); path, the output file.
     """
     size, gap = 448, 16
     sheet = Image.new("RGB", (len(answers) * (size + gap) + gap, 4 * size), "white")
@@ -81,7 +81,7 @@ def plot_answers(image, boxes, answers, path):
 
 
 def draw_answer(sheet, left, top, size, image, boxes, answer):
-    """Draw one column of `plot_answers`, `size` pixels wide. Returns: the y of its lower end."""
+    """Draw a column of `plot_answers`, `size` pixels wide. Returns: the y of its bottom."""
     draw, font, line = ImageDraw.Draw(sheet), ImageFont.load_default(size=15), 22
     draw.text((left, top), answer["caption"], "black", font)
     picture = overlay(image, answer["map"], answer["grid"], boxes, size)
@@ -108,10 +108,10 @@ def draw_answer(sheet, left, top, size, image, boxes, answer):
 
 
 def plot_heatmap(auroc, path):
-    """Write a table of AUROC as a heat map, in which chance (0.5) and less is black.
+    """Write a table of AUROCs as a heat map. Chance (0.5) and below is black.
 
-    Args: auroc (L + 1, H + 1), a row per layer and a column per head, the last of each for all
-    together; path, where to write the picture.
+    Args: auroc (L + 1, H + 1), a row per layer and a column per head; the last row and column are
+    for the mean over all; path, the output file.
     """
     rows, cols, width, height, left, top = len(auroc), len(auroc[0]), 52, 24, 70, 24
     above_chance = [max(0.0, value - 0.5) for row in auroc for value in row]

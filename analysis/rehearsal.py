@@ -1,5 +1,5 @@
-"""Rehearse a run on meta tensors: the program's own training step and evaluation, for a model of
-which only the configuration is known. Returns the peak memory of each phase."""
+"""Predicts the peak memory of each phase of a run from the model's configuration alone, by running
+the program's own training step and evaluation on meta tensors."""
 
 import io
 from contextlib import redirect_stderr, suppress
@@ -20,13 +20,13 @@ from model import Prompt, Vlm
 from sources.pretrained import add_lora
 
 META = torch.device("meta")
-DECODED = 3  # tokens; the others of a completion cost the same, but for the length of the cache
-TRACED = 2  # held-out answers; the others of a batch cost the same
-UNUSED = 10  # a token id without a meaning
+DECODED = 3  # tokens; other tokens cost the same, apart from the cache length
+TRACED = 2  # held-out answers; the rest of a batch costs the same
+UNUSED = 10  # a token id without special meaning
 
 
 class Tokens:
-    """In place of a tokenizer, of which nothing is known."""
+    """Stands in for the tokenizer, which is not loaded."""
 
     pad_token_id = eos_token_id = 0
 
@@ -35,7 +35,7 @@ class Tokens:
 
 
 class RehearsedVlm(Vlm):
-    """A Vlm without data. Its prompts have `text_tokens` and an image of `grid` cells."""
+    """A Vlm without data. Its prompts have `text_tokens` and an image of `grid` = (rows, cols)."""
 
     def __init__(self, memory, text_tokens, grid, *args):
         super().__init__(*args)
@@ -48,7 +48,7 @@ class RehearsedVlm(Vlm):
             self.memory.enter(phase)
 
     def encode(self, image, question):
-        """A prompt of the rehearsed length: the image in the middle of the text."""
+        """A prompt of the rehearsed length, with the image in the middle of the text."""
         config, vision = self.core.config, self.core.config.vision_config
         rows, cols = self.grid
         ids = torch.full((1, self.text_tokens + rows * cols), UNUSED)
@@ -66,7 +66,7 @@ class RehearsedVlm(Vlm):
         return Prompt(*(tensor.to(self.device) for tensor in tensors), grid=(rows, cols))
 
     def sample_groups(self, prompts, num_generations, max_tokens, *args, **kwargs):
-        """The last tokens of completions of full length, next to a cache of that length."""
+        """Decode only the last tokens of full-length completions, with a cache of full length."""
         self.enter("sampling")
         self.skipped = max(0, max_tokens - DECODED)
         tokens = max_tokens - self.skipped
@@ -96,11 +96,11 @@ class RehearsedVlm(Vlm):
 
 
 class Enough(Exception):
-    """The rest of an evaluation repeats what was rehearsed."""
+    """Raised when the rest of an evaluation would only repeat what was rehearsed."""
 
 
 class UpdatePhase(torch.amp.GradScaler):
-    """A loss scaler that does nothing but tell when a backward pass begins."""
+    """A loss scaler that only marks the beginning of a backward pass."""
 
     def __init__(self, memory):
         super().__init__("cpu", enabled=False)
@@ -125,8 +125,10 @@ def build_on_meta(config, dtype):
 
 
 def load_on_meta(model, cfg, memory):
-    """Load it as sources.pretrained does: tensor by tensor, the weights of the language model
-    quantized one after the other. Returns: the PEFT model."""
+    """Load a model like sources.pretrained: tensor by tensor, quantizing the language model's
+    weights one at a time. Returns: the PEFT model."""
+    # bitsandbytes caches this table on the device of its first use, which must not be meta.
+    bnb.functional.name2qmap.setdefault("dynamic", bnb.functional.create_dynamic_map())
     dtype = model.lm_head.weight.dtype
     for name, module in list(model.named_modules()):
         if cfg.load_in_4bit and type(module) is Linear and "language_model" in name:
@@ -142,8 +144,7 @@ def load_on_meta(model, cfg, memory):
 
 
 def quantized(linear, dtype):
-    """A linear layer in NF4 with double quantization. For a moment both forms of the weight
-    exist."""
+    """A linear layer in NF4 with double quantization. Both forms of the weight exist briefly."""
     shape, bias = (linear.in_features, linear.out_features), linear.bias
     settings = {"compress_statistics": True, "quant_type": "nf4"}
     layer = bnb.nn.Linear4bit(*shape, bias=False, compute_dtype=dtype, device=META, **settings)
@@ -163,11 +164,11 @@ def image_grid(config, max_pixels):
 
 
 def rehearse(config, cfg, train_step, text_tokens, dtype=torch.bfloat16, kernels="cuda", grid=None):
-    """Run one step of training and a batch of the evaluation.
+    """Run a training step and one batch of the evaluation.
 
-    Args: config, of transformers; train_step, that of sayo_mini; text_tokens of every prompt, next
-    to an image of `max_pixels`, or of a `grid` of cells; kernels, of a cuda card or a cpu.
-    Returns: {phase: peak bytes}, and "loaded": what is left after loading.
+    Args: config, a transformers configuration; train_step, the function in sayo_mini; text_tokens,
+    per prompt, in addition to an image of `max_pixels` or of `grid` = (rows, cols); kernels, "cuda"
+    or "cpu". Returns: {phase: peak bytes}, including "loaded", the bytes in use after loading.
     """
     memory, peaks, model = MetaMemory(), {}, build_on_meta(config, dtype)
     with memory, meta_as_device(kernels):
@@ -199,7 +200,7 @@ def rehearsed_vlm(model, cfg, memory, text_tokens, grid):
 
 
 def make_moments(optimizer, params):
-    """The state of AdamW, which every step but the first starts with."""
+    """Create AdamW's state, which exists in every step except the first."""
     for p in params:
         p.grad = torch.zeros_like(p)
     optimizer.step()

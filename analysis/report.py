@@ -1,4 +1,4 @@
-"""What a run shows in the end: the table, look.png and report.html."""
+"""Final outputs of a run: the results table, look.png and report.html."""
 
 from functools import partial
 
@@ -8,9 +8,9 @@ from analysis.results_table import results_table
 
 
 def write_report(run, examples, before=None, after=None):
-    """Write the pictures and the HTML report of a run; with both evaluations, print their table.
+    """Write the HTML report. With both evaluations, also print the table and write look.png.
 
-    Args: run, its RunDirectory; examples, the held-out ones; before, after, see `evaluate`.
+    Args: run, a RunDirectory; examples, the held-out ones; before, after, results of `evaluate`.
     """
     if before and after:
         print(results_table(before, after))

@@ -1,30 +1,30 @@
-"""The table that a run prints at its end. Only the standard library is imported here."""
+"""The results table that a run prints. Imports only the standard library."""
 
 import math
 from statistics import fmean, stdev
 
-# The largest value that a metric can have, where that is not 1. The smallest is always 0.
+# The largest possible value of a metric, if it is not 1. The smallest is always 0.
 LARGEST = {"mass_over_area": math.inf, "fixed_mass_over_area": math.inf, "length": math.inf}
 
 
 def results_table(before, after):
     """The results before and after training as a text table.
 
-    Args: before, after, lists of the per-example results of `evaluate`.
-    Returns: a string, one line per metric: mean and 95 % confidence interval before and after, and
-    the value expected by chance.
+    Args: before, after, lists of per-example results of `evaluate`.
+    Returns: text with one line per metric: mean and 95 % confidence interval before and after
+    training, and the chance level.
     """
     metrics = [  # title, key, chance
         ("greedy accuracy", "correct", ""),
         ("attention on the region, AUROC", "auroc", "0.500"),
-        ("  held against another's box", "permuted_auroc", "0.500"),
+        ("  with the next example's box", "permuted_auroc", "0.500"),
         ("  mass / area", "mass_over_area", "1.000"),
         ("  pointing game", "pointing", f"{fmean([result['area'] for result in before]):.3f}"),
         ("  TAS", "tas", "0.500"),
         ("the same on fixed text, AUROC", "fixed_auroc", "0.500"),
         ("  mass / area", "fixed_mass_over_area", "1.000"),
         ("attention to the whole image", "image_mass", ""),
-        ("tokens of an answer", "length", ""),
+        ("answer length, tokens", "length", ""),
     ]
     rows = []
     for title, key, chance in metrics:
@@ -38,23 +38,23 @@ def results_table(before, after):
     width = max(25, 2 + max(len(cell) for row in rows for cell in row[1:3]))
     lines = [f"{row[0]:32}{row[1]:>{width}}{row[2]:>{width}}{row[3]:>8}" for row in [header, *rows]]
     if len(before) == 1:
-        lines.append("one example has no confidence interval: --eval_examples 2 or more gives one")
+        lines.append("no confidence interval for one example: use --eval_examples 2 or more")
     if any("-" in row for row in rows):
-        lines.append("-: a region that covers the whole image has no AUROC")
+        lines.append("-: the AUROC is undefined if the region covers the whole image")
     return "\n".join(lines)
 
 
 def confidence_interval(values, proportion=False, largest=1.0):
     """The mean and its 95 % confidence interval as text, e.g. "0.523 [0.461, 0.584]".
 
-    The interval is the normal one, mean +- 1.96 standard errors, unless it reaches an end of the
-    possible range. There it is Wilson's, which stays inside and has a width even if all values are
-    equal. Wilson's takes mean * (1 - mean) for the variance, the largest that values in [0, 1] can
-    have, so it is never too narrow. Without an upper end the interval is clipped at 0.
+    The interval is normal, mean +- 1.96 standard errors, unless it reaches an end of the possible
+    range. Then it is Wilson's interval, which stays inside the range and has a nonzero width
+    even if all values are equal. It uses the variance mean * (1 - mean), the largest possible for
+    values in [0, 1], so it is never too narrow. Metrics without an upper bound are clipped at 0.
 
-    Args: values, floats from 0 to `largest`, 1 or infinity; NaNs are ignored; proportion, true if
-    every value is 0 or 1: the interval is then always Wilson's.
-    Returns: text; the mean alone for a single value, "-" for none.
+    Args: values, floats from 0 to `largest`, which is 1 or infinity; NaNs are ignored; proportion,
+    true if every value is 0 or 1, always uses Wilson's interval.
+    Returns: text; only the mean for a single value, "-" for no values.
     """
     values = [v for v in values if not math.isnan(v)]
     if len(values) < 2:
@@ -63,7 +63,7 @@ def confidence_interval(values, proportion=False, largest=1.0):
     half = z * stdev(values) / math.sqrt(n)
     low, high = mean - half, mean + half
     if proportion or (largest == 1 and not 0 < low <= high < 1):
-        p = min(max(mean, 0.0), 1.0)  # a mean may pass 1 in its last bit
+        p = min(max(mean, 0.0), 1.0)  # rounding can push a mean above 1
         center = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
         low, high = center - half, center + half

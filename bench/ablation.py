@@ -1,13 +1,13 @@
-"""The paper's ablation on the tiny model, with placebos: which reward improves attention and
+"""Run the paper's ablation on the tiny model, with placebos: which reward improves attention and
 accuracy?
 
     python bench/ablation.py             # everything: learning rate, probe, 53 runs, tables
-    python bench/ablation.py --quick     # three arms, two seeds, fewer test scenes: a smoke test
-    python bench/ablation.py --report    # the tables and the picture again, from the JSON
+    python bench/ablation.py --quick     # a smoke test: three arms, two seeds, fewer test scenes
+    python bench/ablation.py --report    # only rewrite the tables and the picture, from the JSON
 
-Every arm is `sayo_mini.main` with other flags, and a placebo replaces one function of the reward.
-Arms with the same seed share the scenes, their order and the initial adapter. Each finished run is
-added to --results; after Ctrl-C the same command continues.
+Every arm runs `sayo_mini.main` with different flags. A placebo also replaces one function of the
+reward. Arms with the same seed share the scenes, their order and the initial adapter. Each finished
+run is added to --results, so the same command continues after Ctrl-C.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from model import load_vlm
 from sources.scenes import Scenes
 
 LEARNING_RATES = ("1e-4", "2e-4", "4e-4")
-CURVES = (  # of metrics.jsonl, kept in the results
+CURVES = (  # metrics of metrics.jsonl that are kept in the results
     "rewards/attention/mean",
     "rewards/attention/std",
     "rewards/accuracy/mean",
@@ -68,13 +68,14 @@ class Job:
     flags: list[str] | None  # None: the model as it ships
     seed: int
     folder: Path
-    sizes: dict[str, int]  # of what is measured
-    head: dict[str, str | int]  # the discriminative head, see `discriminative_head`
+    sizes: dict[str, int]  # test scenes per measurement
+    head: dict[str, str | int]  # from `discriminative_head`
 
 
 def dequantize_once():
-    """Keep the dequantized weights instead of computing them for every product: the same bits in
-    two thirds of the time. The weights are frozen and few; a large model would not fit."""
+    """Keep the dequantized weights instead of computing them for every product. The results are
+    bit-identical, in two thirds of the time. This is possible because the frozen weights are small;
+    those of a large model would not fit."""
 
     def forward(self, x, *args, **kwargs):
         base = self.base_layer
@@ -91,13 +92,13 @@ def dequantize_once():
 
 
 def train_arm(job):
-    """One run of sayo_mini.py, with its output in log.txt. Returns: False if it was interrupted."""
+    """Run sayo_mini.py, with its output in log.txt. Returns: False if it was interrupted."""
     job.folder.mkdir(parents=True, exist_ok=True)
     if (job.folder / "adapter").exists():
         return True
     resume = ["--resume"] if (job.folder / "config.json").exists() else []
     log_path = job.folder / "log.txt"
-    with open(log_path, "a") as log:  # the process runs one job, so this need not be undone
+    with open(log_path, "a") as log:  # not undone, because the process runs only this job
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     flags = [*COMMON_FLAGS, *job.flags, "--seed", str(job.seed), "--output_dir", str(job.folder)]
@@ -109,8 +110,8 @@ def train_arm(job):
 
 
 def load_trained(folder):
-    """The tiny model in the setting of all arms, with the adapter of a run unless `folder` is None.
-    Returns: (Vlm, Config)."""
+    """Load the tiny model in the setting of all arms, with the adapter of the run in `folder` if
+    that is not None. Returns: (Vlm, Config)."""
     cfg = Config(**TINY | PAPER)
     vlm = load_vlm(cfg.model_name_or_path, device="cpu", max_pixels=cfg.max_pixels)
     torch.set_num_threads(1)
@@ -120,7 +121,7 @@ def load_trained(folder):
 
 
 def run_job(job):
-    """Train, unless it is the base model, then measure. Runs in a process of its own.
+    """Train unless it is the base model, then measure. Runs in its own process.
     Returns: a row of the results, or None if interrupted."""
     start, row = time.time(), {"kind": job.kind, "arm": job.arm, "seed": job.seed}
     trains = job.flags is not None
@@ -146,8 +147,8 @@ def validation_accuracy(vlm, cfg):
 
 
 def run_jobs(jobs, args, results):
-    """Run the jobs that have no row in the results yet, `args.jobs` at a time; each adds its row
-    when it ends."""
+    """Run the jobs that have no row in the results yet, `args.jobs` at a time. Each adds its row
+    when it finishes."""
     done = {(row["arm"], row["seed"]) for row in results["runs"]}
     jobs = [job for job in jobs if (job.arm, job.seed) not in done]
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
@@ -207,8 +208,8 @@ def run_study(args):
 
 
 def learning_rate_jobs(job):
-    """The runs that choose the learning rate: the two rewards in question, on validation scenes,
-    with a seed that the study does not use."""
+    """The runs that choose the learning rate, for two rewards, with a seed that the study does not
+    use."""
     return [
         job("learning rate", f"{rate} {arm}", ARMS[arm] + ["--learning_rate", rate], 100)
         for rate in LEARNING_RATES
@@ -220,11 +221,11 @@ def parse_args():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--quick", action="store_true", help="three arms, two seeds, 200 test scenes, own results")
-    add("--report", action="store_true", help="only write the tables and the picture again")
-    add("--jobs", type=int, default=2, help="runs in parallel, a core and 1 GB each (default: 2)")
+    add("--quick", action="store_true", help="three arms, two seeds, 200 test scenes")
+    add("--report", action="store_true", help="only rewrite the tables and the picture")
+    add("--jobs", type=int, default=2, help="parallel runs, a core and 1 GB each (default: 2)")
     add("--output_dir", type=Path, default=Path("runs/ablation"), help="folder of the runs")
-    add("--results", type=Path, default=RESULTS / "ablation.json", help="the JSON of the results")
+    add("--results", type=Path, default=RESULTS / "ablation.json", help="JSON file of the results")
     args = parser.parse_args()
     if args.quick:
         args.output_dir = args.output_dir / "quick"
@@ -237,7 +238,7 @@ def main():
     try:
         results = json.loads(args.results.read_text()) if args.report else run_study(args)
     except KeyboardInterrupt:
-        print(f"stopped; finished runs are in {args.results}; the same command continues")
+        print(f"stopped; finished runs are in {args.results}; continue with the same command")
         return 130
     print(ablation_report.summary(results))
     if not args.quick:

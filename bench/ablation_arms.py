@@ -1,6 +1,6 @@
-"""The arms of `ablation.py`: what each of them rewards, as flags of sayo_mini.py, and the placebos.
+"""The arms of `ablation.py`: their rewards as flags of sayo_mini.py, and the placebos.
 
-A placebo replaces one function of the reward while its run lasts; see docs/evidence.md.
+A placebo replaces one function of the reward during its run; see docs/evidence.md.
 """
 
 from contextlib import nullcontext
@@ -15,7 +15,7 @@ from bench.doc_tables import ROOT
 from commands.probe import best_layer_and_heads, most_discriminative_head, probe
 from sources.scenes import Scenes
 
-# The paper's setting, where the preset of the tiny model differs from it.
+# The paper's values of the settings that the preset of the tiny model changes.
 PAPER = {"alignment": "query", "layers": "-1", "heads": "all"}
 COMMON_FLAGS = ["--model_name_or_path", str(ROOT / "tiny"), "--device", "cpu"]
 COMMON_FLAGS += ["--eval_examples", "0"]
@@ -48,7 +48,7 @@ TABLE_ORDER = [SAYO, BOTH, ACCURACY, FORMAT, ROLLED_BOX, SHUFFLED_SCORES, LENGTH
 
 def roll_box():
     """Placebo A: move the region by half the image in both directions, wrapping around at the
-    edges. It has the same area, at the wrong place."""
+    edges. Its area is the same, but its place is wrong."""
     true_region = sayo_mini.example_region
 
     def rolled_region(example, grid):
@@ -59,8 +59,8 @@ def roll_box():
 
 
 def shuffle_scores(seed):
-    """Placebo B: shuffle the true attention rewards among the completions of a group. Mean and
-    standard deviation stay, the information is gone."""
+    """Placebo B: shuffle the true attention rewards among the completions of a group. Their mean
+    and standard deviation are kept but carry no information."""
     true_reward, generator = reward.attention_reward, torch.Generator().manual_seed(seed)
 
     def shuffled_reward(*args):
@@ -71,7 +71,7 @@ def shuffle_scores(seed):
 
 
 def reward_length():
-    """Replace the format reward with one for length alone: tokens / 18."""
+    """Replace the format reward by one for length alone, tokens / 18."""
 
     def length_reward(text, n_tokens, shortest, longest):
         return n_tokens / longest
@@ -80,7 +80,7 @@ def reward_length():
 
 
 def select_lowest_entropy():
-    """Select the tokens of which the model is most certain instead of the least certain ones."""
+    """Select the most certain tokens instead of the least certain ones."""
     select = reward.select_tokens
 
     def select_lowest(entropy, mask, fraction):
@@ -90,7 +90,7 @@ def select_lowest_entropy():
 
 
 def patch_for(arm, seed):
-    """The context manager in which an arm trains."""
+    """Returns: the context manager in which an arm trains."""
     if arm == SHUFFLED_SCORES:
         return shuffle_scores(seed)
     patches = {
@@ -121,8 +121,8 @@ def discriminative_head(probe_results):
 
 
 def variant_arms(probe_results):
-    """Variants of attention + format, with the heads that the probe found. The best layer that it
-    found is the last one, which the arm uses already. Returns: {name: flags}."""
+    """Variants of attention + format, some with heads found by the probe. The best layer in the
+    probe was the last one, which the arm already uses. Returns: {name: flags}."""
     layer, heads = best_layer_and_heads(torch.tensor(probe_results["query"]["auroc"]))
     heads, single = ",".join(map(str, heads)), discriminative_head(probe_results)
     single_flags = [part for name, value in single.items() for part in (f"--{name}", str(value))]

@@ -1,7 +1,7 @@
-"""What `ablation.py` measures of one trained model, on test scenes that nothing else uses.
+"""The measurements of `ablation.py` on one trained model, with test scenes that nothing else uses.
 
-It relies on the tiny world: all prompts have the same length, and answers name a place: "the dot on
-red r3 c5 is blue . <answer> blue </answer>".
+They rely on properties of the tiny world: all prompts have the same length, and answers name a
+place, as in "the dot on red r3 c5 is blue . <answer> blue </answer>".
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ from sayo_mini import score_and_reward
 from sources.scenes import BACKGROUND, Scenes, draw, question
 from tiny.make import GRID, SIZE, answer_text, center, place_words
 
-TEST = {"split": "test", "seed": 7}  # the default run is tested on seed 0
+TEST = {"split": "test", "seed": 7}  # the default run uses seed 0
 HARDER = {  # name -> settings of make_questions
     "10 cards": {"cards": (10, 10)},
     "small cards": {"card_size": (10, 12)},
@@ -31,7 +31,7 @@ SIZES = dict(accuracy=1000, sampled=1000, harder=100, attention=200, causal=60, 
 VARIANT_SIZES = SIZES | dict(sampled=0, harder=0, causal=0, groups=0)
 QUICK_SIZES = dict(accuracy=200, sampled=200, harder=50, attention=50, causal=25, groups=8)
 PLACE_AND_DOT = [4, 5, 7]  # words of a ground-truth answer: row, column, dot
-DIAGNOSTICS = (  # of metrics.jsonl
+DIAGNOSTICS = (  # metrics of metrics.jsonl
     "frac_reward_zero_std",
     "entropy",
     "kl",
@@ -48,9 +48,9 @@ DIAGNOSTICS = (  # of metrics.jsonl
 
 
 def make_questions(count, border=False, **style):
-    """`count` test questions, as (Example, Card in question).
+    """Make `count` test questions, as (Example, its Card).
 
-    Args: border, use only cards in the outermost ring of cells; style, settings of Scenes.
+    Args: border, ask only about cards in the outermost ring of cells; style, settings of Scenes.
     """
     scenes, cell = Scenes(count=100 * count, **(TEST | style)), SIZE / GRID[0]
     questions = []
@@ -67,9 +67,10 @@ def make_questions(count, border=False, **style):
 
 @torch.no_grad()
 def generate_answers(vlm, examples, max_tokens, sample=False, batch=100):
-    """One answer to each example by transformers' `generate`, in batches.
+    """Answer each example once with transformers' `generate`, in batches.
 
-    Args: sample, draw from torch's global generator at temperature 1 instead of decoding greedily.
+    Args: sample, whether to sample at temperature 1, with torch's global generator, instead of
+    decoding greedily.
     Returns: a list of Completions, each of one answer.
     """
     answers = []
@@ -100,8 +101,8 @@ def generate_answers(vlm, examples, max_tokens, sample=False, batch=100):
 
 
 def grade_answers(vlm, questions, max_tokens, sample=False):
-    """Answer and grade. Returns: the answers, and two lists of 0.0 and 1.0: whether each is right,
-    and whether it names the right place."""
+    """Answer and grade. Returns: the answers, and two lists of 0.0 or 1.0: whether each answer is
+    right, and whether it names the right place."""
     examples, cards = zip(*questions)
     answers = generate_answers(vlm, examples, max_tokens, sample)
     texts = [answer.texts[0] for answer in answers]
@@ -112,11 +113,12 @@ def grade_answers(vlm, questions, max_tokens, sample=False):
 
 @torch.no_grad()
 def measure_attention(vlm, questions, answers, cfg, alignment, layers, heads):
-    """How well the attention finds the region, measured the same way whatever was rewarded.
+    """Measure how well the attention finds the region, in the same way for all arms.
 
-    Measured on the model's own answers, at their highest-entropy tokens, and (`ground_truth_...`)
-    on the ground-truth answers, at their words for row, column and dot. Both also with the region
-    of the next question (`permuted_auroc`). Returns: means over the questions, a dict of floats.
+    It is measured on the model's own answers, at their highest-entropy tokens, and on the
+    ground-truth answers (`ground_truth_...`), at their words for row, column and dot. Both are also
+    compared with the region of the next question (`permuted_auroc`).
+    Returns: means over the questions, a dict of floats.
     """
     saved, (vlm.layers, vlm.heads) = (vlm.layers, vlm.heads), (layers, heads)
     rows, regions = [], [example_region(example, GRID) for example, _ in questions]
@@ -151,7 +153,7 @@ def ground_truth_answer(vlm, card):
 @torch.no_grad()
 def measure_covering(vlm, questions, layouts):
     """log p of the ground-truth answer, in nats: with the original image, with the card in question
-    covered, and with an area of the same size covered that contains another card.
+    covered, and with an equal area around a different card covered.
 
     Args: layouts, the cards of each scene, the card in question first.
     """
@@ -183,8 +185,8 @@ def disjoint(a, b):
 
 def training_diagnostics(vlm, questions, cfg):
     """Metrics of metrics.jsonl for this policy, from G samples per question and the true rewards,
-    whatever the model was trained on."""
-    cfg = replace(cfg, beta=0)  # else the reference of groups with equal rewards is skipped
+    regardless of the rewards in training."""
+    cfg = replace(cfg, beta=0)  # the reference is computed below, also for equal rewards
     generator, groups, losses = torch.Generator(vlm.device).manual_seed(0), [], []
     for example, _ in questions:
         prompt = vlm.encode(example.image, example.question)
@@ -204,11 +206,11 @@ def training_diagnostics(vlm, questions, cfg):
 def measure(vlm, cfg, sizes, head):
     """Measure everything. Returns: a flat dict of floats.
 
-    Attention is measured in two ways: as in the paper (last layer, all heads, query), and
-    (`discriminative_head_...`) by the single head whose AUROC differs most between right and wrong
-    answers of the untrained model.
+    Attention is measured in two ways: as in the paper (last layer, all heads, query), and in the
+    single head whose AUROC differs most between right and wrong answers of the untrained model
+    (`discriminative_head_...`).
 
-    Args: cfg, the rewards, lengths and G that all arms share; sizes, see SIZES; head, see
+    Args: cfg, the settings that all arms share; sizes, see SIZES; head, from
     `ablation_arms.discriminative_head`.
     """
     torch.manual_seed(0)

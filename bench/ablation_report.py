@@ -1,4 +1,4 @@
-"""Tables and picture of `ablation.py`, from its JSON alone."""
+"""The tables and the picture of `ablation.py`, made from its JSON alone."""
 
 from collections import defaultdict
 from math import isnan, sqrt
@@ -26,8 +26,7 @@ COLORS = ["#0072b2", "#009e73", "#56b4e9", "#999999", "#d55e00", "#e69f00", "#cc
 
 
 def best_learning_rate(results):
-    """The learning rate with the highest validation accuracy, averaged over the arms that tried
-    it."""
+    """The learning rate with the highest validation accuracy, averaged over its arms."""
     accuracy = defaultdict(list)
     for row in results["runs"]:
         if row["kind"] == "learning rate":
@@ -61,7 +60,7 @@ def format_mean(values):
 
 
 def paired_difference(ours, theirs, metric):
-    """The difference of two arms in the seeds that both have.
+    """The difference of two arms, over the seeds that both have.
     Returns: its mean, half of its 95 % confidence interval, and p of the paired t-test."""
     from scipy.stats import ttest_rel
 
@@ -78,7 +77,7 @@ def means(arm, metrics):
 
 
 def headline_table(results, order):
-    """Arms and variants by the metrics that matter most."""
+    """Arms and variants with the metrics that matter most."""
     arms = group_by_arm(results) | group_by_arm(results, "variant")
     shown = [name for name in order if name in arms]
     rows = [[f"{name} ({len(arms[name])})", *means(arms[name], COLUMNS.values())] for name in shown]
@@ -101,7 +100,7 @@ def comparison_table(results, ours, others):
 
 
 def full_table(results, kind):
-    """Everything measured, one row per metric: of all arms, or of the variants."""
+    """Everything that was measured on the arms or on the variants, one row per metric."""
     arms = group_by_arm(results) | group_by_arm(results, "variant")
     if kind == "arm":
         order = ["base", *TABLE_ORDER]
@@ -114,7 +113,7 @@ def full_table(results, kind):
 
 
 def summary(results):
-    """The tables that the terminal and docs/evidence.md show first."""
+    """The tables for the terminal; docs/evidence.md begins with them."""
     parts = [
         headline_table(results, ["base", *TABLE_ORDER]),
         comparison_table(results, SAYO, TABLE_ORDER[1:]),
@@ -153,8 +152,8 @@ def write_docs(results):
 
 
 def plot_arms(results, path):
-    """Left: test accuracy, a dot per seed and the mean with its interval. Right: accuracy of the
-    completions sampled in training."""
+    """Plot the test accuracy on the left (a dot per seed, the mean and its interval), and the
+    accuracy of the completions sampled in training on the right."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -187,8 +186,8 @@ def plot_arms(results, path):
 
 
 def training_accuracy(results, arm):
-    """The accuracy of the samples at each step of training: mean over seeds and the last five
-    steps."""
+    """The accuracy of the sampled completions at each training step, averaged over the seeds and
+    the last five steps."""
     rows = [row for row in results["runs"] if row["arm"] == arm and row["kind"] == "arm"]
     curves = [row["curve"]["rewards/accuracy/mean"] for row in rows]
     line = [mean(values) for values in zip(*curves)]

@@ -1,4 +1,4 @@
-"""Generated tables: Markdown, its place in a document, and the machine the numbers come from."""
+"""Generated Markdown tables, their place in the documents, and a description of the machine."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def machine():
-    """The processor, its cores, the GPU if there is one, and versions, as a dict for the JSON."""
+    """The processor, its cores, the GPU if there is one, and package versions, as a dict."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -28,7 +28,7 @@ def machine():
 
 
 def write_atomically(path, text):
-    """Replace a file in one step: an interrupted benchmark leaves the old file or the new one."""
+    """Replace a file atomically, so that an interrupted benchmark leaves the old or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
@@ -37,7 +37,7 @@ def write_atomically(path, text):
 
 
 def markdown_table(header, rows):
-    """A Markdown table, padded so that its source is readable too. Args: lists of strings."""
+    """A Markdown table, padded so that its source is readable. Args: lists of strings."""
     rows = [header, *rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = [
@@ -49,7 +49,7 @@ def markdown_table(header, rows):
 
 
 def marked(name, text):
-    """`text` between the comments that mark its place in a document."""
+    """`text`, enclosed in the comments that mark its place in a document."""
     return f"<!-- {name} -->\n{text}\n<!-- end {name} -->"
 
 

@@ -1,12 +1,12 @@
-"""How good are the predictions of `python sayo_mini.py fit`, and what do they say of Qwen3-VL-2B,
-4B and 8B?
+"""Compare the predictions of `python sayo_mini.py fit` with measurements, and predict the memory of
+Qwen3-VL-2B, 4B and 8B.
 
-    python bench/fit.py             # points that are in the results are not measured again
-    python bench/fit.py --report    # the table again, from the JSON
+    python bench/fit.py             # everything missing in bench/results/fit.json
+    python bench/fit.py --report    # only rewrite the table, from the JSON
 
-Predicted against measured: the peak memory of one optimizer step above the loaded model, on a CPU,
-for a model of 34 M parameters. Every point is measured in a process of its own. For the real shapes
-there are only predictions: `bench/memory.py` measures them on a card, and shows both.
+It compares the peak memory of one optimizer step above the loaded model, on a CPU, for a model of
+34 M parameters. Every point is measured in its own process. The real shapes are only predicted
+here; `bench/memory.py` measures them on a card and shows both.
 """
 
 import argparse
@@ -57,7 +57,7 @@ POINTS = [
 
 
 def predict(point):
-    """Bytes that a step needs above the loaded model."""
+    """Predicted bytes that a step needs above the loaded model."""
     cfg = Config(
         num_generations=point["G"],
         max_completion_length=point["C"],
@@ -75,8 +75,8 @@ def predict(point):
 
 
 def predict_shape(shape, N, G):
-    """One step of a real shape, as bench/memory.py does it: its peak, and for each card how many
-    completions fit in a forward (0: all of them, None: not even one)."""
+    """Predict one step of a real shape, as in bench/memory.py: its peak, and for each card how many
+    completions fit in a forward pass (0: all of them, None: not even one)."""
     cfg = Config(
         num_generations=G,
         max_completion_length=C,
@@ -101,7 +101,7 @@ def measure(folder, point, pipe):
     settings = {name: point[name] for name in ("load_in_4bit", "gradient_checkpointing")}
     vlm = load_vlm(folder, device="cpu", **settings)
     memory = PeakMemory(vlm.device)
-    make_step(vlm, 40, 4, 2)()  # what libraries allocate once is not part of a step
+    make_step(vlm, 40, 4, 2)()  # so that one-time allocations of libraries do not count
     vlm.model.zero_grad()
     gc.collect()
     memory.base = memory.resident()
@@ -155,8 +155,8 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--models", default="runs/bench", help="folder of the random models")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
-    parser.add_argument("--report", action="store_true", help="only write the table again")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of fit.json")
+    parser.add_argument("--report", action="store_true", help="only rewrite the table")
     parser.add_argument("--points", type=int, help="measure only the first points; no real shapes")
     args = parser.parse_args()
     path = args.results / "fit.json"

@@ -1,18 +1,18 @@
-"""Feed the program damaged inputs: nothing may end in a traceback or in a broken run.
+"""Run the program on damaged inputs. No input may cause a traceback or a broken run.
 
     python bench/fuzz.py                       # 320 mutations, 40 of each kind
     python bench/fuzz.py --only adapter:7      # repeat one, and keep its files
 
-Each mutation changes one valid input (the flags, a .jsonl, an image, a run's config.json,
-checkpoints, logs or evaluations, an adapter, a model's folder) and runs the program on it, in a
-process and a folder of its own. The processes are forks of one that has imported everything. It
-passes if
-- the exit code is 0 or, for a mistake, 2;
-- stderr has at most one line, progress bars aside, and one if the exit code is 2 (`check` lists the
-  problems on stdout instead);
-- there is no traceback, and no end by a signal or after a minute;
-- afterwards the run's folder can be read: JSON, logs and checkpoints, except those that were
-  damaged before; nothing unfinished is left.
+Each mutation changes one valid input (the flags, a .jsonl file, an image, an adapter, the folder of
+a model, or the config.json, checkpoint, logs or evaluations of a run). The program then runs on it
+in its own process and folder. The processes are forks of one that has imported everything. A
+mutation passes if
+- the exit code is 0, or 2 for an error in the input;
+- stderr has at most one line apart from progress bars, and exactly one if the exit code is 2
+  (`check` lists the problems on stdout instead);
+- there is no traceback, and the process is not ended by a signal or by the limit of one minute;
+- the JSON, logs and checkpoints of the run can be read afterwards, except for files that the
+  mutation damaged, and no unfinished file is left.
 Writes bench/results/fuzz.json.
 """
 
@@ -48,11 +48,11 @@ from config import Config
 from sources import jsonl  # noqa: F401
 from sources.scenes import Scenes
 
-SECONDS, MEMORY = 60, 8 * 2**30  # limits of a process
+SECONDS, MEMORY = 60, 8 * 2**30  # limits per process
 KINDS = "flags", "jsonl", "image", "config", "checkpoint", "log", "adapter", "model"
 FAST = "--device cpu --no-load_in_4bit --prompts_per_step 1 --num_generations 2".split()
 FAST += "--eval_examples 2 --max_steps 1 --save_steps 1 --max_completion_length 16".split()
-# Flags whose large values are valid, and only take long.
+# Large values of these flags are valid but slow, so they are not tried.
 SIZES = "max_steps num_generations prompts_per_step eval_examples max_completion_length".split()
 SIZES += "num_iterations lora_r max_pixels".split()
 QUESTION = "What color is the dot on the pink card?"
@@ -65,7 +65,7 @@ VALUES = [None, True, False, [], {}, [[]], [1, 2], {"a": 1}, "\ud800", *TEXTS, *
 
 
 def make_inputs(folder):
-    """A data set, a run that is not finished, and a model, in `folder`."""
+    """Create a data set, an unfinished run and a model in `folder`."""
     data = folder / "data"
     data.mkdir()
     rows = []
@@ -78,8 +78,8 @@ def make_inputs(folder):
     flags = [*FAST, "--max_steps", "2", "--output_dir", str(folder / "run")]
     code, _, err = in_fork(folder, flags)
     if code:
-        raise SystemExit(f"the valid run ended with {code}: {err}")
-    (folder / "run" / CHECKPOINTS[0]).unlink()  # it goes on after step 1
+        raise SystemExit(f"the valid run ended with exit code {code}: {err}")
+    (folder / "run" / CHECKPOINTS[0]).unlink()  # so that resuming continues after step 1
     shutil.copytree(ROOT / "tiny", folder / "model", ignore=lambda *_: {"make.py", "__pycache__"})
 
 
@@ -112,7 +112,7 @@ def mutate_bytes(rng, content):
 
 
 def mutate_json(rng, value):
-    """Replace or remove one value somewhere in decoded JSON. Returns: what was done."""
+    """Replace or remove a random value in decoded JSON. Returns: what was done."""
     path = []
     while True:
         keys = list(value) if isinstance(value, dict) else list(range(len(value)))
@@ -152,7 +152,7 @@ def mutate_tensors(rng, path):
 
 
 def mutate_file(rng, path):
-    """Damage a file in one of the ways that suit it. Returns: what was done."""
+    """Damage a file in a way that suits its type. Returns: what was done."""
     if path.suffix == ".safetensors" and "checkpoint" not in path.name and rng.random() < 0.6:
         return mutate_tensors(rng, path)
     if path.suffix in (".json", ".jsonl") and rng.random() < 0.6:
@@ -187,7 +187,7 @@ def mutate_flags(rng, flags):
         return flags[:at] + flags[at : at + 1] + flags[at:], f"{flags[at]!r} twice"
     if kind == "shuffle":
         shuffled = rng.sample(flags, len(flags))
-        return shuffled, "in another order"
+        return shuffled, "in a different order"
     return [*flags[:at], rng.choice(TEXTS), *flags[at + 1 :]], f"{flags[at]!r} replaced"
 
 
@@ -236,7 +236,7 @@ def start(folder, argv):
         os.chdir(folder)
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # pytest replaces them
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # pytest has replaced them
         sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         signal.alarm(SECONDS)
@@ -251,7 +251,7 @@ def start(folder, argv):
 
 
 def outcome(folder, status):
-    """(exit code, or minus the signal; stdout; stderr) of a process that ended."""
+    """Returns: (exit code, or the negative signal number; stdout; stderr) of an ended process."""
     out, err = ((folder / n).read_text(errors="replace") for n in ("stdout", "stderr"))
     return os.waitstatus_to_exitcode(status), out, err
 
@@ -261,7 +261,7 @@ def in_fork(folder, argv):
 
 
 def judge(folder, done, code, out, err):
-    """What is wrong with the outcome, or None."""
+    """Returns: what is wrong with the outcome, or None."""
     shown = [line.rpartition("\r")[2] for line in err.splitlines()]
     lines = [line for line in shown if line.strip() and not re.search(r"\d+%\||it/s|s/it", line)]
     if "Traceback" in out + err:
@@ -275,7 +275,7 @@ def judge(folder, done, code, out, err):
 
 
 def unreadable(run, done):
-    """What in the run's folder is not whole, apart from what was damaged before; None if all is."""
+    """Returns: which file of the run is broken, apart from the damaged one, or None."""
     for path in sorted(run.glob("*")) if run.is_dir() else []:
         if path.name.startswith("unfinished-"):
             return f"left behind: {path.name}"
@@ -321,7 +321,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--each", type=int, default=40, help="mutations of each kind (default: 40)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", metavar="KIND:NUMBER", help="one mutation; its files are kept")
+    parser.add_argument("--only", metavar="KIND:NUMBER", help="run one mutation and keep its files")
     args = parser.parse_args()
     torch.set_num_threads(1)
     folder, began = Path(tempfile.mkdtemp(prefix="fuzz-")), time.time()

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA card, in one command on a fresh machine:
+# Run everything that needs a CUDA card, in one command on a fresh machine:
 #
 #     pip install -r requirements-dev.txt
 #     bench/gpu.sh                                  # Qwen/Qwen3-VL-2B-Instruct from the hub
-#     MODEL=/data/Qwen3-VL-4B bench/gpu.sh          # the default run of another checkpoint
-#     PARTS="tests kill" bench/gpu.sh               # some parts only
-#     bench/gpu.sh --small                          # without a card, in two minutes: does it run?
+#     MODEL=/data/Qwen3-VL-4B bench/gpu.sh          # the default run of a different checkpoint
+#     PARTS="tests kill" bench/gpu.sh               # only some parts
+#     bench/gpu.sh --small                          # a two-minute check on a CPU
 #
-# Every part writes NAME.json and NAME.log to $OUTPUT, by default runs/gpu: its command, exit code,
-# seconds and output, the machine and the versions; what benchmarks measure goes to
-# $OUTPUT/results. A part that fails does not stop the others.
+# Every part writes its output to $OUTPUT/NAME.log, and its command, exit code, duration, machine
+# and versions to $OUTPUT/NAME.json ($OUTPUT is runs/gpu by default). Benchmarks write their results
+# to $OUTPUT/results. A part that fails does not stop the others.
 #
 #   tests    the tests marked cuda
-#   fit      what `python sayo_mini.py fit` predicts for the checkpoint
-#   memory   peak memory of the shapes of 2B, 4B and 8B, also under caps (--small: one small shape,
-#            predicted and measured, in the part fit)
-#   step     one optimizer step against TRL's
+#   fit      the prediction of `python sayo_mini.py fit` for the checkpoint (with --small: the
+#            predicted and the measured memory of a small shape)
+#   memory   peak memory of the shapes of 2B, 4B and 8B, also with capped memory (not with --small)
+#   step     one optimizer step of this program and of TRL
 #   kill     twenty kills: a resumed run must equal an uninterrupted one
 #   train    the default run of the checkpoint
 set -u

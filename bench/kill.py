@@ -1,14 +1,15 @@
-"""Kill tiny runs in the middle of their work, resume them each time, and compare their files with
-those of an uninterrupted run.
+"""Kill tiny runs at random moments, resume them each time, and compare their files with those of an
+uninterrupted run.
 
     python bench/kill.py --kills 50
 
-Every process is the real program, in which the functions of PHASES note when they begin and end. A
-kill is a timer of the operating system, set when a phase begins: its signal ends the process at
-once, without running a handler or a line of Python, as SIGKILL does. The delay is a random part of
-the phase's duration on this machine, which the uninterrupted run measures. A kill counts where it
-fell. A run is killed once in every phase, then finished and compared; then the next run begins.
-`tests/test_durability.py` does the same with 20 kills. Writes bench/results/kill.json.
+Every process is the real program. The functions that make up the PHASES are wrapped, so that they
+record when they begin and end. When a phase begins, a timer of the operating system is set. Its
+signal ends the process as abruptly as SIGKILL does, without running a handler or any Python code.
+The delay is a random part of the phase's duration on this machine, as measured in the uninterrupted
+run. A kill is counted for the phase in which it fell. A run is killed in every phase, then finished
+and compared; then the next run begins. `tests/test_durability.py` does the same with 20 kills.
+Writes bench/results/kill.json.
 """
 
 import argparse
@@ -50,17 +51,17 @@ PHASES = (  # in the order of a run
     "last evaluation",
     "results",
 )
-REPEATED = "sampling", "update", "log", "checkpoint"  # several times in a run
-SIGNAL = signal.SIGALRM  # what the timer sends; nobody handles it
+REPEATED = "sampling", "update", "log", "checkpoint"  # these occur several times in a run
+SIGNAL = signal.SIGALRM  # sent by the timer; nothing handles it, so it ends the process
 
 
 # --- in the process that is killed ---
 
 
 def run_with_marks():
-    """The program, with marks in the file $MARKS: a line "name time" where a phase begins or ends.
-    $KILL_AT, "phase,number,seconds", sets the timer when the phase begins for the number-th
-    time."""
+    """Run the program, and append a line "phase,time" to the file $MARKS when a phase begins and
+    "-,time" when it ends. $KILL_AT, "phase,number,seconds", sets the timer when the phase begins
+    for the number-th time."""
     import sayo_mini
 
     mark = partial(write_mark, os.open(os.environ["MARKS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND))
@@ -80,8 +81,11 @@ def run_with_marks():
 
 
 def in_phase(owner, name, phase, mark, only=None):
-    """Let a function mark its beginning and its end. `only`: if its first argument is one of
-    these. Without a phase, the argument "before" or "after" of `evaluate` names it."""
+    """Wrap a function so that it marks its beginning and its end.
+
+    Args: phase, its name, or None to derive it from the argument "before" or "after" of `evaluate`;
+    only, mark only calls whose first argument is one of these.
+    """
     function = getattr(owner, name)
 
     def wrapped(*args, **kwargs):
@@ -110,10 +114,10 @@ def write_mark(file, phase, counts=Counter()):
 
 
 def run(folder, kill_at=None):
-    """Run the program, which resumes what is in the folder, until it ends or is killed.
+    """Resume the run in the folder, or start it, until it ends or is killed.
 
     Args: kill_at, (phase, number, seconds) or None.
-    Returns: the marks, a list of (phase or "-", time); whether it was killed.
+    Returns: the marks, a list of (phase or "-", time), and whether it was killed.
     Raises: SystemExit if it ended with an error.
     """
     marks = folder.with_suffix(".marks")
@@ -131,13 +135,13 @@ def run(folder, kill_at=None):
         env=os.environ | settings,
     )
     if process.returncode not in (0, -SIGNAL):
-        raise SystemExit(f"a process ended with {process.returncode}:\n{process.stdout}")
+        raise SystemExit(f"a process ended with exit code {process.returncode}:\n{process.stdout}")
     lines = (line.split(",") for line in marks.read_text().splitlines())
     return [(phase, float(at)) for phase, at in lines], process.returncode == -SIGNAL
 
 
 def finish(folder):
-    """Run the program to its end. Returns: {phase: its median duration in seconds}."""
+    """Finish the run in the folder. Returns: {phase: its median duration in seconds}."""
     marks, _ = run(folder)
     durations = {phase: [] for phase in PHASES}
     for (phase, start), (_, end) in zip(marks, marks[1:]):
@@ -147,12 +151,12 @@ def finish(folder):
 
 
 def kill_and_resume(folder, kills, seed=0):
-    """Kill runs and compare each with an uninterrupted one. All are in `folder`.
+    """Kill runs in `folder`, and compare each with an uninterrupted one.
 
-    Args: kills, how often at least, of which an equal share falls in every phase.
-    Returns: a list of dicts, one per kill: `phase` in which it fell, `run`, `ms` after the phase
-    had begun, `steps` in the log; {run: the files that differ}. Raises: SystemExit if a process
-    ends with an error.
+    Args: kills, the least number of kills, spread evenly over the phases.
+    Returns: a list with a dict per kill (the `phase` in which it fell, its `run`, `ms` after the
+    beginning of the intended phase, `steps` in the log), and {run: the files that differ}.
+    Raises: SystemExit if a process ends with an error.
     """
     folder.mkdir(exist_ok=True)
     rng, found, different = random.Random(seed), [], {}
@@ -165,7 +169,7 @@ def kill_and_resume(folder, kills, seed=0):
         run = folder / f"run{len(different) + 1}"
         for phase in filter(missing, PHASES):
             had = count(found, phase)
-            for _ in range(3):  # it may fall elsewhere
+            for _ in range(3):  # a kill may fall in a different phase
                 number = rng.randint(1, 3) if phase in REPEATED else 1
                 seconds = max(1e-6, rng.uniform(0, 0.9 * durations[phase]))
                 found += kill_once(run, (phase, number, seconds))
@@ -181,8 +185,8 @@ def count(kills, phase):
 
 
 def kill_once(folder, kill_at):
-    """Returns: [a dict, see `kill_and_resume`], or [] if the process ended before, or between two
-    phases."""
+    """Returns: [a dict as in `kill_and_resume`], or [] if the process ended before the kill, or was
+    killed between two phases."""
     marks, killed = run(folder, kill_at)
     phase, began = marks[-1]
     if not killed or phase == "-":
@@ -193,7 +197,7 @@ def kill_once(folder, kill_at):
 
 
 def differences(folder, other):
-    """The compared files that are not the same to the bit."""
+    """The compared files that are not bit-identical."""
     return [
         name for name in COMPARED if (folder / name).read_bytes() != (other / name).read_bytes()
     ]
@@ -202,8 +206,8 @@ def differences(folder, other):
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--kills", type=int, default=50, help="default: 50")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments (default: 0)")
+    parser.add_argument("--kills", type=int, default=50, help="at least (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="for the random moments (default: 0)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of kill.json")
     args = parser.parse_args()

@@ -1,13 +1,13 @@
-"""What Qwen3-VL-2B, 4B and 8B need: peak memory, seconds per step and tokens per second. The models
-have the shapes of the real ones and random weights.
+"""Measure peak memory, seconds per step and tokens per second of models with the shapes of
+Qwen3-VL-2B, 4B and 8B and random weights.
 
-    python bench/memory.py                # with CUDA: everything, also under caps on the memory
-    python bench/memory.py --shapes 2b    # one shape; the results of later runs are added
-    python bench/memory.py --report       # the tables again, from the JSON
+    python bench/memory.py                # with CUDA: everything, also with capped memory
+    python bench/memory.py --shapes 2b    # one shape; later runs add their results
+    python bench/memory.py --report       # only rewrite the tables, from the JSON
 
-Without CUDA it computes the floors of these shapes, and measures a small shape to show how close a
-step comes to its floor. Predictions in the tables are those of bench/fit.py. The random weights are
-written to disk once: 4.3 GB for 2b, 8.9 GB for 4b, 17.5 GB for 8b. GB are 2**30 bytes.
+Without CUDA it computes the memory floors of these shapes, and measures a small shape to show how
+close a step comes to its floor. The predictions in the tables come from bench/fit.py. The random
+weights are written to disk once: 4.3 GB for 2b, 8.9 GB for 4b, 17.5 GB for 8b. GB are 2**30 bytes.
 """
 
 import argparse
@@ -29,19 +29,19 @@ from model import load_vlm
 GB = 2**30
 SHAPES = ("2b", "4b", "8b")
 POINTS = [(N, G) for N in (256, 1024) for G in (4, 8, 16)]
-QUESTION = 76  # tokens of the question and of the template around the image
+QUESTION = 76  # tokens of the question and the template around the image
 C = 110  # tokens of a completion
 CAPS = (6, 8, 12, 16, 24)  # GB
-SMALL = "30m"  # the shape that a CPU measures
+SMALL = "30m"  # the shape measured on a CPU
 NOT_MEASURED = "not yet measured"
 
 
 def memory_floor(shape, N, G, width=2):
-    """Bytes that no implementation of this step can do without, by part.
+    """Lower bound in bytes for the memory of this step, by part.
 
-    4-bit weights in the language model, `width` bytes per number elsewhere, LoRA with AdamW in
-    fp32. A layer keeps for its backward pass the inputs of its products, norms and gates, and keys
-    and values as its completions see them.
+    It assumes 4-bit weights in the language model, `width` bytes per number elsewhere, and LoRA
+    with AdamW in fp32. For its backward pass, a layer keeps the inputs of its products, norms and
+    gates, and the keys and values as its completions see them.
     """
     text = TEXT[shape]
     hidden, inner, layers = (
@@ -57,9 +57,9 @@ def memory_floor(shape, N, G, width=2):
     nf4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # bytes per weight, double quantization included
     parts = {
         "weights": linear * nf4 + width * (embeddings + vision_weights(shape)),
-        "LoRA": 4 * 4 * lora,  # itself, its gradient, two moments
+        "LoRA": 4 * 4 * lora,  # weights, gradient, two moments
         "KV cache": width * layers * 2 * kv * tokens,  # only while sampling
-        "layer inputs": width * layers * hidden * tokens,  # of checkpointing, only in training
+        "layer inputs": width * layers * hidden * tokens,  # kept by checkpointing, only in training
         "one layer": width * per_layer,
     }
     training = parts["layer inputs"] + parts["one layer"]
@@ -76,10 +76,10 @@ def vision_weights(shape):
 
 
 def measure_point(vlm, counts, shape, N, G, rounds, cap=None, completions_per_forward=0):
-    """One step whose memory is measured, then `rounds` that are timed.
+    """Measure the memory of one step, then time `rounds` steps.
 
-    Args: counts, of `count_forward_tokens`; cap, GB of the card to use, or None.
-    Returns: the costs as a dict, or None if the memory is not enough.
+    Args: counts, from `count_forward_tokens`; cap, GB of the card to use, or None.
+    Returns: the costs as a dict, or None if the step ran out of memory.
     """
     cuda, memory = vlm.device.type == "cuda", PeakMemory(vlm.device)
     try:
@@ -114,7 +114,7 @@ def measure_point(vlm, counts, shape, N, G, rounds, cap=None, completions_per_fo
 
 
 def limit_memory(cap):
-    """Let torch use as much of the card as one with `cap` GB would offer; all of it if None."""
+    """Limit torch to the memory that a card with `cap` GB would offer. None: no limit."""
     torch.cuda.empty_cache()
     share = 1.0
     if cap:
@@ -125,8 +125,8 @@ def limit_memory(cap):
 
 
 def measure_under_cap(vlm, counts, shape, N, G, cap):
-    """Measure with as many completions per forward as fit: all G, else half of them, and so on.
-    Returns: the costs; `peak` is None if nothing fits."""
+    """Measure with as many completions per forward pass as fit: try all G, then half, and so on.
+    Returns: the costs; `peak` is None if not even one fits."""
     size = G
     while size:
         per_forward = 0 if size == G else size
@@ -138,7 +138,7 @@ def measure_under_cap(vlm, counts, shape, N, G, cap):
 
 
 def measure_missing(args, results, save):
-    """Measure the points that the results do not have yet; `save` is called after each."""
+    """Measure the missing points, and call `save` after each."""
     cuda = args.device == "cuda"
     shapes, caps = (args.shapes, (None, *CAPS)) if cuda else ([SMALL], (None,))
     known = {(row["shape"], row["N"], row["G"], row["cap"]) for row in results["measured"]}
@@ -150,7 +150,7 @@ def measure_missing(args, results, save):
 
 
 def measure_shape(shape, todo, args, results, save):
-    """The model of a shape lives as long as this call. Args: todo, a list of (N, G, cap)."""
+    """Measure one shape, and free its model afterwards. Args: todo, a list of (N, G, cap)."""
     cuda = args.device == "cuda"
     folder = make_model(shape, args.models, args.device)
     vlm = load_vlm(folder, device=args.device, gradient_checkpointing=True)
@@ -170,7 +170,7 @@ def measure_shape(shape, todo, args, results, save):
 
 
 def tables(cpu_results, cuda_results, predictions):
-    """{name: Markdown}. Args: predictions, "shapes" of the results of bench/fit.py."""
+    """{name: Markdown}. Args: predictions, the "shapes" in the results of bench/fit.py."""
     rows = {(r["shape"], r["N"], r["G"], r["cap"]): r for r in cuda_results["measured"]}
     predicted = {(r["shape"], r["N"], r["G"]): r for r in predictions}
     floors, short, cards, caps = [], [], [], []
@@ -202,7 +202,7 @@ def tables(cpu_results, cuda_results, predictions):
 
 
 def card_cell(per_forward):
-    """Args: completions per forward with which a step fits; 0: all of them; None: it never does."""
+    """Args: completions per forward pass that fit; 0: all of them; None: not even one."""
     return "no" if per_forward is None else f"{per_forward} per forward" if per_forward else "all"
 
 
@@ -225,7 +225,7 @@ def cap_cell(row):
 
 
 def small_table(results):
-    """The small shape: measured memory against the floor, both without the weights."""
+    """Measured memory of the small shape against its floor, both without the weights."""
     rows = []
     for row in results["measured"]:
         parts = memory_floor(SMALL, row["N"], row["G"], width=4)
@@ -247,7 +247,7 @@ def parse_args():
     add("--device", default=cuda, choices=choices, help="default: cuda if available, else cpu")
     add("--models", default="runs/bench", help="folder of the random models (default: runs/bench)")
     add("--results", type=Path, default=RESULTS, help="folder (default: bench/results)")
-    add("--report", action="store_true", help="only write the tables again")
+    add("--report", action="store_true", help="only rewrite the tables")
     return parser.parse_args()
 
 

@@ -1,11 +1,12 @@
-"""What bf16 and fp16 cost in accuracy against fp32, on the CPU: one step of the tiny model and of
-a random 34 M model, and a whole default run in each.
+"""Compare the arithmetic of bf16 and fp16 with that of fp32, on the CPU.
 
-    python bench/precision.py                # everything; a run that is finished is not made again
+It compares one step of the tiny model and of a random 34 M model, and a whole default run in each.
+
+    python bench/precision.py                # everything; finished runs are not repeated
     python bench/precision.py --steps_only   # without the three runs
 
-The numbers go into bench/results/precision.json. They show rounding, not speed: a CPU computes
-slowly in 16 bits.
+The numbers are written to bench/results/precision.json. They show rounding errors, not speed,
+because a CPU is slow at 16-bit arithmetic.
 """
 
 import argparse
@@ -29,13 +30,13 @@ from model import load_vlm
 from sources.scenes import Scenes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LOSS_SCALE = 2.0**10  # of sayo_mini.train, in fp16
+LOSS_SCALE = 2.0**10  # as in sayo_mini.train with fp16
 CFG = Config(**PRESET | {"token_fraction": 0.3, "beta": 0.001})
 SMALL_CFG = Config(num_generations=8, max_completion_length=64)  # for the random model
 
 
 def load(folder, dtype, cfg):
-    """A Vlm in full weights whose adapter changes its output: the same one for every `dtype`."""
+    """An unquantized Vlm with an adapter that changes its output, the same for every `dtype`."""
     torch.manual_seed(0)
     heads = None if cfg.heads == "all" else [int(head) for head in cfg.heads.split(",")]
     settings = {"max_pixels": cfg.max_pixels, "layers": [int(cfg.layers)], "heads": heads}
@@ -47,7 +48,7 @@ def load(folder, dtype, cfg):
 
 
 def sample(vlm, example, cfg):
-    """G sampled completions and one greedy one, of the fp32 model: every type scores the same."""
+    """G sampled completions and a greedy one of the fp32 model, which all types then score."""
     prompt, generator = encode_example(vlm, example, cfg), torch.Generator().manual_seed(0)
     length = cfg.max_completion_length
     completions = vlm.sample(prompt, cfg.num_generations, length, cfg.temperature, generator)
@@ -57,9 +58,9 @@ def sample(vlm, example, cfg):
 def step_values(vlm, example, texts, cfg, advantages=None, loss_scale=1.0):
     """Score, reward and backpropagate one group.
 
-    Args: texts, from `sample`; advantages (G,), by default those of the group's own rewards.
-    Returns: a dict of tensors: logps, entropy, rewards, advantages, gradient, and greedy, the most
-    likely token after each prefix of the greedy text.
+    Args: texts, from `sample`; advantages (G,), by default computed from the group's own rewards.
+    Returns: a dict of tensors: logps, entropy, rewards, advantages, gradient and greedy (the most
+    likely token after each prefix of the greedy text).
     """
     completions, greedy = texts
     prompt, real = encode_example(vlm, example, cfg), completions.mask
@@ -87,7 +88,7 @@ def step_values(vlm, example, texts, cfg, advantages=None, loss_scale=1.0):
 
 
 def compare(reference, other):
-    """How far `step_values` of another type are from those in fp32, as floats."""
+    """How far the `step_values` of a 16-bit type are from those of fp32, as floats."""
     a, b = reference["gradient"].double(), other["gradient"].double()
     return {
         "logps_max": (reference["logps"] - other["logps"]).abs().max().item(),
@@ -101,9 +102,10 @@ def compare(reference, other):
 
 
 def compare_steps(folder, examples, cfg):
-    """`compare` for every type over some examples: the largest of each difference, the mean of the
-    gradient's and of the greedy tokens. fp16 with and without a loss scale. The gradient is that of
-    the same advantages, those of fp32: a change of the reward is shown by itself.
+    """Run `compare` for every type on some examples; fp16 with and without a loss scale.
+
+    Metrics that end in _max are the largest over the examples, the others are means. All types use
+    the advantages of fp32, so that the gradient does not depend on differences of the reward.
 
     Returns: {"bf16": {...}, "fp16": {...}, "fp16, no loss scale": {...}}.
     """
@@ -123,8 +125,8 @@ def compare_steps(folder, examples, cfg):
 
 
 def whole_run(name, folder):
-    """The default run in one type. Returns: accuracy and AUROC before and after as text, the number
-    of skipped updates and, in fp16, the loss scale at the end."""
+    """Make the default run in one type. Returns: a dict with the number of steps and of skipped
+    updates, and the intervals of accuracy and AUROC before and after."""
     if not (folder / "report.html").exists():
         sayo_mini.load_vlm = partial(load_vlm, dtype=DTYPES[name])
         argv = ["--device", "cpu", "--model_name_or_path", str(TINY), "--output_dir", str(folder)]

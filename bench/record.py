@@ -1,9 +1,9 @@
-"""Run one part of `bench/gpu.sh` and write down what came of it, also if it fails.
+"""Run one part of `bench/gpu.sh` and record the result, even if it fails.
 
     python bench/record.py FOLDER NAME COMMAND ...
 
-What the command prints goes to the terminal and to FOLDER/NAME.log; FOLDER/NAME.json holds the
-command, its exit code, the seconds it took, the end of its output, the machine and the versions.
+The output of the command goes to the terminal and to FOLDER/NAME.log. FOLDER/NAME.json contains the
+command, its exit code and duration, the end of its output, the machine and the versions.
 """
 
 import json
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "trl")
 
 
 def run_logged(command, log):
-    """Returns: the exit code. The output goes to the file and to the terminal."""
+    """Run a command. Its output goes to the file `log` and the terminal. Returns: the exit code."""
     with open(log, "wb") as file:
         try:
             process = subprocess.Popen(
@@ -38,8 +38,8 @@ def run_logged(command, log):
 
 
 def describe_machine():
-    """The machine and the versions. torch is not imported for it: a process that has loaded it
-    takes memory of the card. Its version names its CUDA, as in 2.13.0+cu130."""
+    """The machine and the versions. This does not import torch, because a process that has loaded
+    it takes memory of the card. The version of torch names its CUDA, as in 2.13.0+cu130."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

@@ -1,8 +1,8 @@
-"""Models with the shapes of Qwen3-VL and random weights: speed and memory do not depend on what a
+"""Models with the shapes of Qwen3-VL and random weights. Speed and memory do not depend on what a
 model has learned.
 
-The tokenizer is the one in tiny/. Token ids above its 64 are sampled and scored like all others,
-they only have no text.
+The tokenizer is the one in tiny/. Token ids above its 64 are sampled and scored like all others but
+have no text.
 """
 
 import json
@@ -51,7 +51,7 @@ def vision_config(hidden, inner, depth, heads, deepstack):
     )
 
 
-# As in the published configurations. "30m" has their proportions, scaled down by about four.
+# From the published configurations. "30m" has their proportions, scaled down about four times.
 TEXT = {
     "30m": text_config(512, 1536, 7, 8, 4, 64, 9216, True),
     "2b": text_config(2048, 6144, 28, 16, 8, 128, 151936, True),
@@ -69,7 +69,7 @@ VISION = {
 def model_config(shape):
     """The Qwen3VLConfig of a shape, with the token ids of tiny/."""
     ids = AutoTokenizer.from_pretrained(TINY).convert_tokens_to_ids
-    pairs = TEXT[shape]["head_dim"] // 2  # of rotated numbers: time, height, width
+    pairs = TEXT[shape]["head_dim"] // 2  # rotated pairs: time, height, width
     sections = [pairs - 2 * (pairs * 5 // 16), pairs * 5 // 16, pairs * 5 // 16]
     rope = dict(rope_type="default", rope_theta=5e6, mrope_interleaved=True, mrope_section=sections)
     text = dict(
@@ -93,10 +93,10 @@ def model_config(shape):
 
 
 def make_model(shape, models, device="cpu"):
-    """Write a random model of a shape into a folder in `models`, unless it is there already.
+    """Write a random model of a shape to a folder in `models`, unless it exists already.
 
-    The weights are fp32 for a CPU, else bf16, and are written shard by shard, so that the model
-    need not fit into memory. Returns: the folder.
+    The weights are fp32 for a CPU, else bf16. They are written shard by shard, so that the model
+    does not have to fit into memory. Returns: the folder.
     """
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     folder = Path(models, f"{shape}-{dtype}".replace("torch.", "")).resolve()
@@ -115,7 +115,7 @@ def make_model(shape, models, device="cpu"):
 
 
 def write_random_weights(folder, config, dtype, desc):
-    """Returns: {name of a tensor: file that holds it}."""
+    """Returns: {name of a tensor: its file}."""
     with init_empty_weights():
         empty = Qwen3VLForConditionalGeneration(config).state_dict()
     if config.tie_word_embeddings:
@@ -125,7 +125,7 @@ def write_random_weights(folder, config, dtype, desc):
         if like.dim() > 1:
             weight = torch.empty(like.shape, dtype=dtype)
             shard[name] = weight.normal_(0, 0.02, generator=generator)
-        else:  # a bias, or the scale of a norm
+        else:  # a bias or the scale of a norm
             value = 0.0 if name.endswith("bias") else 1.0
             shard[name] = torch.full(like.shape, value, dtype=dtype)
         if sum(t.nbytes for t in shard.values()) > SHARD_BYTES or number + 1 == len(empty):
@@ -137,8 +137,8 @@ def write_random_weights(folder, config, dtype, desc):
 
 
 def make_question(vlm, tokens, image_tokens=None):
-    """An Example whose prompt has exactly `tokens` tokens. Its image is noise and takes most of
-    them, or `image_tokens`."""
+    """An Example whose prompt has exactly `tokens` tokens. Its noise image takes most of them, or
+    exactly `image_tokens`."""
     template = len(vlm.encode(Image.new("RGB", (CELL, CELL)), "red").input_ids) - 2
     room = image_tokens or tokens - template - 8
     rows = int(room**0.5)

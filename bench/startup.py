@@ -1,4 +1,4 @@
-"""Print how long the commands take to start: the median wall time of five processes each.
+"""Print how long the commands take to start, as the median wall time of five processes.
 
     python bench/startup.py
 

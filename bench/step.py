@@ -1,14 +1,14 @@
 """What one optimizer step costs: ours, ours without the shared prompt, and TRL's GRPOTrainer.
 
-    python bench/step.py                        # what bench/results/step.json does not have yet
+    python bench/step.py                        # everything missing in bench/results/step.json
     python bench/step.py --results mine.json    # everything, for your own machine
     python bench/step.py --points 512,64,8      # one point: P, C, G
-    python bench/step.py --report               # the tables again, from the JSON
+    python bench/step.py --report               # only rewrite the tables, from the JSON
 
-All arms have the same random Qwen3-VL, LoRA, image, question, G, C, beta, quantization and
-checkpointing, and every completion has exactly C tokens. Ours computes the whole attention reward;
-TRL gets constant rewards, which take no time. Each arm is loaded once per point, in a process of
-its own, and they take turns, one step each. The first round is not timed.
+All three variants (--arms) have the same random Qwen3-VL, LoRA, image, question, G, C, beta,
+quantization and checkpointing, and every completion has exactly C tokens. Ours computes the whole
+attention reward; TRL gets constant rewards, which take no time. Each variant is loaded once per
+point, in its own process. The variants take turns, one step each. The first round is not timed.
 """
 
 import argparse
@@ -38,12 +38,12 @@ SCALING = {"G": (4, 8, 16, 32), "C": (32, 64, 128, 256), "layers": (1, 3, 5, 7)}
 
 
 def compare(point, arms, rounds, folder, options):
-    """Run the arms in turns at one point.
-    Returns: {arm: costs of its steps}; of the first step only the memory."""
+    """Run the variants in turns at one point.
+    Returns: {variant: costs of its steps}; the first step has only its peak memory."""
     context, pipes, workers = get_context("spawn"), {}, []
     costs, trained = {arm: [] for arm in arms}, set()
     try:
-        for arm in arms:  # they load one after the other
+        for arm in arms:  # one at a time
             pipes[arm], theirs = context.Pipe()
             args = theirs, arm, folder, point, options
             process = context.Process(target=worker, args=args, daemon=True)
@@ -52,7 +52,7 @@ def compare(point, arms, rounds, folder, options):
             workers.append(process)
             trained.add(pipes[arm].recv())
         if len(trained) > 1:
-            raise SystemExit(f"the arms train different numbers of weights: {trained}")
+            raise SystemExit(f"the variants train different numbers of weights: {trained}")
         for _ in range(1 + rounds):
             for arm in arms:
                 pipes[arm].send("step")
@@ -62,7 +62,7 @@ def compare(point, arms, rounds, folder, options):
         for process in workers:
             process.join(30)
     except EOFError:
-        raise SystemExit(f"{arm} died at P, C, G = {point}; see its message above") from None
+        raise SystemExit(f"{arm} failed at P, C, G = {point}; see its message above") from None
     finally:
         for process in workers:
             process.kill()
@@ -70,7 +70,7 @@ def compare(point, arms, rounds, folder, options):
 
 
 def capture_bytes(P, C, G, heads=8, kv_heads=4, head_dim=64):
-    """The peak memory of the tensors that `image_attention` makes for all heads of one layer."""
+    """The peak memory of the tensors that `image_attention` creates for all heads of one layer."""
     length = P + G * C
     query = torch.randn(1, heads, length, head_dim)
     key = torch.randn(1, kv_heads, length, head_dim)
@@ -126,13 +126,13 @@ def megabytes(costs):
 COST_COLUMNS = [
     *("ours, s", "naive, s", "TRL, s", "TRL / ours", "naive / ours"),
     *("ours, MB", "naive, MB", "TRL, MB"),
-    *("ours, tokens / floor", "TRL, tokens / floor", "capture"),
+    *("ours, tokens / reference", "TRL, tokens / reference", "capture"),
 ]
 
 
 def cost_cells(entry):
-    """The cells of one measured point; empty for an arm that was not measured."""
-    floor, costs = 3 * (entry["P"] + entry["G"] * entry["C"]), entry["rows"]
+    """The cells of one measured point; empty for a variant that was not measured."""
+    reference, costs = 3 * (entry["P"] + entry["G"] * entry["C"]), entry["rows"]
     ours, naive, trl = (costs.get(arm) for arm in ARMS)
 
     def share(costs, key):
@@ -142,8 +142,8 @@ def cost_cells(entry):
         *(seconds(arm) if arm else "" for arm in (ours, naive, trl)),
         *(ratio(ours, arm) if ours and arm else "" for arm in (trl, naive)),
         *(megabytes(arm) if arm else "" for arm in (ours, naive, trl)),
-        f"{median_of(ours, 'tokens') / floor:.3f}" if ours else "",
-        f"{median_of(trl, 'tokens') / floor:.2f}" if trl else "",
+        f"{median_of(ours, 'tokens') / reference:.3f}" if ours else "",
+        f"{median_of(trl, 'tokens') / reference:.2f}" if trl else "",
         share(ours, "capture") if ours else "",
     ]
 
@@ -155,7 +155,7 @@ def setting_cells(entry):
 
 
 def tables(results):
-    """{name: Markdown} of everything that was measured, and of the memory of the capture."""
+    """{name: Markdown} for everything that was measured, and for the memory of the capture."""
     parts = {}
     for entry in results["measured"]:
         parts.setdefault(entry["part"], []).append(entry)
@@ -168,14 +168,14 @@ def tables(results):
         if rows:
             texts[part] = markdown_table(["P", "C", "G", *COST_COLUMNS], rows)
     if rows := scaling_rows(parts):
-        header = ["against", "unit", "measured", "straight line", "largest deviation"]
+        header = ["against", "unit", "measured", "linear fit", "largest deviation"]
         texts["scaling"] = markdown_table(header, rows)
     texts["capture"] = capture_table()
     return texts
 
 
 def readme_table(results):
-    """The table of README.md: the settings, ours and TRL's."""
+    """The table of README.md: our costs and TRL's in each setting."""
     rows = []
     for entry in results["measured"]:
         if entry["part"] == "setting":
@@ -194,8 +194,8 @@ def readme_table(results):
 
 
 def scaling_rows(parts):
-    """Cost against G, C and the number of captured layers, with the straight line through the
-    points and the largest relative deviation from it."""
+    """Cost against G, C and the number of captured layers, with a linear fit and the largest
+    relative deviation from it."""
     rows = []
     for name, key in (("G", "seconds"), ("C", "seconds"), ("layers", "capture")):
         entries = parts.get(f"scaling {name}", [])
@@ -228,8 +228,8 @@ def capture_table():
 
 
 def results_file(args):
-    """The default for --results. Every device and shape has its own file; single points are not
-    part of the study and go to the folder of the models."""
+    """The default of --results. Every device and shape has its own file. Single points are not part
+    of the study; their results go to the folder of the models."""
     if args.results:
         return Path(args.results)
     device = "" if args.device == "cpu" else "_cuda"
@@ -238,7 +238,7 @@ def results_file(args):
 
 
 def measure_missing(args, results, file):
-    """Measure what the results do not have yet, and write the file after every point."""
+    """Measure the missing points, and write the file after each."""
     folder = make_model(args.shape, args.models, args.device)
     known = [{k: v for k, v in entry.items() if k != "rows"} for entry in results["measured"]]
     with tqdm(plan(args), desc="points") as bar:
@@ -252,7 +252,7 @@ def measure_missing(args, results, file):
 
 
 def write_docs(results):
-    """Write the tables of docs/cost.md, and README's."""
+    """Write the tables of docs/cost.md and README.md."""
     for name, text in tables(results).items():
         insert(ROOT / "docs" / "cost.md", f"step {name}", text)
     insert(ROOT / "README.md", "cost", readme_table(results))
@@ -264,13 +264,13 @@ def parse_args():
     add = parser.add_argument
     add("--points", nargs="+", metavar="P,C,G", help="measure only these points")
     add("--arms", nargs="+", default=ARMS, choices=ARMS, help="with --points (default: all)")
-    add("--rounds", type=int, default=5, help="timed steps per arm; half in the grid (default: 5)")
-    add("--shape", default="30m", choices=TEXT, help="of the random model (default: 30m)")
+    add("--rounds", type=int, default=5, help="timed steps each; half in the grid (default: 5)")
+    add("--shape", default="30m", choices=TEXT, help="shape of the random model (default: 30m)")
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=cuda, help="default: cuda if available, else cpu")
     add("--models", default="runs/bench", help="folder of the random models (default: runs/bench)")
-    add("--results", help="default: step.json in bench/results, or with --points in --models")
-    add("--report", action="store_true", help="only write the tables again")
+    add("--results", help="file; default: step.json in bench/results, or in --models with --points")
+    add("--report", action="store_true", help="only rewrite the tables")
     return parser.parse_args()
 
 

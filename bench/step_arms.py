@@ -1,7 +1,7 @@
-"""The three arms of `step.py`: ours, ours without the shared prompt ("naive"), and TRL.
+"""The three variants ("arms") of `step.py`: ours, ours without the shared prompt ("naive"), TRL.
 
-Each arm runs in a process of its own. It loads the model, then does one optimizer step whenever it
-is asked to, and sends back what the step has cost.
+Each runs in its own process. It loads the model, runs one optimizer step on every request, and
+sends back the cost of the step.
 """
 
 import ctypes
@@ -30,11 +30,11 @@ LEARNING = dict(
 
 
 class PeakMemory:
-    """The peak memory of a step in bytes, above that of the loaded model.
+    """The peak memory of a step in bytes, above the loaded model.
 
     On CUDA this is `max_memory_allocated`, elsewhere the anonymous resident memory of the process
-    (Linux only). There, large tensors get pages of their own while it is measured, so that freed
-    ones go back to the system at once and earlier steps do not count.
+    (Linux only). On the CPU, large tensors get their own pages during the measurement, so that
+    freed memory returns to the system immediately and earlier steps do not count.
     """
 
     def __init__(self, device):
@@ -44,8 +44,8 @@ class PeakMemory:
         self.base = torch.cuda.memory_allocated() if self.cuda else self.resident()
 
     def set_mmap_threshold(self, size):
-        """Give tensors of more than `size` bytes pages of their own. glibc's usual 32 MiB is
-        faster."""
+        """Allocate tensors of more than `size` bytes in their own pages. A large value such as
+        glibc's 32 MiB is faster."""
         if not self.cuda:
             libc = ctypes.CDLL(None)
             libc.mallopt(-3, size)  # M_MMAP_THRESHOLD
@@ -57,7 +57,7 @@ class PeakMemory:
 
     @contextmanager
     def measure(self):
-        """Set `peak` to the peak of the body."""
+        """Set `peak` to the peak within the block."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
             yield
@@ -80,7 +80,7 @@ class PeakMemory:
 
 
 class Timer:
-    """Seconds spent in wrapped functions, added up by name."""
+    """Seconds spent in wrapped functions, summed by name."""
 
     def __init__(self, device):
         self.device, self.seconds = device, {}
@@ -97,7 +97,7 @@ class Timer:
         self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
 
     def wrap(self, holder, attribute, name, when=lambda kwargs: True):
-        """Add the time of every call of a function or method to `name`, if `when` is true of its
+        """Add the time of every call of a function or method to `name`, if `when` is true for its
         keyword arguments."""
         inner = getattr(holder, attribute)
 
@@ -111,9 +111,9 @@ class Timer:
 
 
 def count_forward_tokens(core):
-    """Count, with hooks, the tokens that pass through the language model and the patches that pass
-    through the vision tower. Recomputation for gradient checkpointing is not counted.
-    Returns: a dict that keeps counting."""
+    """Count with hooks how many tokens pass through the language model and how many patches through
+    the vision tower. Recomputation for gradient checkpointing is not counted.
+    Returns: a dict that the hooks keep updating."""
     counts = {"tokens": 0, "patches": 0}
 
     def count_tokens(module, args, kwargs):
@@ -128,16 +128,16 @@ def count_forward_tokens(core):
 
 
 def worker(pipe, arm, folder, point, options):
-    """The process of one arm at one point (P, C, G): see `serve_steps`."""
+    """The process of one variant at one point (P, C, G): see `serve_steps`."""
     os.chdir(tempfile.mkdtemp())
     run = run_trl if arm == "trl" else run_ours
     run(pipe, arm, folder, point, options)
 
 
 def serve_steps(pipe, timer, core, memory):
-    """Yield for every step that the pipe asks for, and send its cost when the caller comes back.
+    """Yield for every step requested through the pipe. When the caller comes back, send its cost.
 
-    First sends the number of trained parameters. Of the first step the memory is measured, of the
+    Sends the number of trained parameters first. For the first step the memory is measured, for the
     others the time.
     """
     counts = count_forward_tokens(core)
@@ -176,8 +176,8 @@ def run_ours(pipe, arm, folder, point, options):
 
 
 def make_step(vlm, P, C, G, image_tokens=None, completions_per_forward=0):
-    """A function that does one optimizer step with one question of P tokens and G completions of C
-    tokens."""
+    """Returns: a function that runs one optimizer step, with one question of P tokens and G
+    completions of C tokens."""
     vlm.completions_per_forward = completions_per_forward or vlm.completions_per_forward
     cfg = Config(
         num_generations=G,
@@ -201,13 +201,13 @@ def make_step(vlm, P, C, G, image_tokens=None, completions_per_forward=0):
 
 
 def repeat_prompt(vlm, G):
-    """Do what a trainer without a shared prompt does: run the prompt and its image G times in every
-    forward."""
+    """Imitate a trainer without a shared prompt: run the prompt and its image G times in every
+    forward pass."""
     vlm.completions_per_forward, shared_forward, cache = 1, vlm._forward, None
 
     def forward(prompt, ids, positions, **kwargs):
         nonlocal cache
-        if prompt is None:  # decoding: every completion has a cache of its own
+        if prompt is None:  # decoding: every completion has its own cache
             own = {vlm.cache_name: cache, "prompts": None}
             return shared_forward(None, ids, positions, **(kwargs | own))
         prompt.features = None  # the vision tower runs again
@@ -227,12 +227,12 @@ def repeat_prompt(vlm, G):
 
 
 def run_trl(pipe, arm, folder, point, options):
-    from datasets import Dataset  # here, because both take seconds and memory to load
+    from datasets import Dataset  # here, because both are slow to import and take memory
     from trl import GRPOTrainer
 
     from sources.trl import TrlProcessor
 
-    # Our loader provides the tokens, the image size and the data types.
+    # Our loader determines the tokens, the image size and the data types.
     vlm = model.load_vlm(folder, options["load_in_4bit"], device=options["device"])
     example, device, dtype = make_question(vlm, point[0]), vlm.device, vlm.core.dtype
     processor = TrlProcessor(vlm.image_processor, vlm.tokenizer)

@@ -1,22 +1,23 @@
-"""The command line, and the subcommands other than `train`, a file each."""
+"""The command line, and one file per subcommand other than `train`."""
 
 import os
 import sys
 import warnings
 
-# Before torch loads: nothing is compiled here, and the compiler takes a second to load.
+# Must be set before torch loads. Nothing is compiled, and the compiler takes a second to load.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-# PEFT 0.21 asks transformers by the old name.
+# PEFT 0.21 uses the deprecated name.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-# Tensors of ever new lengths would leave GPU memory in pieces. Linux alone can join them.
+# Tensors of many different lengths would fragment GPU memory. Supported only on Linux.
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def run_subcommand(command, given, load_model, train_step):
-    """Run `look`, `probe`, `check` or `fit` with the flags `given`; each imports what it needs.
+    """Run `look`, `probe`, `check` or `fit` and import only what it needs.
 
-    Args: load_model, from a Config to a Vlm; train_step, that of sayo_mini. Returns: the exit code.
+    Args: given, a dict of flags; load_model, a function from Config to Vlm; train_step, the
+    function in sayo_mini. Returns: the exit code. Raises: InputError.
     """
     if command == "check":
         from commands.check import check_dataset

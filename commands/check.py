@@ -1,4 +1,4 @@
-"""`sayo_mini.py check mine.jsonl`: validate a data set before training. No model is loaded."""
+"""`sayo_mini.py check mine.jsonl` validates a data set without loading a model."""
 
 import textwrap
 from bisect import bisect_right
@@ -11,22 +11,22 @@ from config import InputError
 from data import region_mask
 from sources.jsonl import JsonLines
 
-MAX_DRAWN = 9  # examples in the picture
-THUMBNAIL, CAPTION, GAP, COLUMNS = 224, 72, 8, 3  # pixels, pixels, pixels, examples in a row
+MAX_DRAWN = 9  # examples in the contact sheet
+THUMBNAIL, CAPTION, GAP, COLUMNS = 224, 72, 8, 3  # pixels, pixels, pixels, examples per row
 CAPTION_LETTERS, CAPTION_LINES = 34, 4
 
 
 def check_dataset(dataset, allow_absolute_paths=False):
-    """Print counts, histograms and all problems of a .jsonl file, and draw its first boxes.
+    """Print counts, histograms and all problems of a .jsonl file, and draw its first examples.
 
     Args: dataset, its path; allow_absolute_paths, whether images may be outside its folder.
-    Returns: exit code 0, or 2 if there are problems. Raises: InputError if it cannot be read.
+    Returns: exit code 0, or 2 if there are problems. Raises: InputError if nothing can be read.
     """
     path, problems = Path(dataset), []
     try:
         data = JsonLines(path, allow_absolute_paths, problems)
     except InputError as error:
-        if not problems:  # the file itself cannot be read, or is empty
+        if not problems:  # the file itself is unreadable or empty
             raise
         return print_problems(problems, str(error))
     areas, words, thumbnails = measure_examples(data, problems)
@@ -38,14 +38,14 @@ def check_dataset(dataset, allow_absolute_paths=False):
     if thumbnails:
         picture = path.with_suffix(".check.png")
         save_contact_sheet(thumbnails, picture)
-        print(f"the first {len(thumbnails)} examples with their boxes: {picture}")
+        print(f"wrote the first {len(thumbnails)} examples with their boxes to {picture}")
     return print_problems(problems, "no problems")
 
 
 def measure_examples(data, problems):
-    """Decode every image, one at a time, and add those that fail to `problems`.
-    Returns: (areas of the regions in %, question lengths in words, (thumbnail, caption) of the
-    first examples)."""
+    """Decode every image, one at a time, and append failures to `problems`.
+    Returns: three lists: areas of the regions in %, question lengths in words, and (thumbnail,
+    caption) of the first examples."""
     areas, words, thumbnails = [], [], []
     for row in data.rows:
         try:
@@ -54,7 +54,7 @@ def measure_examples(data, problems):
             problems.append(str(error))
             continue
         width, height = example.image.size
-        grid = min(height, 256), min(width, 256)  # a cell per pixel, or coarser for large images
+        grid = min(height, 256), min(width, 256)  # one cell per pixel, coarser for large images
         region = region_mask(example.boxes, (width, height), grid)
         areas.append(100 * region.float().mean().item())
         words.append(len(example.question.split()))
@@ -74,8 +74,7 @@ def print_problems(problems, otherwise):
 
 
 def histogram(title, values, edges):
-    """A histogram as text. A bin is a line and reaches from an edge up to the next; the last has
-    no upper end."""
+    """A histogram as text, with one line per bin [edge, next edge). The last bin is open."""
     counts = [0] * len(edges)
     for value in values:
         counts[bisect_right(edges, value) - 1] += 1
@@ -88,14 +87,14 @@ def histogram(title, values, edges):
 
 
 def caption(example):
-    """Question and answer, in as many lines as have room; the answer's line is always there."""
+    """Question and answer, shortened to CAPTION_LINES lines. The last line is the answer."""
     question = textwrap.wrap(example.question, CAPTION_LETTERS)[: CAPTION_LINES - 1]
     answer = textwrap.shorten(f"= {example.answer}", CAPTION_LETTERS, placeholder=" ...")
     return "\n".join([*question, answer])
 
 
 def save_contact_sheet(thumbnails, path):
-    """Save (thumbnail, caption) pairs in a picture. Raises: InputError if it cannot be written."""
+    """Save (thumbnail, caption) pairs as one image. Raises: InputError if it cannot be written."""
     width, height = THUMBNAIL + GAP, THUMBNAIL + CAPTION + GAP
     rows = -(-len(thumbnails) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * width + GAP, rows * height + GAP), "white")
@@ -107,4 +106,4 @@ def save_contact_sheet(thumbnails, path):
     try:
         sheet.save(path)
     except OSError as error:
-        raise InputError(f"cannot write the picture {path}: {error.strerror}") from None
+        raise InputError(f"cannot write {path}: {error.strerror}") from None

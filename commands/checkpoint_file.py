@@ -1,4 +1,4 @@
-"""A checkpoint as a file: tensors, the step and the settings, with a checksum over all of them."""
+"""The checkpoint file format: tensors, step and settings, with a checksum of all of them."""
 
 import json
 import zlib
@@ -9,27 +9,28 @@ from safetensors.torch import save
 
 
 def pack_checkpoint(step, tensors, settings):
-    """The content of a checkpoint file, as bytes."""
+    """The content of a checkpoint file, as bytes. Args: step, an int; tensors, {name: CPU tensor};
+    settings, a dict for JSON."""
     metadata = {"step": str(step), "settings": json.dumps(settings)}
     metadata["checksum"] = checksum(tensors, step, metadata["settings"])
     return save(tensors, metadata)
 
 
 def load_checkpoint(path):
-    """(step, tensors) of a checkpoint. Raises: some exception if it is not intact."""
+    """(step, tensors) of a checkpoint. Raises an exception of any type if the file is damaged."""
     with safe_open(path, "pt") as saved:
         metadata = saved.metadata()
         step = int(metadata["step"])
-        # Copies: else the file stays mapped, and Windows cannot replace it.
+        # Copy, or the file stays mapped and Windows cannot replace it.
         tensors = {name: saved.get_tensor(name).clone() for name in saved.keys()}
-    # Checkpoints of earlier versions hold no settings.
+    # Checkpoints of earlier versions have no settings.
     if metadata["checksum"] != checksum(tensors, step, metadata.get("settings", "")):
         raise ValueError("its checksum differs")
     return step, tensors
 
 
 def checksum(tensors, step, settings):
-    """CRC-32 of all bits, names, shapes and types; safetensors itself only checks sizes."""
+    """CRC-32 of all data, names, shapes and types. safetensors itself only checks sizes."""
     total = zlib.crc32(settings.encode(), step)
     for name, tensor in sorted(tensors.items()):
         total = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), total)

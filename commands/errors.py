@@ -1,5 +1,4 @@
-"""When something goes wrong: one line for a mistake (exit code 2), how to continue after Ctrl-C
-(130), and a second try with less memory."""
+"""Handling of user errors (exit code 2), Ctrl-C (130), and running out of GPU memory."""
 
 import re
 import sys
@@ -16,14 +15,17 @@ from commands.signals import handle_signals, interrupt, signals_to_stop
 from config import Config, InputError
 
 MEMORY_FLAGS = "--completions_per_forward, --prompts_per_step, --max_pixels or --num_generations"
-# What libraries say if they find no memory for themselves.
+# Messages of CUDA libraries that cannot allocate memory.
 OUT_OF_MEMORY = re.compile(r"CU[A-Z]+_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)|CUDA.*out of memory")
 
 
 @contextmanager
 def one_line_errors(argv, program):
-    """Yields an object whose `exit_code` is set here if the body ends in an error of the user or in
-    Ctrl-C. SIGTERM and SIGHUP act like it; the training loop handles all three by itself."""
+    """Print user errors, GPU errors and Ctrl-C as one line. SIGTERM and SIGHUP act like Ctrl-C; the
+    training loop handles all three itself.
+
+    Yields: an object whose `exit_code` is set here, to 2 or 130, if the body fails.
+    """
     outcome = SimpleNamespace(exit_code=0)
     try:
         with handle_signals(signals_to_stop(), interrupt):
@@ -35,7 +37,7 @@ def one_line_errors(argv, program):
             raise
     except InputError as error:
         problem = " ".join(str(error).split())
-    except KeyboardInterrupt:  # while loading or evaluating: no file is half-written
+    except KeyboardInterrupt:  # outside training; files are replaced atomically
         print(f"stopped; {next_step(argv, program)}")
         outcome.exit_code = 130
         return
@@ -44,12 +46,12 @@ def one_line_errors(argv, program):
 
 
 def gpu_problem(error, advice):
-    """One line for an error of the GPU, None for any other RuntimeError."""
+    """A one-line message for a GPU error, None for any other RuntimeError."""
     text = (str(error).splitlines() or [""])[0]
     if isinstance(error, torch.OutOfMemoryError) or OUT_OF_MEMORY.search(text):
         return f"out of GPU memory: lower {MEMORY_FLAGS}"
     if isinstance(error, torch.AcceleratorError) or "CUDA error" in text:
-        return f"the GPU failed ({text}); {advice}; CUDA_LAUNCH_BLOCKING=1 would show where"
+        return f"the GPU failed ({text}); {advice}; set CUDA_LAUNCH_BLOCKING=1 to see where"
     return None
 
 
@@ -62,14 +64,14 @@ def next_step(argv, program):
 
 
 def halve_micro_batch(vlm, cfg, run):
-    """After running out of GPU memory, halve the micro-batch, once. Returns False if that was done
-    already, is not possible, or if updates of the step may have been made."""
+    """Halve the micro-batch after running out of GPU memory, once per process. Returns: False if it
+    was done before, is impossible, or if updates of the step may already have been applied."""
     size = cfg.completions_per_forward or cfg.num_generations
     if run.memory_reduced or size == 1 or cfg.num_iterations > 1:
         return False
     run.memory_reduced = True
     vlm.completions_per_forward = cfg.completions_per_forward = size // 2
     run.write_config(cfg)  # a resumed run keeps it
-    change = f"repeating it with --completions_per_forward {size // 2}"
+    change = f"retrying the step with --completions_per_forward {size // 2}"
     tqdm.write(f"step {run.step + 1}: out of GPU memory; {change}")
     return True

@@ -1,5 +1,5 @@
-"""`fit`: will a run fit on a card? The peak memory of its phases, predicted from the model's
-config.json alone, and which flags make it fit on a smaller card."""
+"""`fit`: will a run fit on a card? Predicts the peak memory of its phases from the model's
+config.json alone, and finds flags that make it fit on a smaller card."""
 
 from dataclasses import replace
 
@@ -13,21 +13,24 @@ from sources.pretrained import SUPPORTED
 GB = 2**30
 CARDS = (6, 8, 12, 16, 24)  # GB
 CONTEXT = 0.75  # GB: the CUDA context, its libraries and their workspaces
-FRAGMENTATION = 0.05  # of the peak: what PyTorch's allocator holds and cannot use
-PROMPT_TOKENS = 128  # of the chat template, the instruction and a long question
+FRAGMENTATION = 0.05  # of the peak: memory that PyTorch's allocator reserves but cannot use
+PROMPT_TOKENS = 128  # the chat template, the instruction and a long question
 PHASES = {
-    "loading": "the weights, one matrix at a time before it is quantized",
+    "loading": "the weights, loaded and quantized one matrix at a time",
     "sampling": "keys and values of all completions",
     "scoring": "the forward passes: rewards, reference",
     "update": "backward pass and optimizer",
-    "evaluation": "answers, and the attention maps of all layers and heads",
+    "evaluation": "answers and attention maps of all layers and heads",
 }
-STEPS = 16  # values of max_pixels that are tried, evenly spaced
+STEPS = 16  # evenly spaced values of max_pixels to try
 
 
 def run_fit(given, train_step):
-    """Print what a run with these flags needs. Args: given, the flags, `prompt_tokens` among them;
-    train_step, that of sayo_mini. Returns: the exit code. Raises: InputError."""
+    """Print the memory that a run with these flags needs, and which cards it fits on.
+
+    Args: given, a dict of flags, including `prompt_tokens`; train_step, the function in sayo_mini.
+    Returns: the exit code. Raises: InputError.
+    """
     given = dict(given)
     text_tokens = given.pop("prompt_tokens", PROMPT_TOKENS)
     if text_tokens < 2:
@@ -40,7 +43,7 @@ def run_fit(given, train_step):
     for phase, what in PHASES.items():
         if phase in peaks:
             print(f"{phase:>12} {peaks[phase] / GB:6.2f} GB  {what}")
-    room = f"the largest + {FRAGMENTATION:.0%} for fragmentation + {CONTEXT} GB for CUDA itself"
+    room = f"the largest + {FRAGMENTATION:.0%} for fragmentation + {CONTEXT} GB for CUDA"
     print(f"{'needed':>12} {plan.needed():6.2f} GB  {room}")
     for card in CARDS:
         print(f"{card:>12} GB card: {verdict(plan, card)}")
@@ -50,7 +53,7 @@ def run_fit(given, train_step):
 def print_setting(name, plan):
     cfg, (rows, cols) = plan.cfg, image_grid(plan.config, plan.cfg.max_pixels)
     weights = "in NF4" if cfg.load_in_4bit else "in bf16"
-    print(f"{name} {weights}, computed in bf16. Predicted, not measured; a screen takes more.")
+    print(f"{name} {weights}, computed in bf16. Predicted, not measured; a display needs more.")
     print(
         f"{cfg.prompts_per_step} questions per step, {cfg.num_generations} completions of "
         f"{cfg.max_completion_length} tokens; prompts of {rows * cols} image tokens (--max_pixels) "
@@ -59,33 +62,33 @@ def print_setting(name, plan):
 
 
 def read_config(name):
-    """The transformers configuration of a folder or a model of the hub. Raises: InputError."""
+    """The transformers configuration of a hub model or a folder. Raises: InputError."""
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        advice = "check the name and the network, or give a folder with the model's config.json"
+        advice = "check the name and the network, or use a folder with the model's config.json"
         raise InputError(
             f"{name}: no config.json ({str(error).splitlines()[0]}): {advice}"
         ) from None
     if config.model_type not in SUPPORTED:
         supported = " and ".join(SUPPORTED)
-        raise InputError(f"{name} is a {config.model_type}; supported are {supported}")
+        raise InputError(f"{name} has type {config.model_type}; supported: {supported}")
     return config
 
 
 class Plan:
-    """A run, its rehearsed peaks, and those with other flags."""
+    """A run and its predicted peak memory, also with changed flags."""
 
     def __init__(self, config, cfg, train_step, text_tokens):
         self.config, self.cfg, self.text_tokens = config, cfg, text_tokens
         self.train_step, self.known = train_step, {}
 
     def peaks(self, **changes):
-        """{phase: bytes}, with these flags changed."""
+        """{phase: peak bytes} with these flags changed."""
         key = tuple(changes.items())
         if key not in self.known:
             cfg, same = replace(self.cfg, **changes), {}
-            if changes and "max_pixels" not in changes:  # the evaluation is what it was
+            if changes and "max_pixels" not in changes:  # the evaluation does not change
                 same = {k: v for k, v in self.peaks().items() if k == "evaluation"}
                 cfg = replace(cfg, eval_examples=0)
             found = rehearse(self.config, cfg, self.train_step, self.text_tokens)
@@ -93,16 +96,16 @@ class Plan:
         return self.known[key]
 
     def needed(self, **changes):
-        """GB of a card."""
+        """The GB that a card needs with these flags changed."""
         return with_room(max(self.peaks(**changes).values()))
 
     def largest(self, flag, values, card):
-        """The largest of ascending values with which the run fits; None if it never does."""
+        """The largest of ascending `values` with which the run fits, or None if none does."""
         if flag != "max_pixels" and with_room(self.peaks().get("evaluation", 0)) > card:
-            return None  # only smaller images make the evaluation need less
+            return None  # only smaller images reduce the memory of the evaluation
         if self.needed(**{flag: values[0]}) > card:
             return None
-        low, high = 0, len(values)  # the first fits, the last + 1 does not
+        low, high = 0, len(values)  # values[low] fits, values[high] does not
         while high - low > 1:
             middle = (low + high) // 2
             if self.needed(**{flag: values[middle]}) <= card:
@@ -113,7 +116,7 @@ class Plan:
 
 
 def with_room(peak):
-    """GB of a card, of allocated bytes."""
+    """The GB that a card needs for `peak` allocated bytes."""
     return peak / GB * (1 + FRAGMENTATION) + CONTEXT
 
 
@@ -122,18 +125,14 @@ def verdict(plan, card):
         return "fits"
     smaller = {flag: values for flag, values in remedies(plan).items() if values}
     if plan.needed(**{flag: values[0] for flag, values in smaller.items()}) > card:
-        return "does not fit, however small these flags are"
+        return "does not fit, even with the smallest settings"
     found = {flag: plan.largest(flag, values, card) for flag, values in smaller.items()}
     found = [f"--{flag} {value}" for flag, value in found.items() if value]
-    return (
-        f"fits with {' or '.join(found)}"
-        if found
-        else "fits only if several of these flags are lowered"
-    )
+    return f"fits with {' or '.join(found)}" if found else "fits only with several lower settings"
 
 
 def remedies(plan):
-    """{flag: its smaller values, ascending; the first is the smallest that is tried}."""
+    """{flag: smaller values to try, ascending}."""
     cfg, most = plan.cfg, plan.cfg.max_pixels
     batch = min(cfg.completions_per_forward or cfg.num_generations, cfg.num_generations)
     return {

@@ -1,4 +1,4 @@
-"""`look`: ask one question about one image, and draw where the model looks while it answers."""
+"""`look`: ask a question about an image and draw where the model looks while it answers."""
 
 import os
 import re
@@ -21,12 +21,12 @@ from sources.scenes import Scenes
 
 
 def run_look(given, load_model):
-    """Answer the question, print the answer and its scores, and write the picture. With an adapter,
-    before and after training, with the settings of the run that trained it.
+    """Answer the question, print the answer and its scores, and draw the attention. With an
+    adapter, answer both without and with it, using the settings of the run that trained it.
 
-    Args: given, the flags from the command line: `image`, `question`, `output`, and optionally
-    `box` (a list), `adapter` and the fields of Config; load_model, a function of Config that
-    returns a Vlm. Returns: the exit code. Raises: InputError, if possible before loading the model.
+    Args: given, a dict of flags: `image`, `question`, `output`, and optionally `box` (a list),
+    `adapter` and fields of Config; load_model, a function from Config to Vlm.
+    Returns: the exit code. Raises: InputError, if possible before loading the model.
     """
     settings = dict(given)
     image, question, output = (settings.pop(name) for name in ("image", "question", "output"))
@@ -50,30 +50,30 @@ def run_look(given, load_model):
         plot_answers(example.image, example.boxes, answers, output)
     except (OSError, ValueError) as error:
         raise InputError(f"--output {output}: {error}") from None
-    print(f"the picture: {output}")
+    print(f"wrote {output}")
     return 0
 
 
 def check_output(output):
-    """Raises: InputError if no picture can be written there."""
+    """Raises: InputError if no image can be written to `output`."""
     path, formats = Path(output), Image.registered_extensions()
     if formats.get(path.suffix.lower()) not in Image.SAVE:
-        raise InputError(f"--output {output}: end it in .png, .jpg or another format of Pillow")
+        raise InputError(f"--output {output}: must end in .png, .jpg or a similar extension")
     target = path if path.exists() else path.parent
     if path.is_dir() or not target.exists():
-        problem = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        problem = "is a folder" if path.is_dir() else f"the folder {path.parent} does not exist"
         raise InputError(f"--output {output}: {problem}")
     if not os.access(target, os.W_OK):
         raise InputError(f"--output {output}: {target} is not writable")
 
 
 def check_adapter(folder):
-    """Raises: InputError if there is no adapter. Whether it fits shows when it is loaded."""
+    """Raises: InputError if there is no adapter. Loading it checks whether it fits."""
     try:
         with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as weights:
             weights.keys()
     except (OSError, SafetensorError) as error:
-        raise InputError(f"--adapter {folder}: no adapter there ({error})") from None
+        raise InputError(f"--adapter {folder}: no adapter in this folder ({error})") from None
 
 
 def parse_box(text):
@@ -81,13 +81,13 @@ def parse_box(text):
     try:
         x1, y1, x2, y2 = (float(number) for number in text.split(","))
     except ValueError:
-        raise InputError(f"--box {text}: give four numbers, x1,y1,x2,y2") from None
+        raise InputError(f"--box {text}: expected four numbers, x1,y1,x2,y2") from None
     return [x1, y1, x2, y2]
 
 
 def read_example(path, question, boxes):
-    """The Example of an image file. Raises: InputError if the image cannot be read, the question
-    cannot be asked, or a box is not on the image."""
+    """The Example for an image file. Raises: InputError if the image cannot be read, the question
+    is unusable, or a box is not on the image."""
     for error in text_errors("question", question):
         raise InputError(f"--question: {error}")
     with image_errors(path), Image.open(path) as stored:
@@ -102,7 +102,7 @@ def read_example(path, question, boxes):
 
 
 def warn_of_unknown(vlm, example):
-    """Print that the tiny model knows nothing but its scenes, if it is shown anything else."""
+    """Print a warning if the tiny model gets an image or a word that it does not know."""
     tokenizer, side = vlm.tokenizer, Scenes.image_size
     words = re.findall(r"\w+|[^\w\s]", example.question)
     unknown = [word for word in words if tokenizer.unk_token_id in tokenizer(word).input_ids]
@@ -111,12 +111,12 @@ def warn_of_unknown(vlm, example):
     if found:
         print(
             f"the tiny model only knows {side} x {side} images of cards and a few words, as in "
-            f"example/ ({', '.join(found)}): for anything else, give --model_name_or_path"
+            f"example/ ({', '.join(found)}): for anything else, use --model_name_or_path"
         )
 
 
 def describe_answer(vlm, example, cfg, caption):
-    """Answer greedily; print the answer, and its scores if the example has a box.
+    """Answer greedily and print the answer, with scores if the example has a box.
     Returns: a dict for `plot_answers`."""
     prompt = encode_example(vlm, example, cfg)
     region = example_region(example, prompt.grid) if example.boxes else None

@@ -1,5 +1,5 @@
-"""The command line: the subcommands, a flag for every setting, and the Config they make.
-`parse_command_line` loads no torch."""
+"""The command line: subcommands, a flag for every setting, and the Config made from them.
+`parse_command_line` does not load torch."""
 
 import argparse
 import signal
@@ -13,7 +13,8 @@ from commands.settings import FIELDS, check_resumed, check_settings, load_saved
 from commands.signals import leave_quietly_on_ctrl_c
 from config import TINY, Config, InputError, is_tiny, parse_weights
 
-GROUPS = {  # of --help: title -> its first setting; it ends where the next one begins
+PROGRAM = "python sayo_mini.py"
+GROUPS = {  # groups of --help: title -> first setting; a group ends where the next one begins
     "data": "dataset",
     "model": "model_name_or_path",
     "training": "max_steps",
@@ -29,7 +30,11 @@ EXAMPLES = {
         "--dataset mine.jsonl --output_dir runs/mine",
         "--resume --output_dir runs/mine",
     ),
-    "look": ("look --image photo.jpg --question 'What color is the mug?' --box 310,120,402,233",),
+    "look": (
+        "look --image photo.jpg --question 'What color is the mug?' --box 310,120,402,233",
+        "look --image example/two.png --question 'What color is the dot on the orange card?' "
+        "--adapter runs/sayo/adapter",
+    ),
     "probe": ("probe --dataset mine.jsonl --output_dir runs/probe",),
     "check": ("check mine.jsonl",),
     "fit": ("fit --model_name_or_path Qwen/Qwen3-VL-4B-Instruct --num_generations 16",),
@@ -41,17 +46,31 @@ COMMANDS = {
     "check": "validate a .jsonl data set and draw its boxes; loads no model",
     "fit": "predict the GPU memory of a run, and which cards it fits on; needs no GPU",
 }
+MODEL = "model_name_or_path load_in_4bit lora_r lora_alpha adapter max_pixels device"
+ANSWER = "instruction max_completion_length token_fraction alignment layers heads"
+DATA = "dataset data_dir mix skip_bad_examples allow_absolute_paths"
+USED = {  # the settings that a command uses; train and fit use all of them
+    "look": f"{MODEL} {ANSWER}".split(),
+    "probe": f"{DATA} {MODEL} {ANSWER} seed eval_examples output_dir resume".split(),
+}
+HELP = {  # (command, setting) -> help and default that differ from those of training
+    ("look", "adapter"): ("compare the model before training and with this adapter", "none"),
+    ("probe", "adapter"): ("probe the model with this adapter", "none"),
+    ("probe", "eval_examples"): ("training questions to measure on", "64"),
+    ("probe", "output_dir"): ("folder for probe.png", "runs/probe"),
+    ("probe", "resume"): ("use the settings of the run in output_dir", "False"),
+}
 
 
-def parse_command_line(argv, program="sayo_mini.py"):
-    """Split the command line. Returns: (command, the flags that were given as a dict, a notice for
+def parse_command_line(argv, program=PROGRAM):
+    """Parse the command line. Returns: (command, a dict of the flags that were passed, a notice for
     the user or None). Raises: InputError, before anything is loaded or written."""
     argv, notice = list(argv), None
     if argv[:1] == ["--check_dataset"]:  # the forms of the last release
-        argv[0], notice = "check", "--check_dataset is now `python sayo_mini.py check`"
+        argv[0], notice = "check", "--check_dataset is deprecated: use `python sayo_mini.py check`"
     elif "--probe" in argv:
         argv.remove("--probe")
-        argv, notice = ["probe", *argv], "--probe is now `python sayo_mini.py probe`"
+        argv, notice = ["probe", *argv], "--probe is deprecated: use `python sayo_mini.py probe`"
     command = argv.pop(0) if argv and argv[0] in COMMANDS else "train"
     parser = make_parser(command, program)
     given, unknown = parser.parse_known_args(argv)
@@ -61,12 +80,19 @@ def parse_command_line(argv, program="sayo_mini.py"):
         question = f": did you mean {nearest[0]}?" if nearest else ""
         refuse(f"unrecognized arguments: {' '.join(unknown)}{question}")
     check_settings(vars(given))
+    unused = [f"--{name}" for name in vars(given) if name in FIELDS and not is_used(command, name)]
+    if unused:
+        notice = "\n".join(filter(None, [notice, f"{command} does not use {', '.join(unused)}"]))
     return command, vars(given), notice
+
+
+def is_used(command, name):
+    return name in USED.get(command, FIELDS)
 
 
 def make_parser(command, program):
     parser = argparse.ArgumentParser(
-        f"{program} {command}",
+        program if command == "train" else f"{program} {command}",
         usage="%(prog)s [--flag value ...]" + " dataset" * (command == "check"),
         description=describe(command, program),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -79,46 +105,52 @@ def make_parser(command, program):
         parser.add_argument("--allow_absolute_paths", action="store_true")
         return parser
     if command == "look":
-        parser.add_argument("--image", required=True, help="any image that Pillow reads")
-        parser.add_argument("--question", required=True)
-        box_help = "pixels; drawn, and scored; several --box count all; --box=-9,... for a minus"
+        parser.add_argument("--image", required=True, help="any image file that Pillow can read")
+        parser.add_argument("--question", required=True, help="question about the image")
+        box_help = "region in pixels, drawn and scored; can be repeated (--box=-9,... if negative)"
         parser.add_argument("--box", action="append", metavar="x1,y1,x2,y2", help=box_help)
-        parser.add_argument("--output", default="look.png", help="the picture (default: look.png)")
+        parser.add_argument("--output", default="look.png", help="output image (default: look.png)")
     if command == "fit":
-        tokens_help = "text around the image, instruction and question (default: 128)"
+        tokens_help = "tokens of the question, instruction and chat template (default: 128)"
         parser.add_argument("--prompt_tokens", type=whole_number, metavar="X", help=tokens_help)
     names = list(FIELDS)
     starts = sorted(map(names.index, GROUPS.values())) + [len(names)]
     for title, first in GROUPS.items():
         group, start = parser.add_argument_group(title), names.index(first)
         for name in names[start : starts[starts.index(start) + 1]]:
-            add_flag(group, FIELDS[name])
+            add_flag(group, FIELDS[name], command)
     return parser
 
 
 def describe(command, program):
-    """What --help says above the flags."""
-    lines = ["examples:", *(f"  python {program} {flags}".rstrip() for flags in EXAMPLES[command])]
-    if command == "train":
+    """The text of --help above the flags."""
+    lines = ["examples:", *(f"  {program} {flags}".rstrip() for flags in EXAMPLES[command])]
+    if program != PROGRAM:
+        lines = ["train on several GPUs with TRL's GRPOTrainer; see docs/scaling.md", "", *lines]
+    elif command == "train":
         lines += ["", "commands, each with its own --help:"]
-        lines += [f"  python {program} {name:6} {text}" for name, text in COMMANDS.items()]
+        lines += [f"  {program} {name:6} {text}" for name, text in COMMANDS.items()]
     else:
         lines = [COMMANDS[command], "", *lines]
     return "\n".join(
-        lines + ["", "* marks the flags that most users change"] * (command != "check")
+        lines + ["", "* marks the flags that most users change"] * (command in ("train", "fit"))
     )
 
 
-def add_flag(group, field):
-    how = dict(type=TYPES.get(field.type, str), metavar="X", choices=field.metadata["choices"])
+def add_flag(group, field, command):
+    choices, name = field.metadata["choices"], field.name
+    how = dict(type=TYPES.get(field.type, str), metavar=None if choices else "X", choices=choices)
     if field.type is bool:
         how = dict(action=argparse.BooleanOptionalAction)
-    default = f"default: {'none' if field.default == '' else field.default}"
-    if field.name in TINY and field.name != "model_name_or_path":
-        default += f"; tiny: {TINY[field.name] or 'none'}"
-    mark = "* " * (field.name in USUAL)
-    help = f"{mark}{field.metadata['help']} ({default})".replace("%", "%%")
-    group.add_argument(f"--{field.name}", help=help, **how)
+    usual = "none" if field.default == "" else field.default
+    text, default = HELP.get((command, name), (field.metadata["help"], usual))
+    if name in TINY and name != "model_name_or_path" and (command, name) not in HELP:
+        default = f"{default}; tiny: {'none' if TINY[name] == '' else TINY[name]}"
+    mark = "* " * (name in USUAL and command in ("train", "fit"))
+    help = f"{mark}{text} (default: {default})".replace("%", "%%")
+    group.add_argument(
+        f"--{name}", help=help if is_used(command, name) else argparse.SUPPRESS, **how
+    )
 
 
 def whole_number(text):
@@ -139,33 +171,33 @@ def whole_number(text):
 TYPES = {int: whole_number, float: float}
 
 
-def check_command_line(argv, program="sayo_mini.py"):
-    """Answer --help, and end the program here if a flag is wrong, or with Ctrl-C until
-    `main` runs."""
+def check_command_line(argv, program=PROGRAM):
+    """Answer --help and refuse wrong flags before torch loads. Until `main` runs, Ctrl-C ends the
+    program without a traceback."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         leave_quietly_on_ctrl_c()
     try:
-        parse_command_line(argv)
+        parse_command_line(argv, program)
         from sources.packages import check_packages  # here, because it loads torch
 
         check_packages()
     except InputError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program.split()[-1]}: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def refuse(message):  # argparse would print its usage as well; here a mistake is one line
-    raise InputError(f"{message} (--help explains every flag)")
+def refuse(message):  # argparse would print its usage as well
+    raise InputError(f"{message} (see --help)")
 
 
 def parse_config(argv):
-    """The Config of a run, new or resumed, from the flags of `train`."""
+    """The Config of a new or resumed run, from the flags of `train`."""
     return run_config(parse_command_line(argv)[1])
 
 
 def run_config(given):
-    """The Config of a run, new or resumed, from the flags `given`.
-    Raises: InputError if the folder holds another run, or this one cannot be resumed so."""
+    """The Config of a new or resumed run, from the flags `given`. Raises: InputError if the folder
+    already contains a run, or if the run cannot be resumed with these flags."""
     folder = Path(given.get("output_dir", Config.output_dir))
     check_folder(folder)
     if given.get("resume"):
@@ -176,17 +208,17 @@ def run_config(given):
         return build_config(given | {"output_dir": str(folder)}, saved)
     if holds_run(folder):
         raise InputError(
-            f"{folder} holds a run: give --resume to continue, or another --output_dir"
+            f"{folder} already contains a run: --resume continues it, or choose a new --output_dir"
         )
     return build_config(given)
 
 
 def build_config(given, base=None):
-    """A Config from the flags `given`, over `base` (a saved run's settings, else the tiny preset
-    where it applies), over the defaults. Raises: InputError naming the flag that cannot work."""
+    """A Config from the flags `given`, then `base` (a saved run's settings, or the tiny preset),
+    then the defaults. Raises: InputError that names the flag that cannot work."""
     if base is None:
         base = TINY if uses_tiny_model(given) else {}
-    if given.get("adapter"):  # it brings its rank and alpha
+    if given.get("adapter"):  # rank and alpha come from the adapter
         from sources.pretrained import adapter_settings
 
         base = base | adapter_settings(given["adapter"], given)
@@ -208,5 +240,5 @@ def uses_tiny_model(given):
 
     if choose_device(given.get("device"))[0].type == "cuda":
         return False
-    print("no CUDA: using the tiny model in tiny/ (--model_name_or_path selects another)")
+    print("running on the CPU: using the tiny model in tiny/ (--model_name_or_path overrides it)")
     return True

@@ -1,4 +1,4 @@
-"""`probe`: how well does the attention of each layer and head find the region, before training?"""
+"""`probe`: how well does the attention of each layer and head find the region before training?"""
 
 from pathlib import Path
 from statistics import NormalDist
@@ -15,17 +15,17 @@ from config import InputError
 from data import encode_example, example_region
 from sources import load_datasets
 
-FOLDER = "runs/probe"  # not that of the default run
+FOLDER = "runs/probe"  # not the folder of the default run
 RECOMMENDED = 3  # heads, at most
-MIN_QUESTIONS = 10  # for an interval
+MIN_QUESTIONS = 10  # minimum for an interval
 
 
 def run_probe(given, load_model):
-    """Probe the first `--eval_examples` training examples (the held-out ones stay unused until the
-    evaluation), print the table, and draw it as probe.png.
+    """Probe the first `--eval_examples` training examples, print a table and draw it as probe.png.
+    Held-out examples are not used, to keep them for the evaluation.
 
-    Args: given, the flags from the command line; load_model, a function of Config that returns a
-    Vlm. Returns: the exit code. Raises: InputError.
+    Args: given, a dict of flags; load_model, a function from Config to Vlm. Returns: the exit code.
+    Raises: InputError.
     """
     resume = given.get("resume")
     cfg = run_config(given) if resume else build_config({"output_dir": FOLDER} | given)
@@ -36,8 +36,8 @@ def run_probe(given, load_model):
     examples = [examples[i] for i in range(count)]
     tables, correct = measure_heads(load_model(cfg), examples, cfg)
     auroc, permuted = tables.nanmean(0)
-    print_table(auroc, f"AUROC of {count} questions, {cfg.alignment} rows")
-    print(f"chance: 0.50; with the next example's box: {permuted.nanmean():.2f} overall")
+    print_table(auroc, f"AUROC of {count} questions, --alignment {cfg.alignment}")
+    print(f"chance: 0.50; control with the next example's box: {permuted.nanmean():.2f}")
     print_recommendation(tables, correct, cfg.alignment)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,17 +45,17 @@ def run_probe(given, load_model):
     except OSError as error:
         message = f"cannot write probe.png to --output_dir {folder}: {error.strerror}"
         raise InputError(message) from None
-    print(f"the table as a picture: {folder / 'probe.png'}")
+    print(f"heat map: {folder / 'probe.png'}")
     return 0
 
 
 def probe(vlm, examples, cfg):
-    """Measure how well every layer and head finds the region, in greedy answers.
+    """Measure how well every layer and head finds the region in greedy answers.
 
-    Returns: auroc, permuted, gap, each (L + 1, H + 1): a row per layer and a column per head, the
-    last of each for the mean map of all of them. `permuted`: the same maps and the next example's
-    region. `gap`: the mean AUROC of right answers minus that of wrong ones. A head that looks at
-    the same place whether the answer is right or wrong gives the reward nothing to teach.
+    Returns: auroc, permuted, gap, each (L + 1, H + 1): a row per layer and a column per head. The
+    last row and column are for the mean map over all. `permuted` scores the same maps with the next
+    example's region. `gap` is the mean AUROC of right answers minus that of wrong ones. A head that
+    looks at the same place in both cases carries no signal for the reward.
     """
     tables, correct = measure_heads(vlm, examples, cfg)
     auroc, permuted = tables.nanmean(0)
@@ -64,8 +64,8 @@ def probe(vlm, examples, cfg):
 
 
 def measure_heads(vlm, examples, cfg):
-    """The AUROCs that `probe` averages. Returns: (AUROCs (examples, 2, L + 1, H + 1), with its own
-    region and with the next example's; whether each answer is right, bool (examples,))."""
+    """The AUROCs that `probe` averages. Returns: (AUROCs (examples, 2, L + 1, H + 1), with each
+    example's own region and with the next one's; bool (examples,), true for right answers)."""
     tables, correct = [], []
     for i in tqdm(range(len(examples)), desc="probe"):
         example, next_example = examples[i], examples[(i + 1) % len(examples)]
@@ -81,8 +81,8 @@ def measure_heads(vlm, examples, cfg):
 
 
 def layer_head_attention(vlm, prompt, completion, cfg):
-    """The aligned attention (L + 1, H + 1, C, N) of one answer, with the means over all layers and
-    over all heads appended."""
+    """The aligned attention of one answer, (L + 1, H + 1, C, N). The last layer and head are the
+    means over all layers and heads."""
     maps, prompt_maps = vlm.attention_maps(prompt, completion)  # (L, H, 1, C, N), (L, H, N)
     attention = reward.align_attention(maps[:, :, 0], prompt_maps, cfg.alignment).cpu()
     for dim in (0, 1):
@@ -96,8 +96,8 @@ def auroc_table(maps, region):
 
 
 def best_layer_and_heads(auroc):
-    """The layer in which the mean over all heads finds the region best, and its best three heads,
-    sorted (fewer if the model has fewer).
+    """The layer whose mean over all heads finds the region best, and its best heads, at most three,
+    sorted by index.
 
     Args: auroc (L + 1, H + 1), see `probe`.
     """
@@ -107,8 +107,8 @@ def best_layer_and_heads(auroc):
 
 
 def most_discriminative_head(gap):
-    """The (layer, head) with the largest gap between right and wrong answers; None if all answers
-    are right, or all wrong.
+    """The (layer, head) with the largest gap between right and wrong answers, or None if there are
+    no right or no wrong answers.
 
     Args: gap (L + 1, H + 1), see `probe`.
     """
@@ -124,20 +124,20 @@ def print_table(auroc, title):
 
 
 def mean_and_error(values):
-    """The mean and its standard error over the first dimension, without NaNs."""
+    """The mean and its standard error over the first dimension, ignoring NaNs."""
     count, mean = values.isfinite().sum(0), values.nanmean(0)
     variance = (values - mean).square().nansum(0) / (count - 1)
     return mean, (variance / count).sqrt()
 
 
 def heads_above_chance(tables):
-    """The single heads whose AUROC is above 0.5 and above that with the next example's box.
+    """The single heads whose AUROC is significantly above 0.5 and above the control.
 
-    The best of many heads is above 0.5 by luck. So the intervals are wide enough to hold for all
-    heads at once, with 95 % confidence (Bonferroni).
+    The control is the AUROC with the next example's box. The best of many heads exceeds 0.5 by
+    chance, so the 95 % intervals are simultaneous for all heads (Bonferroni).
 
     Args: tables, see `measure_heads`.
-    Returns: a list of (layer, head, AUROC, low, high, AUROC with the next box), the best first.
+    Returns: a list of (layer, head, AUROC, low, high, AUROC with the next box), best first.
     """
     mean, error = mean_and_error(tables[:, 0, :-1, :-1])  # (L, H)
     permuted = tables[:, 1, :-1, :-1].nanmean(0)
@@ -153,8 +153,9 @@ def heads_above_chance(tables):
 
 
 def head_of_right_answers(tables, correct):
-    """The (layer, head, gap, half width) whose AUROC is most clearly higher if the answer is right;
-    None if no head's is, with the confidence of `heads_above_chance`."""
+    """The (layer, head, gap, half width of its interval) with the largest AUROC gap between right
+    and wrong answers. None if its interval, as in `heads_above_chance`, includes 0, or if there are
+    fewer than MIN_QUESTIONS right or wrong answers."""
     right, wrong = (tables[chosen, 0, :-1, :-1] for chosen in (correct, ~correct))
     if min(len(right), len(wrong)) < MIN_QUESTIONS:
         return None
@@ -171,22 +172,19 @@ def simultaneous_z(count):
 
 
 def print_recommendation(tables, correct, alignment):
-    """Print the best single heads with their intervals, and the flags that select them; nothing
-    where nothing is above chance."""
-    more = "more questions (--eval_examples) give narrower intervals"
+    """Print the best single heads with their intervals, and the flags that select them."""
+    more = "use more questions (--eval_examples)"
     if len(tables) < MIN_QUESTIONS:
         return print(f"no recommendation from fewer than {MIN_QUESTIONS} questions: {more}")
     found = heads_above_chance(tables)
     if not found:
-        return print(f"no head is above chance and above the next example's box: {more}")
+        return print(f"no head is above chance and above the control: {more}")
     count = tables[0, 0, :-1, :-1].numel()
-    print(f"best single heads, with 95 % intervals that hold for all {count} together:")
+    print(f"best single heads, with simultaneous 95 % intervals for all {count} heads:")
     for layer, head, mean, low, high, permuted in found[:RECOMMENDED]:
-        interval = (
-            f"{mean:.3f} [{max(0.0, low):.3f}, {min(1.0, high):.3f}], next box {permuted:.3f}"
-        )
+        interval = f"{mean:.3f} [{max(0.0, low):.3f}, {min(1.0, high):.3f}], control {permuted:.3f}"
         print(f"  {interval}: --alignment {alignment} --layers {layer} --heads {head}")
     if chosen := head_of_right_answers(tables, correct):
         layer, head, gap, half = chosen
         flags = f"--alignment {alignment} --layers {layer} --heads {head}"
-        print(f"looks best if the answer is right: {gap:+.3f} +- {half:.3f} AUROC: {flags}")
+        print(f"AUROC gap, right minus wrong answers: {gap:+.3f} +- {half:.3f}: {flags}")

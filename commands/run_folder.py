@@ -1,5 +1,5 @@
-"""The folder of a run as files: who uses it, what it holds, and writing that survives a power cut.
-Only the standard library is imported here."""
+"""The folder of a run: content, lock, and writes that survive a power cut. Imports only the
+standard library."""
 
 import errno
 import json
@@ -24,13 +24,12 @@ LIBRARIES = "torch", "transformers", "peft", "bitsandbytes"
 WINDOWS = os.name == "nt"
 
 
-# --- what a folder holds ---
+# --- content ---
 
 
 def holds_run(folder):
-    """Whether anything in this folder would be lost if another run began there: a logged step, a
-    checkpoint (also of scale_trl.py), or results. A run that ended before its first step holds
-    nothing."""
+    """Whether a new run in this folder would overwrite a logged step, a checkpoint (including those
+    of scale_trl.py) or results. A run that ended before its first step has none of these."""
     logged = folder / "metrics.jsonl"
     if logged.exists() and logged.stat().st_size:
         return True
@@ -39,8 +38,8 @@ def holds_run(folder):
 
 
 def checkpoint_settings(path):
-    """The settings that a checkpoint holds, as a dict: {} if it is damaged, or of an earlier
-    version. The file is a length of 8 bytes, a header in JSON, and the tensors."""
+    """The settings in a checkpoint, a dict. It is empty if the file is damaged or from an earlier
+    version. The file consists of an 8-byte length, a JSON header of that length, and tensors."""
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -56,12 +55,12 @@ def resume_command(folder, program="python sayo_mini.py"):
 
 
 def join_flags(flags):
-    """Flags as one line that a shell reads back."""
+    """Flags as a line of text, quoted for the shell."""
     return subprocess.list2cmdline(flags) if WINDOWS else shlex.join(flags)
 
 
 def made_with():
-    """The versions and the git commit of this program, for config.json."""
+    """The library versions and git commit of this program, for config.json."""
     found = {"python": python_version()}
     for name in LIBRARIES:
         try:
@@ -72,7 +71,7 @@ def made_with():
 
 
 def git_commit():
-    """The commit of this checkout, "-dirty" if files were changed since; None without git."""
+    """The commit of this checkout, with "-dirty" if files changed since; None without git."""
     if not (ROOT / ".git").exists():
         return None
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -84,8 +83,8 @@ def git_commit():
 
 
 def peak_memory(device):
-    """{"peak_memory_mb": of the GPU since the last call, or of this process since it started}; None
-    on Windows."""
+    """{"peak_memory_mb": MB}: of the GPU since the last call, or of this process since its start.
+    The value is None on Windows without a GPU."""
     if device.type == "cuda":
         import torch
 
@@ -99,13 +98,13 @@ def peak_memory(device):
     return {"peak_memory_mb": peak and peak // 10**6}
 
 
-# --- who uses it ---
+# --- lock ---
 
 
 def lock(folder):
-    """Lock the folder of a run for this process. Returns: the open file, whose lock is gone when it
-    is closed or the process ends, however that happens. Raises: InputError if another process has
-    it; OSError if the file cannot be written."""
+    """Lock the folder of a run for this process. Returns: the open lock file. The lock is released
+    when the file is closed or the process ends. Raises: InputError if another process has the lock;
+    OSError if the file cannot be written."""
     file = open(folder / "lock", "a", encoding="utf-8")
     try:
         if fcntl:
@@ -118,14 +117,14 @@ def lock(folder):
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
             file.close()
-            advice = "wait until it ends, or choose another --output_dir"
+            advice = "wait until it ends, or use a different --output_dir"
             raise InputError(f"another process is running in {folder}: {advice}") from None
-        # This file system has no locks.
+        # This file system does not support locks.
     return file
 
 
 def check_folder(folder):
-    """Before anything slow: could a run write here, and is no other process at it?
+    """Check early that a run can write to the folder and that no other process uses it.
     Raises: InputError."""
     try:
         if (folder / "lock").exists():
@@ -137,24 +136,24 @@ def check_folder(folder):
     except OSError as error:
         problem = error.strerror
     if problem:
-        raise InputError(f"--output_dir {folder}: {problem}; choose another")
+        raise InputError(f"--output_dir {folder}: {problem}; use a different folder")
 
 
 # --- writing ---
 
 
 def how_to_go_on(error, folder):
-    """What to do about a failure to write, which is an OSError or of safetensors."""
+    """Advice for a failure to write. Args: error, an OSError or a SafetensorError."""
     if not os.path.exists(folder / "config.json"):
-        return "choose another --output_dir"
+        return "use a different --output_dir"
     forbidden = getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
-    repair = "make it writable" if forbidden else "make room"
-    return f"what was saved is intact: {repair}, then {resume_command(folder)}"
+    repair = "make the folder writable" if forbidden else "free space"
+    return f"saved files are intact: {repair}, then run: {resume_command(folder)}"
 
 
 def sync(path):
-    """Wait until the disk has it. Windows can sync neither folders nor files that are open for
-    reading only."""
+    """Flush a file or folder to disk (fsync). Windows cannot sync folders or files that are opened
+    read-only."""
     if path.is_dir() and WINDOWS:
         return
     file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -165,6 +164,7 @@ def sync(path):
 
 
 def remove(path):
+    """Delete a file or folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -1,5 +1,5 @@
-"""The rules for settings: their ranges, how config.json holds them, and what may change when a run
-is resumed. No torch here, so that a mistake is answered before it loads."""
+"""The rules for settings: ranges, how config.json stores them, and what a resumed run may change.
+torch is not imported here, so that mistakes are reported before it loads."""
 
 import json
 import math
@@ -11,7 +11,13 @@ from commands.run_folder import CHECKPOINTS, checkpoint_settings, holds_run
 from config import ROOT, Config, InputError, parse_ints, parse_weights
 
 FIELDS = {f.name: f for f in fields(Config)}
-IGNORED = ("probe", "made_with")  # what config.json holds that is no setting; probe: in the past
+IGNORED = ("probe", "made_with")  # keys of config.json that are no settings; probe: of old versions
+FORMS = {  # settings that are parsed: (parser, the form it expects)
+    "reward_weights": (parse_weights, "name=weight pairs such as attention=1,format=1"),
+    "layers": (parse_ints, "all, or integers such as 2,3"),
+    "heads": (parse_ints, "all, or integers such as 0,3"),
+    "format_lengths": (parse_ints, "two integers min,max such as 60,100"),
+}
 LIMITS = {
     "minimum": (operator.ge, "at least"),
     "above": (operator.gt, "above"),
@@ -24,28 +30,30 @@ LIMITS = {
 
 
 def check_settings(settings):
-    """Args: settings, a dict of some or all of them. Raises: InputError naming the flag that cannot
-    work, and what would."""
+    """Args: settings, a dict of some or all settings. Raises: InputError that names the flag that
+    cannot work, and values that can."""
     for name, value in settings.items():
         if name in FIELDS:
             check_range(name, value)
-    parsers = dict(
-        reward_weights=parse_weights, layers=parse_ints, heads=parse_ints, format_lengths=parse_ints
-    )
-    parsed = {}
-    for name in [name for name in parsers if name in settings]:
-        try:
-            parsed[name] = parsers[name](settings[name])
-        except ValueError:
-            raise InputError(f"--{name} {settings[name]}: see --help for its form") from None
+    parsed = {name: parse(name, settings[name]) for name in FORMS if name in settings}
     if "format_lengths" in parsed:
         lengths = parsed["format_lengths"] or []
         if len(lengths) != 2 or not 0 <= lengths[0] <= lengths[1]:
-            advice = "give two, shortest,longest, as in 60,100"
-            raise InputError(f"--format_lengths {settings['format_lengths']}: {advice}")
+            raise wrong_form("format_lengths", settings["format_lengths"])
     if "reward_weights" in parsed:
         check_weights(settings["reward_weights"], parsed["reward_weights"])
     check_mix(settings)
+
+
+def parse(name, text):
+    try:
+        return FORMS[name][0](text)
+    except ValueError:
+        raise wrong_form(name, text) from None
+
+
+def wrong_form(name, text):
+    return InputError(f"--{name} {text}: expected {FORMS[name][1]}")
 
 
 def check_range(name, value):
@@ -61,7 +69,7 @@ def check_range(name, value):
 
 def check_weights(text, weights):
     if text.count("=") != len(weights):
-        raise InputError(f"--reward_weights {text}: give each reward once")
+        raise InputError(f"--reward_weights {text}: each reward must occur once")
     if not all(math.isfinite(weight) for weight in weights.values()):
         raise InputError(f"--reward_weights {text}: weights must be finite numbers")
     if not any(weights.values()):
@@ -72,9 +80,7 @@ def check_mix(settings):
     dataset = settings.get("dataset", Config.dataset)
     single = "+" not in dataset or Path(dataset).exists()
     if settings.get("mix") and single and not settings.get("resume"):
-        advice = (
-            f"--dataset {dataset} is a single data set; join several with +, or leave out --mix"
-        )
+        advice = f"--dataset {dataset} is a single data set; join several with +, or omit --mix"
         raise InputError(f"--mix {settings['mix']}: {advice}")
 
 
@@ -82,8 +88,8 @@ def check_mix(settings):
 
 
 def stored_settings(cfg):
-    """The settings of a run as config.json and its checkpoints hold them. The model of this
-    checkout is just "tiny" there, so that a checkout can be moved."""
+    """The settings of a run as config.json and checkpoints store them. This checkout's tiny/ is
+    stored as "tiny", so that a checkout can be moved."""
     settings = asdict(cfg) | {"resume": False}
     return settings | {"model_name_or_path": stored_model(cfg.model_name_or_path)}
 
@@ -96,17 +102,17 @@ def stored_model(name):
 
 
 def local_model(name):
-    """The model that a stored name means here. Earlier versions stored an absolute path to tiny/,
-    which is gone if the checkout was moved."""
+    """The model that a stored name refers to here. Earlier versions stored an absolute path to
+    tiny/, which no longer exists if the checkout was moved."""
     path = Path(name)
     moved = path.is_absolute() and path.name == "tiny" and not path.exists()
     return str(ROOT / "tiny") if name == "tiny" or moved else name
 
 
 def load_saved(folder):
-    """The settings that a run left in its folder: those in config.json or, if it is damaged or
-    missing, in a checkpoint. Returns: None if it is missing and no checkpoint holds any. Raises:
-    InputError if it is damaged and no checkpoint holds any."""
+    """The settings stored in a run's folder: in config.json or, if it is damaged or missing, in a
+    checkpoint. Returns: a dict, or None if config.json is missing and no checkpoint has settings.
+    Raises: InputError if config.json is damaged and no checkpoint has settings."""
     path = folder / "config.json"
     try:
         return read_settings(json.loads(path.read_text(encoding="utf-8")))
@@ -124,27 +130,27 @@ def load_saved(folder):
             return settings
     if problem == "is missing":
         return None
-    advice = "remove it, and give the run's flags again"
-    raise InputError(f"{path} {problem}: {advice}" + " with --resume" * holds_run(folder))
+    advice = "delete it and run again with the run's own flags"
+    raise InputError(f"{path} {problem}: {advice}" + " and --resume" * holds_run(folder))
 
 
 def read_settings(saved):
     """Check the types of stored settings. Returns: a dict. Raises: ValueError."""
     if not isinstance(saved, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     settings = {name: value for name, value in saved.items() if name not in IGNORED}
     for name, value in settings.items():
         if name not in FIELDS:
-            raise ValueError(f"{name} is no setting")
+            raise ValueError(f"{name} is not a setting")
         kind = FIELDS[name].type
         if kind is float and type(value) is int:
             settings[name] = float(value)
         elif type(value) is not kind:
-            raise ValueError(f"{name} is {value!r}, which is no {kind.__name__}")
+            raise ValueError(f"{name} is {value!r}, not of type {kind.__name__}")
     if name := settings.get("model_name_or_path"):
         settings["model_name_or_path"] = local_model(name)
         if Path(name).is_absolute() and local_model(name) != name:
-            print(f"{name} is gone: using the model in {local_model(name)}")
+            print(f"{name} does not exist: using the model in {local_model(name)}")
     return settings
 
 
@@ -152,8 +158,8 @@ def read_settings(saved):
 
 
 def changes(saved, settings):
-    """{name: (value in saved, value in settings)} of what differs, both as dicts. What `saved` does
-    not have came with a later version of the program."""
+    """{name: (old, new)} of the settings that differ between two dicts. Settings that `saved` lacks
+    were added by a later version of the program."""
     saved, settings = dict(saved), dict(settings)
     for each in (saved, settings):
         if name := each.get("model_name_or_path"):
@@ -164,39 +170,39 @@ def changes(saved, settings):
 
 
 def fixed_changes(saved, settings):
-    """Those `changes` that a resumed run must not make."""
+    """The `changes` that a resumed run must not make."""
     found = changes(saved, settings).items()
     return {name: pair for name, pair in found if not FIELDS[name].metadata["may_change"]}
 
 
 def check_checkpoint(path, settings):
-    """Raises: InputError if a checkpoint is of other settings than those of the resumed run."""
+    """Raises: InputError if a checkpoint was made with settings that differ from the run's."""
     for name, (old, new) in fixed_changes(checkpoint_settings(path), settings).items():
         problem = f"{name} is {new} in config.json, but {old} in {path.name}"
-        advice = "remove config.json, and --resume takes the checkpoint's settings"
-        raise InputError(f"{path.parent}: {problem}: is it of another run? {advice}")
+        advice = "delete config.json to resume with the checkpoint's settings"
+        raise InputError(f"{path.parent}: {problem}; is it from a different run? {advice}")
 
 
 def check_resumed(saved, given, folder):
-    """Announce the flags beside --resume that change a setting of the run, `saved`. Raises:
-    InputError for a change that would make the steps already made wrong."""
-    advice = "leave it out, or start another --output_dir"
+    """Print which flags beside --resume change a setting of the run, `saved`. Raises: InputError
+    for a change that would invalidate the steps already made."""
+    advice = "omit it, or start a new run in a different --output_dir"
     if not holds_run(folder):
-        advice = "no step was made yet, so leave out --resume to start with other settings"
+        advice = "no step was made yet, so omit --resume to start with new settings"
     for name, (old, new) in fixed_changes(saved, given).items():
         raise InputError(f"--{name} {new}: the run in {folder} has {old}; {advice}")
     found = changes(saved, given)
     old, new = found.get("max_steps", (0, 0))
     if new < old:
-        raise InputError(f"--max_steps {new}: the run in {folder} has {old}, and can only grow")
+        raise InputError(f"--max_steps {new}: the run in {folder} has {old}, and it can only grow")
     schedule = saved.get("lr_scheduler_type", Config.lr_scheduler_type)
-    rate = f"from here on the learning rate is that of a {schedule} over {new} steps, so it jumps"
+    rate = f"the learning rate now follows a {schedule} over {new} steps, so it jumps"
     if schedule == "constant":
         rate = "the learning rate stays constant"
     consequence = {
         "max_steps": rate,
-        "device": "the bits will differ",
-        "completions_per_forward": "the bits will differ",
+        "device": "results will not be bit-identical",
+        "completions_per_forward": "results will not be bit-identical",
     }
     for name, (old, new) in found.items():
         note = f": {consequence[name]}" if name in consequence else ""

@@ -1,5 +1,5 @@
-"""Where examples and models come from. `load_datasets` chooses the data sets of a run; each reader
-is imported only if it is used."""
+"""Data sets and pretrained models. `load_datasets` opens the data sets of a run and imports only
+the readers that it needs."""
 
 import logging
 from pathlib import Path
@@ -8,12 +8,13 @@ import torch
 
 from config import InputError, is_tiny
 
-# Before bitsandbytes loads: it warns of a kernel that is not used here.
+# Set before bitsandbytes loads: it warns about a kernel that is not used here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def load_datasets(cfg):
-    """The (training, held-out) examples of `--dataset`. Prints what was skipped."""
+    """The (training, held-out) data sets of `--dataset`. Prints how many examples were skipped.
+    Raises: InputError."""
     if cfg.dataset == "scenes":
         from sources.scenes import LARGE_SCENES, Scenes
 
@@ -37,7 +38,10 @@ def load_datasets(cfg):
 
 
 def open_dataset(name, cfg):
-    """The data set called `name`. A new format needs a reader in `sources/` and a line here."""
+    """The data set called `name`. Raises: InputError.
+
+    To add a format, write a reader in `sources/` and add a line here.
+    """
     problems = [] if cfg.skip_bad_examples else None
     if name == "gqa":
         from sources.gqa import Gqa
@@ -48,20 +52,20 @@ def open_dataset(name, cfg):
 
         return ReFocus(problems)
     if name == "scenes":
-        raise InputError("--dataset: scenes are generated and cannot be mixed with other data sets")
+        raise InputError("--dataset: generated scenes cannot be mixed with other data sets")
     from sources.jsonl import JsonLines
 
     return JsonLines(name, cfg.allow_absolute_paths, problems)
 
 
 def step_examples(train_set, step, cfg):
-    """The questions of a training step."""
+    """The Examples of a training step, a list of `prompts_per_step`."""
     order = range(step * cfg.prompts_per_step, (step + 1) * cfg.prompts_per_step)
     return [train_set[epoch_index(k, len(train_set), cfg.seed)] for k in order]
 
 
 def epoch_index(k, n, seed):
-    """The k-th of an endless sequence of examples: each epoch visits all n in a new order."""
+    """Index of the k-th example of an endless stream; each epoch is a new permutation of n."""
     epoch, i = divmod(k, n)
     generator = torch.Generator().manual_seed(seed + 1000003 * epoch)
     return torch.randperm(n, generator=generator)[i].item()

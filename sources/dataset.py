@@ -1,4 +1,4 @@
-"""What the readers of annotated data share: validation, reading images, and the held-out split."""
+"""Shared base for annotated data sets: validation, reading images, and the held-out split."""
 
 import codecs
 import copy
@@ -20,7 +20,7 @@ from sources.images import (
 )
 
 KEYS = "image", "question", "answer", "boxes", "id"
-OTHER_NAMES = {  # that other programs give to these keys; difflib finds misspellings
+OTHER_NAMES = {  # names of these keys in other formats; difflib finds misspellings
     "image": "img images path file file_path file_name filename image_path image_file".split(),
     "question": "prompt query text problem instruction input".split(),
     "answer": "label target solution response output ground_truth gt".split(),
@@ -29,17 +29,17 @@ OTHER_NAMES = {  # that other programs give to these keys; difflib finds misspel
 
 
 class AnnotatedDataset:
-    """Questions about images, with the boxes that answer them.
+    """Questions about images, with boxes around the evidence.
 
-    A row is validated when it is added, except for the pixels of its image: the image is opened for
-    its size, and decoded each time `[i]` asks for the Example.
+    `add` validates a row and reads the size of its image. The pixels are decoded each time `[i]`
+    returns the Example.
 
     Args: name, for messages; problems, None or a list. With None, the first bad row raises
     InputError. With a list, bad rows are skipped, and a line for each problem is appended to it.
 
-    To read another format, write a subclass and add a line to `sources.open_dataset`. Its
-    `__init__` calls `add` for each row, or `reject` if the row cannot be parsed, and `finish` after
-    the last. For images in files derive it from `FileDataset`, else define `open_image` as well.
+    To add a format, write a subclass and add a line to `sources.open_dataset`. Its `__init__` calls
+    `add` for each row, or `reject` if the row cannot be parsed, and finally `finish`. Use
+    `FileDataset` as the base class if images are files, otherwise define `open_image` as well.
     A complete CSV reader:
 
         class Csv(FileDataset):
@@ -61,19 +61,21 @@ class AnnotatedDataset:
         self.rows = []  # dicts: image, question, answer, boxes, id, image_key, where
         self.notes = []  # lines to print before a run
         self.rejected = 0  # rows
-        self._first_use = {}  # id -> where it was used first
+        self._first_use = {}  # id -> place of its first use
         self._headers = {}  # image -> (its size, its image_key)
 
     def open_image(self, row):
-        """Open a row's image with Pillow. Also set `row["image_key"]`, unless `add` was given it: a
-        string that identifies the image, by which `split` keeps all questions about it together.
-        Raises: any exception; its text becomes part of the message."""
+        """Open a row's image with Pillow, and set `row["image_key"]` unless it was passed to `add`.
+
+        The key is a string that identifies the image. `split` uses it to keep all questions about
+        an image together. Raises: any exception; its text becomes part of the message.
+        """
         raise NotImplementedError
 
     def add(self, where, row, **extra):
-        """Validate a row, and keep it if it is valid.
+        """Validate a row and keep it if it is valid.
 
-        Args: where, the row's place for messages, as in "mine.jsonl:3"; row, a dict with image,
+        Args: where, the row's place for messages, e.g. "mine.jsonl:3"; row, a dict with image,
         question, answer, boxes ([[x1, y1, x2, y2], ...] in pixels of the stored image) and an
         optional id (default: `where`); extra, further entries of the row for `open_image`.
         """
@@ -89,7 +91,7 @@ class AnnotatedDataset:
             self.rows.append(row)
 
     def reject(self, where, *errors):
-        """Leave a row out and report what is wrong with it."""
+        """Skip a row and report its errors. Raises: InputError if bad rows are not skipped."""
         for error in errors:
             self.report_error(f"{where}: {error}")
         self.rejected += 1
@@ -101,22 +103,22 @@ class AnnotatedDataset:
             total = self.rejected + len(self.rows)
             self.notes.append(
                 f"{self.name}: skipped {self.rejected} of {total} examples; "
-                f"the first problem: {self.problems[0]}"
+                f"first problem: {self.problems[0]}"
             )
         if not self.rows:
             raise InputError("; ".join([f"{self.name}: no usable examples", *self.notes[-1:]]))
-        self._first_use = self._headers = None  # large, and only needed by `add`
+        self._first_use = self._headers = None  # large, and used only by `add`
 
     def report_error(self, problem):
-        """Add a line to `problems`. Raises: InputError with it, if bad rows are not skipped."""
+        """Add a line to `problems`. Raises: InputError with it if bad rows are not skipped."""
         if self.problems is None:
-            raise InputError(f"{problem} (--skip_bad_examples skips unusable examples)")
+            raise InputError(f"{problem} (use --skip_bad_examples to skip unusable examples)")
         self.problems.append(problem)
 
     def validation_errors(self, row, unknown=()):
         """Yield everything that is wrong with a row, one line each.
 
-        Args: unknown, keys of the row that are not read: what is missing may be under one of them.
+        Args: unknown, the other keys of the row, one of which may be a misnamed key.
         """
         for name in ("image", "question", "answer"):
             if row[name] is None:
@@ -133,7 +135,7 @@ class AnnotatedDataset:
             yield from self._image_and_region_errors(row)
 
     def _image_and_region_errors(self, row):
-        if row["image"] not in self._headers:  # many questions may share an image: open it once
+        if row["image"] not in self._headers:  # open an image once, even if many questions share it
             try:
                 with image_errors(row["image"]), self.open_image(row) as image:
                     self._headers[row["image"]] = stored_size(image), row["image_key"]
@@ -144,8 +146,8 @@ class AnnotatedDataset:
         yield from region_errors(row["boxes"], size)
 
     def read_example(self, row):
-        """Decode the image of a row. Returns: its Example.
-        Raises: InputError naming the row if the image cannot be read."""
+        """Decode a row's image. Returns: the Example. Raises: InputError naming the row if the
+        image cannot be read."""
         try:
             with image_errors(row["image"]), self.open_image(row) as image:
                 size = stored_size(image)
@@ -162,43 +164,44 @@ class AnnotatedDataset:
 
     def __getitem__(self, index):
         if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.name} has {len(self)} examples, and none at {index}")
+            raise IndexError(f"{self.name} has {len(self)} examples: index {index} is out of range")
         return self.next_readable(index)
 
     def next_readable(self, index):
-        """The example at `index` or, if bad rows are skipped, the first readable one from there.
+        """The Example at `index` or, if bad rows are skipped, the next readable one.
 
-        Damaged pixels show up only here, when a run is under way. A substitution changes what it
-        trains on, so it is printed, once per damaged example.
-        Raises: InputError if bad rows are not skipped, or if no image at all can be read.
+        Damaged pixels are detected only here, during a run. Every replacement changes the training
+        data, so it is printed, once per damaged example.
+        Raises: InputError if bad rows are not skipped or no image can be read.
         """
         for offset in range(len(self)):
             try:
                 return self.read_example(self.rows[(index + offset) % len(self)])
             except InputError as error:
                 self._report_unreadable(str(error))
-        raise InputError(f"{self.name}: none of its images can be read; {self.problems[-1]}")
+        raise InputError(f"{self.name}: no image can be read; last problem: {self.problems[-1]}")
 
     def _report_unreadable(self, problem):
         if self.problems is not None and problem in self.problems:
-            return  # printed before
+            return  # already printed
         self.report_error(problem)
         total = len(self.problems)
-        print(f"skipped, the next example takes its place ({total} so far): {problem}")
+        print(f"skipped ({total} so far), using the next example: {problem}")
 
     def split(self, held_out):
         """Split by image into a training and a held-out data set.
 
-        A fifth of the images (at least one), chosen by a hash of their keys, is held out, with at
-        most `held_out` questions about them. No image is in both parts. With 0, none is held out.
-        Returns: (training, held-out). Raises: InputError if there is only one image.
+        A hash of the image keys selects a fifth of the images, at least one. These are held out,
+        with at most `held_out` questions about them. No image is in both parts. With `held_out` 0,
+        nothing is held out. Returns: (training, held-out). Raises: InputError if an image has to
+        be held out and there is only one.
         """
         keys = {row["image_key"] for row in self.rows}
         keys = sorted(keys, key=lambda key: zlib.crc32(key.encode()))
         if held_out and len(keys) < 2:
             raise InputError(
-                f"{self.name}: its only image cannot be held out for evaluation: add images, "
-                "or give --eval_examples 0"
+                f"{self.name}: the only image cannot be held out for evaluation; add images, "
+                "or use --eval_examples 0"
             )
         chosen = set(keys[: max(1, len(keys) // 5)]) if held_out else set()
         train_set, eval_set = copy.copy(self), copy.copy(self)
@@ -208,9 +211,9 @@ class AnnotatedDataset:
 
 
 class FileDataset(AnnotatedDataset):
-    """An AnnotatedDataset whose images are files, named by paths relative to `folder`.
+    """An AnnotatedDataset whose images are files. Their paths are relative to `folder`.
 
-    With `allow_absolute_paths`, images may lie outside `folder`.
+    With `allow_absolute_paths`, images may be outside `folder`.
     """
 
     def __init__(self, name, folder, allow_absolute_paths=False, problems=None):
@@ -220,12 +223,12 @@ class FileDataset(AnnotatedDataset):
     def open_image(self, row):
         folder = self.folder.resolve()
         path = (folder / row["image"]).resolve()
-        inside = path.is_relative_to(folder)  # `..`, links and absolute paths may lead out of it
+        inside = path.is_relative_to(folder)  # `..`, links and absolute paths can leave it
         if not inside and not self.allow_absolute_paths:
             raise ValueError(
-                "it is outside the data set's folder: move it, or give --allow_absolute_paths"
+                "it is outside the data set's folder: move it, or use --allow_absolute_paths"
             )
-        if not path.is_file():  # opening a pipe would wait forever
+        if not path.is_file():  # opening a pipe would block forever
             raise ValueError("it is a folder" if path.is_dir() else "no such file")
         row["image_key"] = str(path.relative_to(folder) if inside else path)
         return Image.open(path)
@@ -249,14 +252,14 @@ def region_errors(boxes, size):
             "the other; crop it"
         )
     if boxes is None:
-        return  # is reported where the other keys of the row are known
+        return  # reported by `validation_errors`, which knows the other keys
     if not isinstance(boxes, list) or not all(map(_is_numeric, boxes)):
-        yield f"boxes must be a list of [x1, y1, x2, y2], all numbers, and not {shorten(boxes)}"
+        yield f"boxes must be a list of [x1, y1, x2, y2], all numbers, but are {shorten(boxes)}"
         return
     values = [value for box in boxes for value in box]
     if min(size) > 1 and all(-1 <= v <= 1 for v in values) and any(v % 1 for v in values):
         yield (
-            f"boxes: {shorten(boxes)} are probably shares of the image: boxes are in pixels, so "
+            f"boxes: {shorten(boxes)} are probably fractions of the image, not pixels: "
             f"multiply x by the width, {size[0]}, and y by the height, {size[1]}"
         )
         return
@@ -274,24 +277,24 @@ def _is_numeric(box):
 def text_errors(name, value):
     """Yield what is wrong with a row's image, question or answer."""
     if not isinstance(value, str):
-        yield f"{name} must be text, in quotes, and not {shorten(value)}"
+        yield f"{name} must be text, in quotes, but is {shorten(value)}"
     elif not value.strip():
         yield f"{name} is empty"
     elif re.search("[\ud800-\udfff]", value):
-        yield f"{name} {value!r} is not valid Unicode: it has half of a surrogate pair"
+        yield f"{name} {value!r} is not valid Unicode: it contains an unpaired surrogate"
     elif name == "question" and (special := re.search(r"<\|\w+\|>", value)):
         yield f"question contains {special.group()}, a special token: remove it"
 
 
 def suggest_key(name, unknown):
-    """ " (is it 'bbox'?)", if one of the keys `unknown` is probably meant to be `name`; else ""."""
+    """A hint if one of the keys in `unknown` is probably meant to be `name`, otherwise ""."""
     lower = {key.lower(): key for key in unknown}
     known = [key for key in lower if key in OTHER_NAMES[name] or key == name]
     matches = known or get_close_matches(name, lower, n=1, cutoff=0.7)
-    return f" (is it {shorten(lower[matches[0]])}? The key must be {name!r})" if matches else ""
+    return f" (rename the key {shorten(lower[matches[0]])} to {name!r}?)" if matches else ""
 
 
 def shorten(value):
-    """A value for a message, in at most 60 characters."""
+    """The repr of a value for a message, at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -15,26 +15,26 @@ UNUSED = frozenset(
 class Gqa(FileDataset):
     """GQA in `folder`, as published.
 
-    The files are `train_balanced_questions.json` (or, if there is none, all of
+    Reads `train_balanced_questions.json` (or, if it does not exist, all files
     `train_all_questions_*.json`) and `train_sceneGraphs.json`, in the folder or up to two levels
-    below, and `images/<imageId>.jpg`.
+    below, and images from `images/<imageId>.jpg`.
 
-    The region is the union of the boxes of the objects in a question's `annotations`: those of its
-    answer, or else of its full answer, or else of the question. Questions without annotated objects
-    are skipped and counted.
+    The region is the union of the boxes of the annotated objects: those of the answer if it has
+    any, otherwise those of the full answer, otherwise those of the question. Questions without
+    annotated objects are skipped and counted.
     Raises: InputError naming file and question.
     """
 
     def __init__(self, folder, allow_absolute_paths=False, problems=None):
         super().__init__(f"GQA in {folder}", folder, allow_absolute_paths, problems)
         if not folder or not self.folder.is_dir():
-            raise InputError(f"--dataset gqa: --data_dir {folder or '(not given)'} is not a folder")
+            raise InputError(f"--dataset gqa: --data_dir {folder or '(missing)'} is not a folder")
         questions = self.find("train_balanced_questions.json")
         questions = questions or self.find("train_all_questions_*.json")
         graphs = self.find("train_sceneGraphs.json")
         if not questions or not graphs:
             missing = "train_sceneGraphs.json" if questions else "train_balanced_questions.json"
-            raise InputError(f"--data_dir {folder}: no {missing} in it or up to two levels below")
+            raise InputError(f"--data_dir {folder}: no {missing} there or up to two levels below")
         graphs, self.total, self.without_objects = load_json(graphs[0]), 0, 0
         for file in questions:
             for number, question in load_json(file).items():
@@ -49,7 +49,7 @@ class Gqa(FileDataset):
         return sorted(path for pattern in patterns for path in self.folder.glob(pattern))
 
     def add_question(self, where, number, question, graphs):
-        """Add a question, reject it, or count it if it has no annotated objects."""
+        """Add or reject a question, or only count it if it has no annotated objects."""
         self.total += 1
         try:
             row = {
@@ -61,7 +61,7 @@ class Gqa(FileDataset):
             }
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
-            self.reject(where, f"not in the format of GQA ({reason})")
+            self.reject(where, f"not in GQA's format ({reason})")
             return
         if row["boxes"]:
             self.add(where, row)
@@ -70,7 +70,7 @@ class Gqa(FileDataset):
 
 
 def annotated_boxes(question, graphs):
-    """The boxes (x1, y1, x2, y2) of the objects in a question's annotations, as a list."""
+    """The boxes (x1, y1, x2, y2) of a question's annotated objects, as a list."""
     annotations, ids = question["annotations"], []
     for part in ("answer", "fullAnswer", "question"):
         if annotations.get(part):
@@ -94,5 +94,5 @@ def load_json(file):
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{file}: not JSON in UTF-8 ({reason})") from None
     if not isinstance(content, dict):
-        raise InputError(f"{file}: not a JSON object, which GQA's files are")
+        raise InputError(f"{file}: expected a JSON object")
     return content

@@ -14,8 +14,8 @@ MAX_ASPECT_RATIO = 200  # the image processors of Qwen-VL raise an error above i
 def image_errors(name):
     """Turn any exception in the block into an InputError that names the image.
 
-    Pillow raises almost any exception on a damaged file. Its warnings are silenced: they are about
-    files that it can still read.
+    Pillow can raise almost any exception on a damaged file. Its warnings are silenced, because they
+    are about files that it can still read.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -32,27 +32,27 @@ def image_errors(name):
 
 def stored_size(image):
     """The (width, height) of an opened image before any EXIF rotation."""
-    if image.format == "TIFF":  # for which alone Pillow reports the size after the rotation
+    if image.format == "TIFF":  # only for TIFF does Pillow report the rotated size
         if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
             return image.size[::-1]
     return image.size
 
 
 def clip_box(box, size):
-    """The box, clipped to an image of `size` (width, height). A box inside it is returned as is."""
+    """The box clipped to an image of `size` (width, height). Boxes inside it are unchanged."""
     clipped = max(box[0], 0), max(box[1], 0), min(box[2], size[0]), min(box[3], size[1])
     return box if clipped == tuple(box) else clipped
 
 
 def apply_exif_orientation(image, boxes):
-    """Rotate and flip an image and its boxes as its EXIF data says, and convert it to RGB.
+    """Apply the EXIF orientation to an image and its boxes, and convert the image to RGB.
 
-    Cameras store pixels in sensor order and record the orientation in EXIF. Boxes are given in
-    pixels of the stored image, so they have to turn with it.
+    Cameras store pixels in sensor order and record the orientation in EXIF. Boxes are in pixels of
+    the stored image, so they must be rotated with it.
 
     Args: image, an opened image whose pixels are not loaded yet; boxes, a list of
     `(x1, y1, x2, y2)` in pixels of the stored image.
-    Returns: (RGB image, boxes in its pixels). Transparent pixels become white, 16-bit gray 8-bit.
+    Returns: (RGB image, boxes in its pixels). Transparency becomes white; 16-bit gray, 8-bit.
     """
     orientation = image.getexif().get(ExifTags.Base.Orientation)
     width, height = stored_size(image)

@@ -1,4 +1,4 @@
-"""Your own data: a file with one JSON object per line."""
+"""Data sets in your own .jsonl files, with one JSON object per line."""
 
 import json
 from pathlib import Path
@@ -16,15 +16,15 @@ class JsonLines(FileDataset):
         super().__init__(path, Path(path).parent, allow_absolute_paths, problems)
         content = read_file(path)
         if is_array(content):
-            raise InputError(f"{path} is one JSON array: write one object per line, without commas")
-        # str.splitlines() would also split at characters that JSON text may contain.
+            raise InputError(f"{path} is a JSON array: write one object per line, without commas")
+        # str.splitlines() also splits at characters that may occur inside JSON strings.
         for number, line in enumerate(content.split(b"\n"), 1):
             if line.strip():
                 self.parse_line(f"{path}:{number}", line)
         self.finish()
 
     def parse_line(self, where, line):
-        """Add the row on this line, or reject it."""
+        """Add the row on this line or reject it."""
         try:
             row = json.loads(line.decode())
         except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
@@ -37,7 +37,7 @@ class JsonLines(FileDataset):
 
 
 def is_array(content):
-    """Whether a whole file is one JSON array: one problem, and not one per line."""
+    """Whether the whole file is a JSON array, which deserves one error instead of one per line."""
     try:
         return content.lstrip()[:1] == b"[" and isinstance(json.loads(content), list)
     except (ValueError, RecursionError):

@@ -8,10 +8,12 @@ from config import InputError
 
 
 class Mixture(Dataset):
-    """Several data sets in given shares.
+    """Several data sets, mixed by share.
 
-    An epoch is long enough to show every example at least once; examples of the other data sets
-    repeat. The example at `[i]` depends only on i, so a resumed run sees the same ones.
+    An epoch contains every example at least once; data sets that are short for their share repeat.
+    `[i]` depends only on i, so a resumed run sees the same examples.
+
+    Args: datasets, a list; shares, their fractions, which add up to 1.
     """
 
     def __init__(self, datasets, shares):
@@ -31,8 +33,8 @@ class Mixture(Dataset):
 
 
 def mix_shares(text, names):
-    """The shares in `text` ("0.8,0.2"), scaled to add up to 1; a single data set needs no text.
-    Raises: InputError unless `text` gives every name a share of at least a thousandth."""
+    """The shares in `text`, e.g. "0.8,0.2", scaled to add up to 1. `text` is ignored for a single
+    data set. Raises: InputError unless every name has a share of at least a thousandth."""
     try:
         shares = [1.0] if len(names) == 1 else [float(share) for share in text.split(",")]
     except ValueError:
@@ -41,6 +43,6 @@ def mix_shares(text, names):
     usable = all(0 < share < math.inf and share >= 0.001 * total for share in shares)
     if len(shares) != len(names) or not usable:
         raise InputError(
-            f"--mix {text!r}: give a share for each of {', '.join(names)}, as in 0.8,0.2"
+            f"--mix {text!r}: needs one share per data set ({', '.join(names)}), e.g. 0.8,0.2"
         )
     return [share / total for share in shares]

@@ -1,5 +1,5 @@
-"""Installed packages that keep others from being imported. Colab's torchvision and torchao, for
-example, stop working when another PyTorch is installed, and transformers and PEFT look for them."""
+"""Finds installed packages that break imports. Colab's torchvision and torchao, for example, stop
+working when a different PyTorch is installed, and transformers and PEFT try to import them."""
 
 from importlib import import_module
 
@@ -9,7 +9,7 @@ NOT_NEEDED = "torchvision torchaudio torchao"
 
 
 def check_packages():
-    """Import the libraries. Raises: InputError that says what to install or uninstall."""
+    """Import the libraries. Raises: InputError saying what to install or uninstall."""
     try:
         for name in ("transformers", "transformers.modeling_utils", "peft", "bitsandbytes"):
             import_module(name)

@@ -1,5 +1,5 @@
-"""Load a pretrained model, or an adapter, from the hub or a folder. Whatever goes wrong ends in one
-line that says what to do."""
+"""Loads a pretrained model or an adapter from the hub or a folder. Failures become one-line
+messages that say what to do."""
 
 import json
 import logging
@@ -31,18 +31,21 @@ from sources.packages import import_problem
 SUPPORTED = ("qwen2_5_vl", "qwen3_vl")
 LORA_TARGETS = r".*language_model\.layers.*\.(q|k|v|o|gate|up|down)_proj"
 LORA_VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-# The weights are read into fp32 if the compute type is fp16, in which the vision tower overflows.
+# With fp16 as the compute type the vision tower stays in fp32, because it overflows in fp16.
 Qwen2_5_VLForConditionalGeneration._keep_in_fp32_modules = ["visual"]
 
 
 def choose_device(device=None, dtype=None):
-    """The device for a name, None or "auto", and its compute type: `dtype`, by default bf16 if a
-    card computes in it, else fp16; fp32 on a CPU. Raises: InputError if CUDA cannot be used."""
+    """The device for a name, None or "auto", and its compute type.
+
+    Args: dtype, by default bf16 on a card that supports it, fp16 on other cards, fp32 on a CPU.
+    Returns: (torch.device, torch.dtype). Raises: InputError if CUDA cannot be used.
+    """
     cuda, automatic = torch.cuda.is_available(), device in (None, "auto")
     if not cuda and (automatic or torch.device(device).type == "cuda"):
         problem = cuda_problem()
         if problem or not automatic:
-            raise InputError(problem or f"device {device}: no CUDA here; choose --device cpu")
+            raise InputError(problem or f"device {device}: CUDA is not available; use --device cpu")
     device = torch.device(("cuda" if cuda else "cpu") if automatic else device)
     if device.type == "cpu":
         return device, dtype or torch.float32
@@ -51,16 +54,14 @@ def choose_device(device=None, dtype=None):
 
 
 def cuda_problem():
-    """Why PyTorch cannot use the NVIDIA card of this machine, and what to do; None if there is no
-    card, or if the user hides it."""
+    """Why PyTorch cannot use the NVIDIA card of this machine and what to do, as text. None if there
+    is no card or CUDA_VISIBLE_DEVICES hides it."""
     if not shutil.which("nvidia-smi") or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
     if torch.version.cuda is None:
-        reason = f"nvidia-smi is here, but PyTorch {torch.__version__} is built without CUDA"
+        reason = f"nvidia-smi is installed, but PyTorch {torch.__version__} is built without CUDA"
         return f"{reason}: {install_command('cu130')} (cu126 for an old driver), or --device cpu"
-    reason = (
-        f"the NVIDIA driver is missing or too old for CUDA {torch.version.cuda} of this PyTorch"
-    )
+    reason = f"the NVIDIA driver is missing or too old for this PyTorch's CUDA {torch.version.cuda}"
     return f"{reason}: update it, or {install_command('cu126')}, or --device cpu"
 
 
@@ -88,29 +89,31 @@ def check_card(device):
 
 
 def has_bf16():
-    """Whether the card computes in bf16. Before compute capability 8.0 it is emulated, slowly."""
+    """Whether the card supports bf16. Before compute capability 8.0 it is emulated and slow."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def load_pretrained(name, load_in_4bit, device, dtype):
-    """The transformers model, its tokenizer and its image processor. With `load_in_4bit` the
-    language model is quantized to NF4; vision tower, embeddings and output head never are.
-    Raises: InputError."""
+    """Load a model from the hub or a folder. With `load_in_4bit` the language model is quantized to
+    NF4; vision tower, embeddings and output head are not.
+
+    Returns: the transformers model, its tokenizer and its image processor. Raises: InputError.
+    """
     disable_progress_bar()
-    # A table of missing tensors, which `load_parts` answers in one line.
+    # Hides a table of missing tensors; `load_parts` reports them in one line.
     logging.getLogger("transformers.modeling_utils").addFilter(hide_load_report)
     if device.type == "cuda":
         print_compute_type(device, dtype)
     local = Path(name).exists()
-    options = {"trust_remote_code": False}  # else transformers asks to run code of the folder
+    options = {"trust_remote_code": False}  # transformers would offer to run code from the folder
     if not local and not hub_answers(name):
-        options["local_files_only"] = True  # from the cache, or fail at once
+        options["local_files_only"] = True  # from the cache, or fail immediately
     try:
         return load_parts(name, load_in_4bit, device, dtype, options)
     except (InputError, torch.AcceleratorError):
         raise
     except torch.OutOfMemoryError:
-        advice = "choose a smaller model, or drop --no-load_in_4bit"
+        advice = "use a smaller model, or leave out --no-load_in_4bit"
         raise InputError(f"{name} does not fit on {device}: {advice}") from None
     except ImportError as error:
         raise import_problem(error) from None
@@ -129,14 +132,14 @@ def hide_load_report(record):
 
 
 def first_line(error):
-    """The first sentence of an error, with its type where that says more than the text."""
+    """The first sentence of an error, with its type unless the text is enough."""
     text = (str(error).strip().splitlines() or [""])[0].split(". ")[0]
     plain = isinstance(error, (OSError, ValueError, ImportError))
     return text if plain else f"{type(error).__name__}: {text}"
 
 
 def print_compute_type(device, dtype):
-    name, why = torch.cuda.get_device_name(device), "as asked"
+    name, why = torch.cuda.get_device_name(device), "as requested"
     if dtype == (torch.bfloat16 if has_bf16() else torch.float16):
         major, minor = torch.cuda.get_device_capability(device)
         why = f"compute capability {major}.{minor}, bf16 needs 8.0"
@@ -144,20 +147,20 @@ def print_compute_type(device, dtype):
 
 
 def hub_answers(name):
-    """Whether the hub can be reached. transformers by itself retries for half a minute."""
+    """Whether the hub can be reached. On its own, transformers retries for half a minute."""
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=2)
-    except Exception as error:  # an answer such as 404 is an answer
+    except Exception as error:  # a response such as 404 counts as an answer
         return type(error).__name__ not in ("ConnectError", "ConnectTimeout", "ConnectionError")
     return True
 
 
 def load_parts(name, load_in_4bit, device, dtype, options):
-    """The same three as `load_pretrained`. Raises: InputError, and whatever the libraries raise."""
+    """Returns the same as `load_pretrained`. Raises: InputError, and the libraries' exceptions."""
     config = AutoConfig.from_pretrained(name, **options)
     if config.model_type not in SUPPORTED:
         supported = " and ".join(SUPPORTED)
-        raise InputError(f"{name} is a {config.model_type}; supported are {supported}")
+        raise InputError(f"{name} has type {config.model_type}; supported: {supported}")
     tokenizer = load_tokenizer(name, config, options)
     processor = AutoImageProcessor.from_pretrained(name, backend="pil", **options)
     vision = config.vision_config
@@ -183,11 +186,11 @@ def load_parts(name, load_in_4bit, device, dtype, options):
         **options,
     )
     if missing := sorted(report["missing_keys"]):  # transformers would leave them random
-        count = f"{len(missing)} tensors, {missing[0]} among them"
+        count = f"{len(missing)} tensors, including {missing[0]}"
         raise InputError(f"the weights in {name} lack {count}: download it again")
     for module in model.modules():
         # On some CPUs bitsandbytes repacks frozen weights in bf16 when they are first used without
-        # gradient: sampling and training would then be two different models.
+        # gradient. Sampling and training would then use different weights.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model, tokenizer, processor
@@ -196,38 +199,40 @@ def load_parts(name, load_in_4bit, device, dtype, options):
 def load_tokenizer(name, config, options):
     """The tokenizer with its chat template. Raises: InputError."""
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    if tokenizer.chat_template is None:  # some checkpoints keep it where only processors look
+    if tokenizer.chat_template is None:  # some checkpoints store it where only processors look
         found = {k: v for k, v in options.items() if k == "local_files_only"}
         found["_raise_exceptions_for_missing_entries"] = False
         path = cached_file(name, "chat_template.json", **found)
         if path is None:
-            raise InputError(f"{name} has no chat template: choose an Instruct model")
+            raise InputError(f"{name} has no chat template: use an Instruct model")
         tokenizer.chat_template = json.loads(Path(path).read_text("utf-8"))["chat_template"]
     if not tokenizer.convert_ids_to_tokens(config.image_token_id):
-        raise InputError(f"{name} has no tokenizer, or that of another model: download it again")
+        raise InputError(
+            f"{name} has no tokenizer, or that of a different model: download it again"
+        )
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
-    except Exception as error:  # the template is a program: it may raise anything
+    except Exception as error:  # the template is a program and can raise anything
         problem = f"{name}: its chat template is damaged ({first_line(error)})"
         raise InputError(f"{problem}: download it again") from None
     return tokenizer
 
 
 def add_lora(model, r, alpha):
-    """The PEFT model: everything frozen but LoRA on the language model's linear layers."""
+    """The PEFT model: LoRA on the language model's linear layers, everything else frozen."""
     model.requires_grad_(False)
     lora = LoraConfig(r=r, lora_alpha=alpha, target_modules=LORA_TARGETS)
-    with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.24 by an old name
+    with warnings.catch_warnings():  # PEFT 0.21 uses a deprecated name of transformers 5.24
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         try:
             return get_peft_model(model, lora)
-        except ImportError as error:  # PEFT asks for the version of packages it does not need
+        except ImportError as error:  # PEFT checks versions of packages that it does not need
             raise import_problem(error) from None
 
 
 def adapter_settings(folder, given):
-    """The settings lora_r and lora_alpha of a saved adapter. Raises: InputError if it cannot be
-    read, or if those in `given`, a dict, are different."""
+    """A saved adapter's settings, a dict of lora_r and lora_alpha. Raises: InputError if it cannot
+    be read, or if `given`, a dict of flags, contradicts it."""
     path = Path(folder) / "adapter_config.json"
     try:
         saved = json.loads(path.read_text("utf-8"))
@@ -249,8 +254,8 @@ def adapter_settings(folder, given):
 
 
 def load_adapter(model, folder):
-    """Load an adapter's weights into a PEFT model. Raises: InputError if they do not fit, before
-    the model is changed."""
+    """Load an adapter's weights into a PEFT model. Raises: InputError if they do not fit; the model
+    is unchanged then."""
     lora = model.peft_config[model.active_adapter]
     adapter_settings(folder, {"lora_r": lora.r, "lora_alpha": lora.lora_alpha})
     try:
@@ -260,10 +265,12 @@ def load_adapter(model, folder):
     expected = get_peft_model_state_dict(model)
     common = expected.keys() & weights.keys()
     problems = {
-        "is for another model: it has": weights.keys() - expected.keys(),
-        "is for another model: it lacks": expected.keys() - weights.keys(),
-        "has another shape in": {k for k in common if weights[k].shape != expected[k].shape},
-        "is not finite in": {k for k in common if not weights[k].isfinite().all()},
+        "does not match this model: unexpected key": weights.keys() - expected.keys(),
+        "does not match this model: missing key": expected.keys() - weights.keys(),
+        "does not match this model: wrong shape in": {
+            k for k in common if weights[k].shape != expected[k].shape
+        },
+        "is damaged: NaN or infinity in": {k for k in common if not weights[k].isfinite().all()},
     }
     for problem, names in problems.items():
         if names:
@@ -272,7 +279,8 @@ def load_adapter(model, folder):
 
 
 def resolve_indices(what, indices, count):
-    """Non-negative indices, all if None. Raises: InputError if one is out of range."""
+    """Sorted, non-negative indices; all `count` of them if `indices` is None.
+    Raises: InputError if one is out of range."""
     for i in indices or ():
         if not -count <= i < count:
             last = f"{what}s 0 to {count - 1}, or -1 for the last"

@@ -13,7 +13,7 @@ SIDES = "x1", "y1", "x2", "y2"
 class ReFocus(AnnotatedDataset):
     """The charts of `ReFocus/ReFocus_Data` on the hub, with all boxes of `focus_areas_bbox`.
 
-    Rows without boxes are skipped and counted. Several rows may be about the same chart.
+    Rows without boxes are skipped and counted. Several rows can share a chart.
     Raises: InputError naming the row.
     """
 
@@ -26,7 +26,7 @@ class ReFocus(AnnotatedDataset):
                 # one list per side: [x1 of every box], [y1 of every box], ...
                 boxes = list(zip(*(areas[side] for side in SIDES), strict=True)) if areas else []
             except (KeyError, TypeError, ValueError):
-                self.reject(where, "focus_areas_bbox is not four equally long lists x1, y1, x2, y2")
+                self.reject(where, "focus_areas_bbox needs four equally long lists x1, y1, x2, y2")
                 continue
             if not boxes:
                 without_boxes += 1
@@ -43,11 +43,12 @@ class ReFocus(AnnotatedDataset):
 
 
 def load_table():
-    """The training split, with images as encoded bytes. Raises: InputError if it is unavailable."""
+    """The training split, with images as encoded bytes. Raises: InputError if that fails."""
     try:
         import datasets
     except ImportError:
-        raise InputError("--dataset refocus needs another library: pip install datasets") from None
+        advice = "pip install datasets"
+        raise InputError(f"--dataset refocus requires the datasets library: {advice}") from None
     try:
         table = datasets.load_dataset("ReFocus/ReFocus_Data", split="train")
         return table.cast_column("image", datasets.Image(decode=False))

@@ -1,4 +1,4 @@
-"""Generated visual search: colored cards, each with a mark, and a question about one of them."""
+"""Generated visual search: colored cards with marks, and a question about one card."""
 
 import random
 import zlib
@@ -24,14 +24,14 @@ COLORS = {
 NAMES = list(COLORS)
 BACKGROUND = (128, 128, 128)
 
-# Settings of Scenes for real models. An image token of Qwen-VL covers 28 or 32 pixels a side, so
+# Settings of Scenes for real models. An image token of Qwen-VL covers 28 or 32 pixels per side, so
 # the default cards, made for the model in tiny/, would be smaller than a token.
 LARGE_SCENES = {"image_size": 448, "card_size": (56, 80), "marks": "digits"}
 
 
 @dataclass(frozen=True)
 class Card:
-    """A square card. Names and order of the fields matter: the split hashes the repr of cards."""
+    """A square card. Do not rename or reorder fields: the split hashes the repr of cards."""
 
     color: str
     mark: str  # the color name of its dot, or the digit on it
@@ -40,7 +40,7 @@ class Card:
 
 def seen_pair(color, mark):
     """Whether training scenes may contain a card of `color` with a dot of color `mark`.
-    One dot color per card color is kept out of them, to measure generalization."""
+    One dot color per card color is withheld to measure generalization."""
     return (NAMES.index(mark) - NAMES.index(color)) % len(NAMES) != 3
 
 
@@ -48,15 +48,15 @@ def seen_pair(color, mark):
 class Scenes:
     """Visual search: colored cards, each with a mark; the question asks for the mark of one card.
 
-    `Scenes("train", 512)[7]` is an Example, generated on demand and the same every time. The answer
-    cannot be known without finding the card: its position is uniform over the whole image, the
-    border included, cards never overlap, and no two have the same color.
+    `Scenes("train", 512)[7]` is an Example. It is generated on demand and is the same every time.
+    The answer requires finding the card: its position is uniform over the whole image, cards never
+    overlap, and no two cards have the same color.
 
-    Args: split, "train", "validation" or "test": no scene is in two of them, whatever the seeds,
-    because a hash of the layout decides its split; count, the number of scenes; cards and
-    card_size, (minimum, maximum), the size in pixels; image_size, pixels per side; marks, "dots" or
-    "digits"; unseen_pairs, whether the card in question has the dot color that `seen_pair` keeps
-    out of all other scenes.
+    Args: split, "train", "validation" or "test". A hash of the layout determines the split, so no
+    scene is in two splits, even with different seeds; count, the number of scenes; cards and
+    card_size, (minimum, maximum), with sizes in pixels; image_size, pixels per side; marks, "dots"
+    or "digits"; unseen_pairs, whether the card in question has the dot color that `seen_pair`
+    withholds from all other scenes. Raises: InputError if an argument is invalid.
     """
 
     split: str
@@ -94,7 +94,8 @@ class Scenes:
         return Example(image, question(card), card.mark, [card.box], name)
 
     def layout(self, index):
-        """The cards of scene `index`, as a list. The question is about the first."""
+        """The cards of scene `index`, as a list. The question is about the first.
+        Raises: InputError if the cards do not fit."""
         rng = random.Random(f"{self.seed} {self.split} {index}")
         for _ in range(10_000):
             cards = self._draw_layout(rng)
@@ -106,7 +107,7 @@ class Scenes:
         )
 
     def _draw_layout(self, rng):
-        """Cards at random places, or [] if there was no room for one of them."""
+        """Cards at random places, or [] if one did not fit."""
         cards = []
         for color in rng.sample(NAMES, rng.randint(*self.cards)):
             if self.marks == "digits":
@@ -121,7 +122,7 @@ class Scenes:
         return cards
 
     def _find_place(self, rng, cards):
-        """A random box that touches none of the cards, or None after 200 attempts."""
+        """A random box that neither overlaps nor touches a card, or None after 200 attempts."""
         for _ in range(200):
             size = rng.randint(*self.card_size)
             x, y = (rng.randint(0, self.image_size - size) for _ in range(2))
@@ -143,7 +144,7 @@ def question(card):
 
 
 def draw(cards, image_size):
-    """The image of a scene: RGB, `image_size` pixels square."""
+    """The image of a scene: RGB, `image_size` pixels per side."""
     image = Image.new("RGB", (image_size, image_size), BACKGROUND)
     pen = ImageDraw.Draw(image)
     for card in cards:

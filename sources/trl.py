@@ -1,16 +1,22 @@
-"""What TRL's GRPOTrainer needs of sayo-mini: a processor, the questions, the learning rate, and a
+"""What TRL's GRPOTrainer needs from sayo-mini: a processor, the questions, the learning rate, and a
 head that cannot write image placeholders."""
+
+import os
+from pathlib import Path
 
 import torch
 from accelerate.utils import AutocastKwargs
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
+from config import InputError
 from data import Example, format_question
+from model import Completions
 
 
 class TrlProcessor(ProcessorMixin):
-    """What TRL needs of a Qwen-VL processor, made of the two parts that need no torchvision."""
+    """The parts of a Qwen-VL processor that TRL needs; these work without torchvision."""
 
     return_mm_token_type_ids, text_kwargs = True, {"return_token_type_ids": False}
 
@@ -24,15 +30,37 @@ class TrlProcessor(ProcessorMixin):
         return self.image_token * int(patches // self.image_processor.merge_size**2)
 
 
+def completions_per_process(cfg):
+    """Each process's share of a step's completions. Raises: InputError if there is nothing to train
+    or the completions cannot be divided evenly."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    share, remainder = divmod(cfg.prompts_per_step * cfg.num_generations, processes)
+    if not cfg.max_steps:
+        raise InputError("--max_steps 0: scale_trl.py only trains, so it must be above 0")
+    if remainder:
+        flags = f"--prompts_per_step {cfg.prompts_per_step} x --num_generations"
+        wanted = f"must be a multiple of the number of processes, {processes}"
+        raise InputError(f"{flags} {cfg.num_generations} {wanted}")
+    return share
+
+
+def pack_completions(vlm, token_ids, temperature):
+    """TRL's lists of token ids, one per completion, as Completions."""
+    rows = [torch.tensor(row, device=vlm.device) for row in token_ids]
+    mask = pad_sequence([torch.ones_like(row).bool() for row in rows], batch_first=True)
+    texts = [vlm.tokenizer.decode(row, skip_special_tokens=True) for row in token_ids]
+    return Completions(pad_sequence(rows, batch_first=True), mask, texts, temperature)
+
+
 def trl_dataset(train_set, count, index_of, cfg):
-    """`count` questions as rows of TRL; an image is read when its turn comes.
+    """`count` questions as rows of TRL; images are read lazily.
 
     Args: index_of, from a question's number to its index in `train_set`.
     """
 
     def read(batch):
         indices = [index_of(k) for k in batch["k"]]
-        found = {i: train_set[i] for i in set(indices)}  # a group repeats its question
+        found = {i: train_set[i] for i in set(indices)}  # a group repeats one question
         examples = [found[i] for i in indices]
         prompts = [[{"role": "user", "content": format_question(e, cfg)}] for e in examples]
         columns = {name: [getattr(e, name) for e in examples] for name in Example.__annotations__}
@@ -42,18 +70,25 @@ def trl_dataset(train_set, count, index_of, cfg):
 
 
 def forbid_placeholders(vlm):
-    """Keep TRL from sampling and scoring image placeholders: it honors a bias of the head."""
+    """Keep TRL from sampling and scoring image placeholders: TRL applies a bias on the LM head."""
     head = vlm.core.lm_head
     head.bias = torch.nn.Parameter(torch.zeros_like(head.weight[:, 0]), requires_grad=False)
     head.bias[vlm.placeholders] = -1e4
 
 
-def configure_trainer(trainer, rate):
-    """Use `rate(i)` as the learning rate of update i, and of TRL's fp16 only the loss scale.
+def last_checkpoint(folder):
+    """The newest complete checkpoint of a run, or None. TRL writes trainer_state.json last."""
+    states = Path(folder).glob("checkpoint-*/trainer_state.json")
+    number = len("checkpoint-")
+    return max((s.parent for s in states), key=lambda path: int(path.name[number:]), default=None)
 
-    The trainer makes the scheduler itself, because DeepSpeed drops one that is passed in. The
-    weights have their types already: autocast would also compute in fp16 what is in fp32 for its
-    range, such as Qwen2.5-VL's vision tower.
+
+def configure_trainer(trainer, rate):
+    """Use `rate(i)` as the learning rate of update i, and only the loss scaling of TRL's fp16 mode.
+
+    The trainer must create the scheduler itself, because DeepSpeed drops one that is passed in.
+    Autocast is disabled because the weights already have their types. It would also use fp16 for
+    parts that need the range of fp32, such as Qwen2.5-VL's vision tower.
     """
     trainer.accelerator.autocast_handler = AutocastKwargs(enabled=False)
 

@@ -1,9 +1,9 @@
-"""Shared by several tests: small models of both families, built at run time or shipped in tiny/."""
+"""Fixtures and helpers for all tests: small models of both families, from tiny/ or built here."""
 
 import os
 from pathlib import Path
 
-# No test needs the network. huggingface_hub reads this when it is imported.
+# No test needs network access. Set before huggingface_hub is imported, which reads it then.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
@@ -18,9 +18,9 @@ from transformers import (
 from model import load_vlm
 from sources.scenes import Scenes
 
-torch.set_num_threads(1)  # as the program does for models this small
+torch.set_num_threads(1)  # the program also does so for models this small
 TINY = Path(__file__).parent.parent / "tiny"
-# Of the tests marked cuda. `bench/gpu.sh --small` runs them on a CPU, to show that they run.
+# For tests marked cuda. `bench/gpu.sh --small` runs them on the CPU to check the tests themselves.
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 
 
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def qwen2_5(tmp_path_factory):
-    """A folder with a random two-layer Qwen2.5-VL, and the tokenizer of tiny/."""
+    """A folder with a random two-layer Qwen2.5-VL and the tokenizer of tiny/."""
     folder = tmp_path_factory.mktemp("qwen2_5")
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     torch.manual_seed(0)
@@ -80,8 +80,8 @@ def qwen2_5_config(tokenizer):
 
 
 def load(folder=TINY, load_in_4bit=False, **settings):
-    """A Vlm whose adapter changes its output. LoRA's B starts at 0, and with an adapter that does
-    nothing, many tests would pass by accident."""
+    """Load a Vlm whose adapter changes its output. LoRA initializes B to 0, and many tests would
+    pass by accident with an adapter that does nothing."""
     torch.manual_seed(0)
     vlm = load_vlm(folder, load_in_4bit=load_in_4bit, device="cpu", **settings)
     for name, p in vlm.model.named_parameters():

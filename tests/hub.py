@@ -1,5 +1,5 @@
-"""Checkpoints laid out as they lie on the hub, with small random weights and the published
-vocabulary: what `save_pretrained` of a current transformers would not write."""
+"""Checkpoints in the layout of the hub, with small random weights and the published vocabulary.
+`save_pretrained` of current transformers versions writes a different layout."""
 
 import json
 
@@ -139,8 +139,8 @@ TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message.role }}
 
 
 def write_checkpoint(folder, family):
-    """Write "qwen2_5" or "qwen3". The template of the first is in chat_template.json, that of the
-    second in tokenizer_config.json; the hub has both forms. Returns: the folder."""
+    """Write a "qwen2_5" or "qwen3" checkpoint. The chat template is in chat_template.json for
+    qwen2_5 and in tokenizer_config.json for qwen3: the hub has both forms. Returns: the folder."""
     config, processor = (QWEN2_5 if family == "qwen2_5" else QWEN3), PREPROCESSORS[family]
     files = {"config": config, "preprocessor_config": processor, "generation_config": GENERATION}
     files |= {"tokenizer": tokenizer(), "tokenizer_config": tokenizer_config()}
@@ -155,7 +155,7 @@ def write_checkpoint(folder, family):
 
 
 def write_weights(folder, family, config):
-    """Random weights in bf16, in two files and an index; no head, which is tied."""
+    """Write random bf16 weights in two files and an index, without the LM head, which is tied."""
     if family == "qwen2_5":
         like, kind = Qwen2_5_VLConfig(**config), Qwen2_5_VLForConditionalGeneration
     else:
@@ -164,7 +164,7 @@ def write_weights(folder, family, config):
         names = {k: v.shape for k, v in kind(like).state_dict().items() if k != "lm_head.weight"}
     generator, weights = torch.Generator().manual_seed(0), {}
     for name, shape in names.items():
-        if family == "qwen2_5":  # the names before transformers 4.52
+        if family == "qwen2_5":  # names used before transformers 4.52
             name = name.replace("model.language_model.", "model.").replace("model.visual", "visual")
         weight = torch.empty(shape).normal_(0, 0.05, generator=generator)
         weights[name] = (weight + (len(shape) == 1 and "bias" not in name)).bfloat16()
@@ -179,8 +179,8 @@ def write_weights(folder, family, config):
 
 
 def tokenizer():
-    """tokenizer.json: the byte-level BPE of Qwen with its number of entries, but with made-up words
-    that no merge leads to, so that text is cut into bytes."""
+    """tokenizer.json: Qwen's byte-level BPE with the same number of entries, but with made-up words
+    and no merges, so that text is split into bytes."""
     words = sorted(ByteLevel.alphabet())
     words += [f"w{i}" for i in range(len(words), SPECIAL["<|endoftext|>"])]
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)

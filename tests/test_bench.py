@@ -1,5 +1,5 @@
-"""The ablation: the placebos do what they claim, the statistics are right, and the documents show
-the committed results."""
+"""The ablation: the placebos do what they claim, the statistics are correct, and the documents
+show the committed results."""
 
 import json
 from argparse import Namespace
@@ -30,7 +30,7 @@ def test_rolled_box_has_the_same_area_elsewhere():
         with ablation_arms.roll_box():
             wrong = sayo_mini.example_region(example, (7, 7))
         assert wrong.sum() == true.sum() and not (wrong & true).any()
-    assert sayo_mini.example_region(example, (7, 7)).equal(true)  # the patch has ended
+    assert sayo_mini.example_region(example, (7, 7)).equal(true)  # the patch is undone
 
 
 def test_shuffled_scores_are_a_permutation_of_the_groups_own():
@@ -58,7 +58,7 @@ def test_length_reward_and_lowest_entropy_selection():
 
 
 def test_patches_reach_the_rewards_of_the_training_loop():
-    """The training loop looks the patched functions up when it calls them."""
+    """The training loop looks up the patched functions on each call."""
     vlm, cfg = load(), Config(**TINY)
     prompt, completions = ask(vlm, G=8)
     scores = vlm.score(prompt, completions)
@@ -95,7 +95,7 @@ PROBE_RESULTS = {
 }
 
 
-def test_probe_chooses_layers_and_heads_not_the_averages():
+def test_probe_variants_never_choose_the_averages():
     head = ablation_arms.discriminative_head(PROBE_RESULTS)
     assert head == {"alignment": "predict", "layers": 0, "heads": 1}
     flags = ablation_arms.variant_arms(PROBE_RESULTS)
@@ -112,7 +112,7 @@ def test_every_arm_is_a_valid_command_line(tmp_path):
         parse_config([*ablation_arms.COMMON_FLAGS, *flags, *output])
 
 
-def test_dequantizing_once_changes_no_bit(tmp_path):
+def test_dequantizing_once_is_bit_identical(tmp_path):
     flags = [*ablation_arms.COMMON_FLAGS, "--max_steps", "2", "--prompts_per_step", "1"]
     flags += ["--learning_rate", "1e-3"]
     assert sayo_mini.main([*flags, "--output_dir", str(tmp_path / "usual")]) == 0
@@ -123,8 +123,9 @@ def test_dequantizing_once_changes_no_bit(tmp_path):
         assert usual == once
 
 
+@pytest.mark.slow
 def test_jobs_train_through_the_program_and_add_their_rows(tmp_path, capfd):
-    """Two arms and the base, one step each: rows, curves, and no job runs twice."""
+    """Two arms run one step each, next to the base; every job adds one row and never runs twice."""
     sizes = dict(accuracy=3, sampled=2, harder=1, attention=2, causal=2, groups=2)
     head = ablation_arms.discriminative_head(PROBE_RESULTS)
     short = ["--max_steps", "1", "--prompts_per_step", "1"]
@@ -162,7 +163,7 @@ def test_answers_in_batches_equal_single_answers():
         assert answer.texts == alone.texts and answer.ids.equal(alone.ids)
 
 
-def test_harder_questions_are_what_their_names_say():
+def test_harder_questions_match_their_names():
     for _, card in ablation_measure.make_questions(5, border=True):
         assert any(v < 16 or v >= 96 for v in ablation_measure.center(card))
     style = ablation_measure.HARDER["small cards"]
@@ -172,7 +173,7 @@ def test_harder_questions_are_what_their_names_say():
     assert ids == ["test-7-0", "test-7-1", "test-7-2"]
 
 
-def test_the_other_covered_area_has_the_same_size_inside_the_image_and_apart():
+def test_control_area_has_the_same_size_and_is_inside_the_image_and_disjoint():
     scenes = Scenes("test", 50)
     for i in range(50):
         target, *others = scenes.layout(i)

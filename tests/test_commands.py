@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import reward
 import sayo_mini
 from analysis.evaluate import evaluate, trace_attention
-from commands.parser import parse_config
+from commands.parser import parse_command_line, parse_config
 from commands.probe import (
     best_layer_and_heads,
     head_of_right_answers,
@@ -41,7 +41,7 @@ def test_probe_agrees_with_an_evaluation_of_one_layer_and_head(alignment):
     cfg = Config(**PRESET | {"alignment": alignment})
     auroc, permuted, gap = probe(load(), SCENES, cfg)
     assert auroc.shape == permuted.shape == gap.shape == (5, 5)
-    # The selected tokens, and so the text, do not depend on the layers and heads that count.
+    # Text and selected tokens do not depend on which layers and heads are rewarded.
     for layer, head in ((0, 1), (3, 2), (3, 4), (4, 4)):
         layers, heads = (layer,) if layer < 4 else None, (head,) if head < 4 else None
         results = evaluate(load(layers=layers, heads=heads), SCENES, cfg, "one")
@@ -97,7 +97,7 @@ def test_probe_does_not_write_to_the_folder_of_the_default_run(tmp_path, monkeyp
 
 
 def tables_of(auroc, permuted, spread, count=40):
-    """Tables of `measure_heads` with these means (L, H), `spread` up and down from them."""
+    """Tables of `measure_heads` with these means (L, H) and a deviation of +-`spread`."""
     signs = torch.tensor([1.0, -1.0]).repeat(count // 2).view(-1, 1, 1, 1)
     means = torch.stack([torch.tensor(auroc), torch.tensor(permuted)])
     return torch.nn.functional.pad(means, (0, 1, 0, 1), value=0.9) + spread * signs
@@ -107,16 +107,16 @@ def test_probe_recommends_single_heads_that_are_above_chance():
     permuted = [[0.5, 0.5], [0.8, 0.5]]
     tables = tables_of([[0.45, 0.70], [0.75, 0.80]], permuted, 0.1)
     found = heads_above_chance(tables)
-    # Layer 1, head 0 is at a favorite place: its value is no better than with another box.
+    # Layer 1, head 0 always looks at the same place: it scores no better than with the next box.
     assert [row[:2] for row in found] == [(1, 1), (0, 1)]
-    # The standard deviation is 0.1 sqrt(40 / 39); z of 1 - 0.025 / 4 is 2.4977.
+    # The standard deviation is 0.1 sqrt(40 / 39); z at 1 - 0.025 / 4 is 2.4977.
     half = 2.4977 * 0.1 * math.sqrt(40 / 39 / 40)
     assert found[0][2:] == pytest.approx((0.8, 0.8 - half, 0.8 + half, 0.5), abs=1e-4)
     tables[0, 0, 1, 1] = math.nan  # a region that covers the image
     assert [row[:2] for row in heads_above_chance(tables)] == [(1, 1), (0, 1)]
 
 
-def test_probe_recommends_nothing_where_nothing_is_above_chance(capsys):
+def test_probe_recommends_nothing_if_no_head_is_above_chance(capsys):
     correct = torch.arange(40) < 20
     for auroc, spread in ((0.48, 0.01), (0.55, 0.4)):
         tables = tables_of([[auroc] * 2] * 2, [[0.5] * 2] * 2, spread)
@@ -126,30 +126,30 @@ def test_probe_recommends_nothing_where_nothing_is_above_chance(capsys):
         assert "no head is above chance" in out and "--layers" not in out
 
 
-def test_probe_names_the_head_that_looks_best_if_the_answer_is_right(capsys):
+def test_probe_names_the_head_that_looks_best_when_the_answer_is_right(capsys):
     correct = torch.arange(40) < 20
     tables = tables_of([[0.7, 0.7], [0.7, 0.7]], [[0.5] * 2] * 2, 0.1)
     tables[correct, 0, 1, 0] += 0.2
     layer, head, gap, half = head_of_right_answers(tables, correct)
-    # each half has the standard deviation 0.1 sqrt(20 / 19); z as above
+    # Each half has a standard deviation of 0.1 sqrt(20 / 19); z is as above.
     assert (layer, head) == (1, 0) and gap == pytest.approx(0.2, abs=1e-6)
     assert half == pytest.approx(2.4977 * 0.1 * math.sqrt(2 / 19), abs=1e-4)
     print_recommendation(tables, correct, "query")
-    assert "right: +0.200 +- " in capsys.readouterr().out
-    assert head_of_right_answers(tables, torch.ones(40).bool()) is None  # all are right
+    assert "right minus wrong answers: +0.200 +- " in capsys.readouterr().out
+    assert head_of_right_answers(tables, torch.ones(40).bool()) is None  # all answers are right
     tables = tables_of([[0.7, 0.7], [0.7, 0.7]], [[0.5] * 2] * 2, 0.1)
-    assert head_of_right_answers(tables, correct) is None  # no head's gap is clear
+    assert head_of_right_answers(tables, correct) is None  # no gap is significant
 
 
-def test_old_probe_flag_works_and_one_line_names_the_new_form(tmp_path, capsys):
+def test_old_probe_flag_works_and_prints_the_new_form(tmp_path, capsys):
     assert sayo_mini.main(["--probe", *probe_flags(tmp_path)]) == 0
     out, err = capsys.readouterr()
     lines = [line for line in (out + err).splitlines() if "sayo_mini.py probe" in line]
-    assert len(lines) == 1 and "--probe is now" in lines[0]
+    assert len(lines) == 1 and "--probe is deprecated" in lines[0]
     assert (tmp_path / "probe.png").exists()
 
 
-def test_probe_that_cannot_write_ends_in_one_line(tmp_path, capsys):
+def test_probe_that_cannot_write_prints_one_error_line(tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
     assert sayo_mini.main(["probe", *probe_flags(tmp_path / "file" / "x")]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "sayo_mini.py: " in line]
@@ -161,7 +161,7 @@ def test_probe_that_cannot_write_ends_in_one_line(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory):
-    """A scene as a file: the flags that ask about it, and its box."""
+    """(flags that ask about a scene saved as a file, its box)"""
     path, example = tmp_path_factory.mktemp("photo") / "photo.png", SCENES[0]
     example.image.save(path)
     flags = ["look", "--image", str(path), "--question", example.question, *FAST]
@@ -170,7 +170,7 @@ def photo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """The adapter folder of a run, of rank 4, with nonzero weights."""
+    """The adapter folder of a run with rank 4 and nonzero weights."""
     folder = tmp_path_factory.mktemp("run")
     flags = ["--max_steps", "0", "--eval_examples", "0", "--lora_r", "4", "--output_dir", folder]
     assert sayo_mini.main([*FAST, *map(str, flags)]) == 0
@@ -216,7 +216,7 @@ def test_look_without_a_box_scores_nothing(tmp_path, capsys, photo):
     assert "r_v" not in capsys.readouterr().out
 
 
-def test_several_boxes_count_all_and_may_reach_beyond_the_image(tmp_path, capsys, photo):
+def test_all_boxes_count_and_may_extend_beyond_the_image(tmp_path, capsys, photo):
     def r_v(*boxes):
         flags = [f"--box={box}" for box in boxes] + ["--output", str(tmp_path / "out.png")]
         assert sayo_mini.main([*photo[0], *flags]) == 0
@@ -245,7 +245,7 @@ def test_the_tiny_model_says_that_it_only_knows_cards(tmp_path, capsys, size, qu
 
 
 def make_mistake(photo, adapter, tmp_path, name):
-    """(flags, a word of the expected message) for a user's mistake."""
+    """(flags, a word of the expected message) for this mistake of a user."""
     flags, box = photo
     (tmp_path / "text.png").write_text("not an image")
     other, empty = tmp_path / "run" / "adapter", tmp_path / "empty"
@@ -270,7 +270,7 @@ def make_mistake(photo, adapter, tmp_path, name):
         "a box outside": ([*flags, "--box", "500,500,600,600"], "outside"),
         "an unknown flag": ([*flags, "--bocks", "1"], "--bocks"),
         "no adapter": ([*flags, "--adapter", str(tmp_path)], "adapter"),
-        "another model's adapter": ([*flags, "--adapter", str(other)], "another model"),
+        "another model's adapter": ([*flags, "--adapter", str(other)], "does not match this model"),
         "a broken adapter": ([*flags, "--adapter", str(empty)], "adapter"),
         "an adapter of another size": ([*flags, *rank_8], "--lora_r"),
         "no such folder": ([*flags, "--output", str(tmp_path / "no" / "x.png")], "x.png"),
@@ -304,20 +304,37 @@ MISTAKES = [
 ]
 
 
-# Mistakes that show only when the adapter and the model are there.
+# Mistakes that are detected only after the model is loaded.
 NEEDS_THE_MODEL = ("another model's adapter",)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_ends_in_one_line(tmp_path, capfd, photo, adapter, monkeypatch, name):
+def test_a_mistake_prints_one_error_line(tmp_path, capfd, photo, adapter, monkeypatch, name):
     flags, word = make_mistake(photo, adapter, tmp_path, name)
     if "--output" not in flags:
         flags = [*flags, "--output", str(tmp_path / "out.png")]
     capfd.readouterr()
     if name not in NEEDS_THE_MODEL:
-        monkeypatch.setattr(sayo_mini, "load_vlm", None)  # it is not loaded
+        monkeypatch.setattr(sayo_mini, "load_vlm", None)  # the error must come before loading
     assert sayo_mini.main(flags) == 2
     lines = capfd.readouterr().err.splitlines()
     errors = [line for line in lines if line.startswith("sayo_mini.py: ")]
     assert len(errors) == 1 and word in errors[0]
     assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("command", ["look", "probe"])
+def test_help_lists_only_the_flags_that_a_command_uses(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse_command_line([command, "--help"])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0
+    assert "--layers" in out and "--learning_rate" not in out
+    assert ("--eval_examples" in out) == (command == "probe")
+
+
+def test_a_flag_that_a_command_does_not_use_is_named():
+    _, _, notice = parse_command_line(["probe", "--beta", "0", "--seed", "1"])
+    assert notice == "probe does not use --beta"
+    assert parse_command_line(["train", "--beta", "0"])[2] is None
+    assert parse_command_line(["fit", "--beta", "0"])[2] is None

@@ -1,5 +1,5 @@
-"""The cost benchmarks: all arms do the same work, the memory floors are floors, and the documents
-show the committed results."""
+"""The cost benchmarks: all arms do the same work, no step needs less than the memory floor, and the
+documents show the committed results."""
 
 import json
 import weakref
@@ -53,8 +53,8 @@ def test_question_has_the_requested_length(vlm, tokens, image_tokens):
     assert N == (image_tokens or N) > tokens / 2
 
 
-def test_naive_arm_computes_the_same():
-    """With the prompt run G times: more work, the same tokens and scores."""
+def test_naive_arm_computes_the_same_tokens_and_scores():
+    """The naive arm runs the prompt G times."""
     vlm = load()
     prompt, completions = ask(vlm)
     scores = vlm.score(prompt, completions)
@@ -66,10 +66,11 @@ def test_naive_arm_computes_the_same():
     torch.testing.assert_close(other.attention, scores.attention, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @linux
-def test_arms_do_the_work_that_their_descriptions_say(folder):
-    """Forward tokens of one step: ours within the floor of 3 (P + G C), the others with all G
-    prompts, in the language model and in the vision tower."""
+def test_arms_process_the_expected_number_of_tokens(folder):
+    """Our step stays within the reference count, 3 (P + G C) forward tokens. The other arms run the
+    prompt G times, in the language model and in the vision tower."""
     P, C, G = 40, 4, 2
     options = {"device": "cpu", "load_in_4bit": True, "gradient_checkpointing": True}
     rows = step.compare((P, C, G), step.ARMS, 1, folder, options)
@@ -85,7 +86,7 @@ def test_arms_do_the_work_that_their_descriptions_say(folder):
 
 
 def entry(part, point, seconds, **options):
-    """A measured point at which the naive arm takes twice, and TRL three times what ours takes."""
+    """A measured point where the naive arm takes twice as long as ours, and TRL three times."""
     costs = {
         "sample": seconds / 2,
         "score": 0.0,
@@ -102,16 +103,16 @@ def entry(part, point, seconds, **options):
     return {"part": part, **dict(zip("PCG", point)), **usual, **options, "rows": rows}
 
 
-def test_tables_of_steps():
-    """Ratios of two and three; a straight line through points that lie on one; no columns or rows
-    of what was not measured."""
+def test_step_tables():
+    """Ratios are two and three, points on a line are fitted exactly, and what was not measured has
+    neither a row nor a column."""
     measured = [entry("setting", (20, 20, 4), 2.0)]
     measured += [entry("scaling G", (20, 20, G), 1 + G / 4) for G in (4, 8, 16)]
     for n in (1, 2, 5):
         measured.append(entry("scaling layers", (20, 20, 4), 2.0 * n, layers=list(range(n))))
     text = step.tables({"measured": measured})
     assert "| 3.0 (3.0 to 3.0) | 2.0 (2.0 to 2.0) |" in text["setting"]
-    # 300 tokens are the floor of this point.
+    # The reference count of this point is 300 tokens.
     assert "| 1.000 " in text["setting"] and "| 1.0 % " in text["setting"]
     assert "1.000 + 0.2500 G" in text["scaling"] and "0.000 + 0.0200 layers" in text["scaling"]
     assert "C" not in text["scaling"] and "grid" not in text
@@ -136,7 +137,7 @@ def test_readme_table_of_steps():
     ]
 
 
-def test_results_of_another_kind_go_to_another_file():
+def test_each_kind_of_result_has_its_own_file():
     args = SimpleNamespace(
         points=None, device="cpu", shape="30m", models="runs/bench", results=None
     )
@@ -147,15 +148,15 @@ def test_results_of_another_kind_go_to_another_file():
     assert step.results_file(args) == RESULTS / "step_cuda_2b.json"
 
 
-def test_capture_memory_grows_with_the_pairs_of_token_and_visible_token():
-    """Four floats per pair, so twice the completions take twice the memory."""
+def test_capture_memory_grows_with_the_number_of_token_pairs():
+    """A pair takes at most four floats, so twice the completions take about twice the memory."""
     few, many = step.capture_bytes(100, 40, 8), step.capture_bytes(100, 40, 16)
     assert many / few == pytest.approx(2, abs=0.05)
     assert few < 4 * 4 * (1 + 8 * 40) * 140 * 1.05
 
 
 def test_memory_floor_agrees_with_a_loaded_model(folder, vlm):
-    """Weights and LoRA are those of the model; the cache is what sampling leaves behind."""
+    """The floor contains the weights and LoRA of the model and the KV cache of a full group."""
     text = vlm.core.config.text_config
     N, G = 256, 8
     parts = memory.memory_floor("30m", N, G, width=4)
@@ -173,6 +174,7 @@ def test_memory_floor_agrees_with_a_loaded_model(folder, vlm):
     assert parts["floor"] == parts["weights"] + parts["LoRA"] + training
 
 
+@pytest.mark.slow
 @linux
 def test_a_measured_step_needs_more_than_the_floor(vlm):
     counts = {"tokens": 0}
@@ -184,8 +186,8 @@ def test_a_measured_step_needs_more_than_the_floor(vlm):
     assert row["completion_tokens_per_second"] == pytest.approx(per_second)
 
 
-def test_under_a_cap_fewer_completions_per_forward_are_tried(monkeypatch):
-    """8, 4, 2, 1: the first that fits is kept; if none does, the row says so."""
+def test_under_a_cap_completions_per_forward_are_halved_until_they_fit(monkeypatch):
+    """The search keeps the first of 8, 4, 2 and 1 that fits; the peak is None if none does."""
     tried = []
 
     def measure_point(vlm, counts, shape, N, G, rounds, cap, size):
@@ -202,7 +204,7 @@ def test_under_a_cap_fewer_completions_per_forward_are_tried(monkeypatch):
 
 
 def test_a_shape_is_freed_before_the_next(monkeypatch):
-    """Two models at a time would not fit on a card, and would count in the peak."""
+    """Two models at a time may not fit on a card, and both would count toward the peak."""
     models = []
 
     class Model:
@@ -227,7 +229,7 @@ def test_a_shape_is_freed_before_the_next(monkeypatch):
     assert len(models) == 3 and len(results["measured"]) == 3 * 6 * 6
 
 
-def test_tables_of_memory_mark_what_was_not_measured():
+def test_memory_tables_mark_missing_measurements():
     cost = {
         "peak": 3 * 2**30,
         "seconds": 2.5,

@@ -1,4 +1,4 @@
-"""What only a card can show. `bench/gpu.sh` runs these tests; without CUDA they are skipped."""
+"""Tests that need a CUDA card; skipped without one. `bench/gpu.sh` runs them."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def run(folder, *flags):
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_5"])
 def test_scores_and_gradients_in_fp32_equal_those_of_the_cpu(family, qwen2_5, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of the patch embedding
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # in the patch embedding
     folder = {"qwen3": TINY, "qwen2_5": qwen2_5}[family]
     cpu = load(folder)
     card = load_vlm(folder, load_in_4bit=False, device=DEVICE, dtype=torch.float32)
@@ -49,7 +49,7 @@ def test_scores_and_gradients_in_fp32_equal_those_of_the_cpu(family, qwen2_5, mo
 
 
 @pytest.mark.parametrize("quantized", ["--load_in_4bit", "--no-load_in_4bit"])
-def test_a_run_trains_resumes_and_its_compute_type_is_that_of_the_device(tmp_path, quantized):
+def test_a_run_trains_and_resumes_in_the_compute_type_of_the_device(tmp_path, quantized):
     run(tmp_path / "run", quantized, "--max_steps", "2")
     metrics = run(tmp_path / "run", "--resume", "--max_steps", "3")
     assert [row["step"] for row in metrics] == [1, 2, 3]
@@ -69,7 +69,7 @@ def ask_on(vlm, **settings):
     return prompt, vlm.sample(prompt, 4, 12, generator=generator, **settings)
 
 
-def test_checkpointing_and_micro_batches_leave_the_gradient_as_it_is():
+def test_checkpointing_and_micro_batches_do_not_change_the_gradient():
     gradients = []
     for settings in ({}, {"gradient_checkpointing": True, "completions_per_forward": 2}):
         torch.manual_seed(0)
@@ -81,8 +81,8 @@ def test_checkpointing_and_micro_batches_leave_the_gradient_as_it_is():
     torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
 
 
-def test_nan_does_not_kill_the_context():
-    """torch.multinomial would end in a device assert, after which nothing runs on the card."""
+def test_nan_does_not_break_the_cuda_context():
+    """torch.multinomial would raise a device assert, after which nothing runs on the card."""
     vlm = load_vlm(TINY, load_in_4bit=False, device=DEVICE)
     with torch.no_grad():
         vlm.core.lm_head.weight.fill_(torch.nan)
@@ -91,7 +91,7 @@ def test_nan_does_not_kill_the_context():
     assert torch.ones(3, device=DEVICE).sum().item() == 3
 
 
-def test_with_deterministic_two_runs_end_in_the_same_bits(tmp_path):
+def test_two_runs_with_deterministic_are_bit_identical(tmp_path):
     for name in ("one", "two"):
         run(tmp_path / name, "--deterministic", "--max_steps", "2")
     for file in ("metrics.jsonl", "samples.jsonl", "adapter/adapter_model.safetensors"):

@@ -1,4 +1,4 @@
-"""data.py: regions of image tokens, compared with exact brute force."""
+"""data.py: regions of image tokens, compared with an exact brute-force computation."""
 
 import math
 import random
@@ -40,8 +40,10 @@ def brute_force(boxes, image_size, grid):
 
 
 def random_side(rng, size, count, kind):
-    """A random (low, high) that overlaps [0, size). Kinds: integer, float, and edge: floats on a
-    cell edge or one rounding step from it."""
+    """A random (low, high) that overlaps [0, size).
+
+    Args: kind, "integer", "float", or "edge" for floats on a cell edge or one rounding step off.
+    """
     while True:
         if kind == "integer":
             pair = [rng.randint(-size // 3, size + size // 3) for _ in range(2)]
@@ -89,7 +91,7 @@ def test_region_equals_exact_overlap(kind):
         ((30.25, 5.25, 30.5, 5.5), [(0, 1)]),
         ((99, 59, 100, 60), [(2, 3)]),
         ((0, 0, 5e-324, 5e-324), [(0, 0)]),  # the smallest positive float
-        # at a cell edge, almost without width
+        # at a cell edge, with almost no width
         ((50, 0, 50 + 1e-12, 20), [(0, 2)]),
         ((50 - 1e-12, 0, 50, 20), [(0, 1)]),
         ((50 - 1e-12, 0, 50 + 1e-12, 20), [(0, 1), (0, 2)]),

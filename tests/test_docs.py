@@ -1,4 +1,4 @@
-"""README and docs: their code runs, the lines they quote exist, their links and flags resolve."""
+"""README and docs: their code runs, and the lines, links and flags in them exist."""
 
 import csv
 import doctest
@@ -38,7 +38,7 @@ def test_quoted_lines_are_lines_of_the_program():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_resolve(page):
-    """Files exist, and so do the headings that a link points to."""
+    """All linked files and headings exist."""
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if target.startswith("http"):
             continue
@@ -53,7 +53,7 @@ def test_links_resolve(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_exist(page):
-    """Every flag of a command line of ours, and of text that names one in backticks."""
+    """Check every flag in our command lines and in backticks."""
     known = {field.name for field in fields(Config)} | {
         "help",
         "image",
@@ -66,6 +66,7 @@ def test_flags_exist(page):
     named = re.findall(r"`(--\w[^`\n]*)`", text)
     launcher = {"gpu_ids", "num_processes", "multi_gpu", "use_deepspeed", "zero_stage"}
     bench = {"results", "report", "quick", "points", "shapes", "shape", "kills", "rounds"}
+    bench |= {"only", "steps_only"}
     tiny = {"careless_steps", "start_from", "see_steps"}
     old = {"probe", "check_dataset", "prompt_tokens", "small", "deterministic"}
     for text in commands + named:
@@ -81,7 +82,7 @@ def test_files_of_the_reading_table_exist():
         assert (ROOT / name).exists(), name
 
 
-def test_the_reader_of_extending_reads(tmp_path):
+def test_the_reader_in_extending_works(tmp_path):
     blocks = code_blocks((ROOT / "docs" / "extending.md").read_text())
     (reader,) = [block for block in blocks if block.startswith("# sources/csv_file.py")]
     namespace = {}

@@ -1,4 +1,4 @@
-"""Nothing is lost: kills, damaged files, signals, NaNs, full memory and full disks."""
+"""Nothing is lost after kills, damaged files, signals, NaNs, full memory and full disks."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 import checkpoint
 import model
@@ -41,7 +41,7 @@ def run(folder, flags="", expect=0):
 
 
 def resume(folder, flags="", expect=0):
-    """Continue a run. Other settings than `flags` come from the run."""
+    """Resume a run; settings that are not in `flags` come from the run."""
     argv = ["--resume", "--output_dir", str(folder), *shlex.split(flags)]
     assert sayo_mini.main(argv) == expect
 
@@ -59,7 +59,7 @@ def checkpoint_step(folder, name="checkpoint.safetensors"):
 
 
 def error_line(capfd):
-    """The only line of the program's own on stderr; progress bars do not count."""
+    """The only line that the program itself wrote to stderr; progress bars do not count."""
     lines = capfd.readouterr().err.splitlines()
     lines = [line for line in lines if line.startswith("sayo_mini.py: ")]
     assert len(lines) == 1
@@ -78,7 +78,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_twenty_kills_in_every_phase_of_a_run_change_no_bit(tmp_path):
+def test_results_are_bit_identical_after_twenty_kills_in_all_phases(tmp_path):
     kills, different = kill_and_resume(tmp_path, 20)
     assert len(kills) >= 20 and min(count(kills, phase) for phase in PHASES) >= 2
     assert not any(different.values())
@@ -86,7 +86,7 @@ def test_twenty_kills_in_every_phase_of_a_run_change_no_bit(tmp_path):
 
 def run_and_die_at_write(folder, count):
     """Run the program in a forked process that dies instead of its `count`-th fsync or rename.
-    Returns: its exit code, 9 if it died."""
+    Returns: the exit code, 9 if the process died."""
     pid = os.fork()
     if pid == 0:
         remaining = [count]
@@ -107,8 +107,9 @@ def run_and_die_at_write(folder, count):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def test_a_kill_at_every_write_changes_no_bit(tmp_path, whole):
-    """Each process resumes what the one before left behind, and dies one write later than it."""
+@pytest.mark.slow
+def test_results_are_bit_identical_after_a_kill_at_every_write(tmp_path, whole):
+    """Each process resumes the run of the previous one and dies one write later."""
     deaths = 0
     while (code := run_and_die_at_write(tmp_path / "run", deaths + 1)) == 9:
         deaths += 1
@@ -118,11 +119,11 @@ def test_a_kill_at_every_write_changes_no_bit(tmp_path, whole):
 
 
 @pytest.mark.parametrize("log", ["metrics.jsonl", "samples.jsonl"])
-def test_half_a_line_at_the_end_of_a_log_is_dropped(tmp_path, whole, log):
-    """Even if its last character is a brace, so that it looks complete."""
+def test_an_incomplete_last_line_of_a_log_is_dropped(tmp_path, whole, log):
+    """The line is dropped even if it looks complete because its last character is a brace."""
     folder = tmp_path / "run"
     run(folder, "--max_steps 4 --save_steps 3")
-    (folder / "checkpoint.safetensors").unlink()  # of step 4; the previous one is of step 3
+    (folder / "checkpoint.safetensors").unlink()  # step 4; the previous one is from step 3
     text = (folder / log).read_text()
     (folder / log).write_text(text + '{"step": 5, "text": "{red}')
     resume(folder)
@@ -176,7 +177,7 @@ def test_damaged_checkpoint_is_reported_and_the_previous_one_used(tmp_path, caps
     assert not differences(whole, folder)
 
 
-def test_two_damaged_checkpoints_end_in_one_line_and_nothing_changes(tmp_path, capfd, whole):
+def test_two_damaged_checkpoints_are_an_error_and_nothing_changes(tmp_path, capfd, whole):
     folder = copy_run(whole, tmp_path / "run")
     for name in checkpoint.CHECKPOINTS:
         flip_bit(folder / name, 0.5)
@@ -189,15 +190,15 @@ def test_two_checkpoints_are_kept_but_never_a_damaged_one(tmp_path, whole):
     assert [checkpoint_step(whole, name) for name in checkpoint.CHECKPOINTS] == [4, 3]
     folder = copy_run(whole, tmp_path / "run")
     flip_bit(folder / "checkpoint.safetensors", 0.5)
-    resume(folder)  # makes step 4 again; the damaged file must not become the previous checkpoint
+    resume(folder)  # repeats step 4; the damaged file must not become the previous checkpoint
     assert [checkpoint_step(folder, name) for name in checkpoint.CHECKPOINTS] == [4, 3]
 
 
-def test_checkpoint_of_other_settings_is_refused(tmp_path, capfd, whole):
+def test_checkpoint_with_other_settings_is_refused(tmp_path, capfd, whole):
     folder = copy_run(whole, tmp_path / "run")
     resume(folder, "--lora_r 4", expect=2)
     assert "--lora_r" in error_line(capfd)
-    resume(folder)  # works with the run's own settings
+    resume(folder)  # with the run's own settings
     assert not differences(whole, folder)
 
 
@@ -233,39 +234,39 @@ def test_damaged_config_is_reported_and_the_checkpoints_settings_used(
 
 
 def forget_settings(path):
-    """Make a checkpoint one of an earlier version, which held no settings."""
+    """Rewrite a checkpoint as earlier versions saved it, without settings."""
     step, tensors = checkpoint.load_checkpoint(path)
     metadata = {"step": str(step), "checksum": checkpoint_file.checksum(tensors, step, "")}
     path.write_bytes(save(tensors, metadata))
 
 
-def test_damaged_config_beside_checkpoints_of_an_earlier_version(tmp_path, capfd, whole):
-    """The message says what to do, and doing so works."""
+def test_damaged_config_next_to_checkpoints_of_an_earlier_version(tmp_path, capfd, whole):
+    """Following the advice in the message works."""
     folder = copy_run(whole, tmp_path / "run")
     for name in checkpoint.CHECKPOINTS:
         forget_settings(folder / name)
     damage_config(folder, truncate)
     resume(folder, expect=2)
     line = error_line(capfd)
-    assert "remove it, and give the run's flags again with --resume" in line
+    assert "delete it and run again with the run's own flags and --resume" in line
     (folder / "config.json").unlink()
     run(folder, "--resume")
     assert not differences(whole, folder)
 
 
-def test_config_of_another_run_is_noticed(tmp_path, capfd, whole):
+def test_config_of_a_different_run_is_detected(tmp_path, capfd, whole):
     folder = copy_run(whole, tmp_path / "run")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"seed": 7, "learning_rate": 1.0}))
     resume(folder, expect=2)
     line = error_line(capfd)
     assert "learning_rate is 1.0 in config.json, but 0.0004 in checkpoint.safetensors" in line
-    (folder / "config.json").unlink()  # what the line says
+    (folder / "config.json").unlink()  # as the message says
     resume(folder)
     assert not differences(whole, folder)
 
 
-MISSING = {  # what was lost -> a word of the message
+MISSING = {  # what was lost -> (how to lose it, a word of the message)
     "before.json": (lambda folder: (folder / "before.json").unlink(), "before.json"),
     "all of metrics.jsonl": (lambda folder: (folder / "metrics.jsonl").write_text(""), "metrics"),
     "metrics.jsonl": (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl"),
@@ -286,7 +287,7 @@ MISSING = {  # what was lost -> a word of the message
 
 
 @pytest.mark.parametrize("lost", MISSING)
-def test_what_was_lost_from_a_run_is_noticed(tmp_path, capfd, whole, lost):
+def test_missing_parts_of_a_run_are_detected(tmp_path, capfd, whole, lost):
     folder = copy_run(whole, tmp_path / "run")
     lose, word = MISSING[lost]
     lose(folder)
@@ -314,7 +315,7 @@ BROKEN_FILES = {  # case -> (file, the damage, a word of the message)
 
 
 @pytest.mark.parametrize("case", BROKEN_FILES)
-def test_damaged_file_of_a_run_ends_in_one_line(tmp_path, capfd, whole, case):
+def test_damaged_file_of_a_run_prints_one_error_line(tmp_path, capfd, whole, case):
     name, damage, word = BROKEN_FILES[case]
     folder = copy_run(whole, tmp_path / "run")
     text = (folder / name).read_text()
@@ -329,8 +330,8 @@ def test_damaged_file_of_a_run_ends_in_one_line(tmp_path, capfd, whole, case):
 
 
 def do_after_call(monkeypatch, owner, name, count, action):
-    """Do `action` after the `count`-th call of `owner.name`. Returns: a list that grows with each
-    call."""
+    """Do `action` after the `count`-th call of `owner.name`.
+    Returns: a list that grows with each call."""
     original, calls = getattr(owner, name), []
 
     def wrapped(*args, **kwargs):
@@ -344,13 +345,13 @@ def do_after_call(monkeypatch, owner, name, count, action):
     return calls
 
 
-# (function, the call of it that gets the signal, steps finished before the end, calls in total).
-# With one held-out question, `sample_groups` is called once before training and once per step,
-# `score_and_reward` twice per step, once per group.
+# (function, call after which the signal comes, steps finished at the end, calls in total).
+# With one held-out question, `sample_groups` is called once before training and once per step.
+# `score_and_reward` is called twice per step, once per group.
 MOMENTS = [
     ("sample_groups", 3, 1, 3),  # while the groups of step 2 are sampled
     ("score_and_reward", 3, 1, 3),  # while the first group of step 2 is scored
-    ("score_and_reward", 4, 2, 4),  # while the last one is scored: the step is finished
+    ("score_and_reward", 4, 2, 4),  # while the last group is scored: the step is finished
 ]
 NUMBERS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 SIGNALS = pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
@@ -363,12 +364,12 @@ def test_signal_ends_the_run_after_the_current_group(
 ):
     owner = model.Vlm if name == "sample_groups" else sayo_mini
     made = do_after_call(monkeypatch, owner, name, call, partial(signal.raise_signal, number))
-    folder = tmp_path / "a run"  # with a space, which the command has to quote
+    folder = tmp_path / "a run"  # the space requires quotes in the command
     run(folder, "--save_steps 4", expect=130)
     assert len(made) == calls and logged_steps(folder) == list(range(1, finished + 1))
     command = f"python sayo_mini.py --resume --output_dir '{folder}'"
     assert f"stopped after step {finished}; continue with: {command}" in capsys.readouterr().out
-    # The next program in this process gets its signals again.
+    # The signal handlers are restored for the next program in this process.
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     monkeypatch.undo()
     resume(folder)
@@ -376,7 +377,7 @@ def test_signal_ends_the_run_after_the_current_group(
 
 
 def test_signal_between_two_updates_of_a_step_finishes_the_step(tmp_path, monkeypatch):
-    """Half of its updates are made: it cannot be rolled back."""
+    """One of two updates has been applied, so the step cannot be rolled back."""
     flags = "--num_iterations 2 --max_steps 2"
     run(tmp_path / "whole", flags)
     stop = partial(signal.raise_signal, signal.SIGINT)
@@ -388,8 +389,8 @@ def test_signal_between_two_updates_of_a_step_finishes_the_step(tmp_path, monkey
     assert not differences(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_out_of_memory_between_two_updates_saves_no_half_made_step(tmp_path, monkeypatch):
-    """The adapter is then that of no step: the run continues from the last checkpoint."""
+def test_out_of_memory_between_two_updates_saves_no_partial_step(tmp_path, monkeypatch):
+    """The adapter is then between two steps, so the run resumes from the last checkpoint."""
 
     def out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -405,7 +406,7 @@ def test_out_of_memory_between_two_updates_saves_no_half_made_step(tmp_path, mon
     assert not differences(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_out_of_memory_in_the_first_step_saves_no_half_made_step(tmp_path, monkeypatch):
+def test_out_of_memory_in_the_first_step_saves_no_partial_step(tmp_path, monkeypatch):
     def out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -414,10 +415,10 @@ def test_out_of_memory_in_the_first_step_saves_no_half_made_step(tmp_path, monke
     assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
 
 
-# `sample_groups` is called by the evaluation before, by four steps, and by the evaluation after.
+# `sample_groups` is called by the first evaluation, four steps, and the last evaluation.
 @SIGNALS
 @pytest.mark.parametrize("call, evaluation", [(1, "before"), (6, "after")], ids=["before", "after"])
-def test_signal_during_an_evaluation_stops_at_once(
+def test_signal_during_an_evaluation_stops_immediately(
     tmp_path, capsys, monkeypatch, whole, call, evaluation, number
 ):
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -433,7 +434,7 @@ def test_signal_during_an_evaluation_stops_at_once(
     assert not differences(whole, folder)
 
 
-def test_a_second_ctrl_c_leaves_at_once_with_the_checkpoint_whole(
+def test_a_second_ctrl_c_stops_immediately_and_keeps_the_checkpoint(
     tmp_path, capsys, monkeypatch, whole
 ):
     def press_twice():
@@ -450,8 +451,8 @@ def test_a_second_ctrl_c_leaves_at_once_with_the_checkpoint_whole(
     assert not differences(whole, folder)
 
 
-def test_other_signals_repeat_without_effect(tmp_path, monkeypatch):
-    """A shell that loses its terminal may pass SIGHUP on after the kernel sent it."""
+def test_repeating_other_signals_has_no_effect(tmp_path, monkeypatch):
+    """A shell that loses its terminal may forward SIGHUP, which the kernel has already sent."""
 
     def hang_up():
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
@@ -473,8 +474,9 @@ def test_nohup_survives_a_hangup(tmp_path, monkeypatch, whole):
     assert not differences(whole, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_lost_terminal_saves_the_run(tmp_path, whole):
-    """As with a dropped ssh: the kernel sends SIGHUP, and writing to the terminal fails."""
+    """When an ssh connection drops, the kernel sends SIGHUP, and writing to the terminal fails."""
     folder = tmp_path / "run"
     argv = [*FAST, "--save_steps", "99", "--max_steps", "400", "--output_dir", str(folder)]
     pid, terminal = pty.fork()
@@ -500,7 +502,7 @@ def test_ctrl_c_while_torch_loads_prints_one_line():
             break
     program.send_signal(signal.SIGINT)
     out, err = program.communicate(timeout=60)
-    assert (program.returncode, out) == (130, "stopped; nothing had started\n")
+    assert (program.returncode, out) == (130, "stopped; nothing was changed\n")
     assert "Traceback" not in err
 
 
@@ -508,7 +510,7 @@ def test_ctrl_c_while_torch_loads_prints_one_line():
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path, capfd, whole):
-    """The lock is gone with its process, however that ends."""
+    """The lock ends with its process, even if the process is killed."""
     folder = copy_run(whole, tmp_path / "run")
     reader, writer = os.pipe()
     pid = os.fork()
@@ -523,7 +525,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path, capfd, whole):
             start(folder, expect=2)
             line = error_line(capfd)
             assert "another process is running" in line and str(folder) in line
-        with pytest.raises(InputError, match="another process"):  # of two that start together
+        with pytest.raises(InputError, match="another process"):  # if two start at the same time
             checkpoint.RunDirectory(Config(output_dir=str(folder)), {}, None, None)
     finally:
         os.kill(pid, signal.SIGKILL)
@@ -532,7 +534,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path, capfd, whole):
     assert not differences(whole, folder)
 
 
-def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_accepted(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -540,10 +542,10 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
     run_folder.lock(tmp_path).close()
 
 
-# --- another device, another system ---
+# --- other devices and operating systems ---
 
 
-def test_state_of_a_gpus_generator_ends_in_one_line(tmp_path, capfd, whole):
+def test_resuming_a_gpu_run_on_the_cpu_prints_one_error_line(tmp_path, capfd, whole):
     folder = copy_run(whole, tmp_path / "run")
     for name in checkpoint.CHECKPOINTS:
         step, tensors = checkpoint.load_checkpoint(folder / name)
@@ -553,7 +555,7 @@ def test_state_of_a_gpus_generator_ends_in_one_line(tmp_path, capfd, whole):
         (folder / name).write_bytes(content)
     resume(folder, expect=2)
     line = error_line(capfd)
-    assert "is of a run on cuda" in line and line.endswith("--device cuda")
+    assert "was made on cuda" in line and line.endswith("--device cuda")
 
 
 def test_deterministic_changes_nothing_on_the_cpu(tmp_path, whole):
@@ -565,12 +567,12 @@ def test_deterministic_changes_nothing_on_the_cpu(tmp_path, whole):
 
 
 def test_a_run_on_windows(tmp_path, monkeypatch, whole):
-    """Windows opens no folder, syncs no file that is open for reading only, and has its own
-    encoding."""
+    """Windows can neither open a folder nor sync a file that is open for reading only. Its default
+    encoding is not UTF-8."""
     os_open, os_fsync, read_only = os.open, os.fsync, set()
 
     def windows_open(path, flags, *args, **kwargs):
-        if os.path.isdir(path) and "dir_fd" not in kwargs:  # shutil.rmtree has its own way there
+        if os.path.isdir(path) and "dir_fd" not in kwargs:  # rmtree works differently on Windows
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         number = os_open(path, flags, *args, **kwargs)
         (read_only.discard if flags & (os.O_RDWR | os.O_WRONLY) else read_only.add)(number)
@@ -593,16 +595,16 @@ def test_a_run_on_windows(tmp_path, monkeypatch, whole):
 
 
 def test_tensors_of_a_checkpoint_do_not_keep_the_file_open(tmp_path, whole):
-    """Windows could not replace it."""
+    """Windows cannot replace an open file."""
     step, tensors = checkpoint.load_checkpoint(whole / "checkpoint.safetensors")
     assert "checkpoint.safetensors" not in Path("/proc/self/maps").read_text()
     assert step == 4 and tensors
 
 
-# --- what a run stores besides ---
+# --- other files of a run ---
 
 
-def test_config_holds_versions_and_the_log_of_times_is_apart(tmp_path, whole):
+def test_config_contains_versions_and_times_have_their_own_log(tmp_path, whole):
     config = json.loads((whole / "config.json").read_text())
     assert torch.__version__.startswith(config["made_with"]["torch"].split("+")[0])
     rows = read_log(whole, "timing.jsonl")
@@ -611,19 +613,19 @@ def test_config_holds_versions_and_the_log_of_times_is_apart(tmp_path, whole):
     assert "seconds" not in read_log(whole)[0]
 
 
-# --- losses and gradients that are not finite ---
+# --- non-finite losses and gradients ---
 
 
 def nan_rewards(attention, *args):
-    """Replaces `reward.attention_reward`."""
+    """A replacement for `reward.attention_reward`."""
     return torch.full(attention.shape[:1], math.nan)
 
 
 def test_ten_skipped_updates_in_a_row_end_the_run_with_advice(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(reward, "attention_reward", nan_rewards)
     folder = tmp_path / "run"
-    run(folder, "--max_steps 7 --save_steps 9 --eval_examples 0")
-    capfd.readouterr()
+    run(folder, "--max_steps 7 --save_steps 9 --eval_examples 0", expect=2)  # all were skipped
+    assert "stopped after step 7" in error_line(capfd)
     resume(folder, "--max_steps 20", expect=2)
     out, err = capfd.readouterr()
     assert "(8 in a row)" in out and "(10 in a row)" in out  # a resumed run continues the count
@@ -634,7 +636,7 @@ def test_ten_skipped_updates_in_a_row_end_the_run_with_advice(tmp_path, capfd, m
     assert checkpoint_step(folder) == 10
 
 
-def test_nine_skipped_updates_in_a_row_do_not(tmp_path, monkeypatch):
+def test_nine_skipped_updates_in_a_row_do_not_end_the_run(tmp_path, monkeypatch):
     original, norms = torch.nn.utils.clip_grad_norm_, []
 
     def clip(*args):
@@ -655,20 +657,23 @@ def test_infinite_loss_with_a_finite_gradient_is_skipped(tmp_path, monkeypatch):
         return loss + math.inf, stats
 
     monkeypatch.setattr(reward, "grpo_loss", infinite_loss)
-    run(tmp_path / "run", "--max_steps 1 --temperature 2")
+    run(tmp_path / "run", "--max_steps 1 --temperature 2", expect=2)
     (row,) = read_log(tmp_path / "run")
     assert row["skipped_updates"] == 1 and math.isfinite(row["grad_norm"]) and row["grad_norm"] > 0
-    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    assert all((value == 0).all() for name, value in saved.items() if "lora_B" in name)
+    _, saved = checkpoint.load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
+    untrained = [value for name, value in saved.items() if "lora_B" in name and "|value" in name]
+    assert untrained and all((value == 0).all() for value in untrained)
 
 
 # --- GPU memory ---
 
 
 def limit_memory(monkeypatch, room):
-    """Simulate a GPU with room for `room` completions in a forward with gradient. The first forward
-    always fits: a gradient exists by the time memory runs out, and it must not be counted twice.
-    Returns: a list that grows by the size of each such forward."""
+    """Simulate a GPU with room for `room` completions in a forward pass with gradient.
+
+    The first forward always fits, so a gradient exists when memory runs out, and the retry must not
+    count it twice. Returns: a list that grows by the size of each such forward.
+    """
     original, sizes = model.Vlm._score, []
 
     def _score(vlm, prompt, completions, attention):
@@ -691,19 +696,22 @@ def test_out_of_memory_halves_the_micro_batch(tmp_path, capsys, monkeypatch):
     assert "--completions_per_forward 2" in capsys.readouterr().out
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["completions_per_forward"] == 2
-    # Nothing is left of the failed attempt.
+    # The failed attempt leaves no trace.
     assert not differences(tmp_path / "halves", tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags, forwards",  # the sizes of the forwards with gradient
+    "flags, forwards",  # sizes of the forwards with gradient
     [
         ("", [4, 4, 2]),
         ("--completions_per_forward 1", [1, 1]),
         ("--num_iterations 2", [4, 4]),
     ],
 )
-def test_out_of_memory_again_ends_in_one_line(tmp_path, capfd, monkeypatch, flags, forwards):
+def test_out_of_memory_without_remedy_prints_one_error_line(
+    tmp_path, capfd, monkeypatch, flags, forwards
+):
     sizes = limit_memory(monkeypatch, room=0)
     run(tmp_path / "run", f"--temperature 2 {flags}", expect=2)
     line = error_line(capfd)
@@ -719,8 +727,7 @@ def test_out_of_memory_again_ends_in_one_line(tmp_path, capfd, monkeypatch, flag
 
 
 def fill_disk():
-    """From now on, no file of this process can grow beyond 100 bytes: writing fails, as on a full
-    disk."""
+    """Limit all files of this process to 100 bytes; longer writes fail, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
 
@@ -741,7 +748,7 @@ def run_in_fork(folder):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), lines[-1]
 
 
-FULL_DISK = [  # owner, function, the call after which the disk is full, failed file, last step
+FULL_DISK = [  # owner, function, call after which the disk is full, failed file, checkpoint step
     (sayo_mini, "train_step", 3, "metrics.jsonl", 2),
     (sayo_mini, "print_alarms", 3, "checkpoint.safetensors", 2),  # step 3 is logged, not saved
     (checkpoint.RunDirectory, "save", 4, "adapter", 4),  # safetensors raises its own exception
@@ -765,7 +772,7 @@ def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     assert not differences(whole, folder)
 
 
-def test_a_crash_in_the_first_evaluation_leaves_a_folder_to_use(tmp_path, monkeypatch):
+def test_a_crash_in_the_first_evaluation_leaves_a_reusable_folder(tmp_path, monkeypatch):
     def crash(*args):
         raise ZeroDivisionError
 
@@ -782,19 +789,20 @@ def test_a_crash_in_the_first_evaluation_leaves_a_folder_to_use(tmp_path, monkey
 def test_folder_without_permission_is_refused_before_loading(tmp_path, capfd):
     tmp_path.chmod(0o500)
     run(tmp_path / "run", expect=2)
-    assert "is not writable; choose another" in error_line(capfd)
+    assert "is not writable; use a different folder" in error_line(capfd)
 
 
 def test_advice_fits_the_failure(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     for number, words in (
-        (errno.ENOSPC, "make room, then"),
-        (errno.EROFS, "make it writable, then"),
-        (errno.EACCES, "make it writable, then"),
+        (errno.ENOSPC, "free space, then run"),
+        (errno.EROFS, "make the folder writable, then run"),
+        (errno.EACCES, "make the folder writable, then run"),
     ):
         advice = run_folder.how_to_go_on(OSError(number, ""), tmp_path)
         assert words in advice and "--resume" in advice
-    assert "choose another" in run_folder.how_to_go_on(OSError(errno.EACCES, ""), tmp_path / "new")
+    advice = run_folder.how_to_go_on(OSError(errno.EACCES, ""), tmp_path / "new")
+    assert "use a different --output_dir" in advice
 
 
 def test_disk_that_becomes_read_only_stops_the_run(tmp_path, capfd, monkeypatch, whole):
@@ -808,7 +816,8 @@ def test_disk_that_becomes_read_only_stops_the_run(tmp_path, capfd, monkeypatch,
     folder = tmp_path / "run"
     run(folder, expect=2)
     line = error_line(capfd)
-    assert "Read-only file system" in line and "make it writable" in line and "room" not in line
+    assert "Read-only file system" in line and "make the folder writable" in line
+    assert "free space" not in line
     monkeypatch.undo()
     resume(folder)
     assert not differences(whole, folder)
@@ -818,7 +827,7 @@ def test_disk_that_becomes_read_only_stops_the_run(tmp_path, capfd, monkeypatch,
 
 
 def write_dataset(folder, count=8):
-    """Write scenes as PNGs and a .jsonl; return the path of the .jsonl."""
+    """Write scenes as PNGs and a .jsonl file; return the path of the .jsonl file."""
     folder.mkdir()
     scenes, lines = Scenes("train", count), []
     for i in range(count):
@@ -858,6 +867,7 @@ def test_damaged_image_during_a_run_saves_and_stops(tmp_path, capfd):
             assert (stopped / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_resumed_run_skips_the_same_damaged_images(tmp_path, capsys):
     data = write_dataset(tmp_path / "data")
     damaged = 1, 4, 5
@@ -867,7 +877,7 @@ def test_resumed_run_skips_the_same_damaged_images(tmp_path, capsys):
     run(tmp_path / "cosine", flags)
     out = capsys.readouterr().out
     assert all(out.count(f"set.jsonl:{i + 1}: ") == 1 for i in damaged) and "(3 so far)" in out
-    constant = f"{flags} --lr_scheduler_type constant"  # the same rate whatever --max_steps is
+    constant = f"{flags} --lr_scheduler_type constant"  # independent of --max_steps
     run(tmp_path / "resumed", f"{constant} --max_steps 2")
     run(tmp_path / "whole", constant)
     resume(tmp_path / "resumed", "--max_steps 4")
@@ -876,7 +886,7 @@ def test_resumed_run_skips_the_same_damaged_images(tmp_path, capsys):
     assert used and not used & {f"{data}:{i + 1}" for i in damaged}
 
 
-# --- model folders from strangers ---
+# --- untrusted model folders ---
 
 
 class TouchesFile:
@@ -904,7 +914,7 @@ def test_pickle_in_a_model_folder_is_not_loaded(tmp_path, capfd):
     "file", ["config.json", "tokenizer_config.json", "preprocessor_config.json"]
 )
 def test_code_in_a_model_folder_is_not_run(tmp_path, monkeypatch, file):
-    """Not even if transformers asks the user, who says yes."""
+    """The code is not run even if transformers asks the user, who says yes."""
     folder, canary = tmp_path / "model", tmp_path / "canary"
     folder.mkdir()
     for path in TINY.iterdir():

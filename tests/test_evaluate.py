@@ -1,5 +1,5 @@
-"""analysis/evaluate.py: the results of an evaluation, the maps of every layer and head, and what
-the report gets of them."""
+"""analysis/evaluate.py: the results of an evaluation, the maps of every layer and head, and their
+form in the report."""
 
 from dataclasses import replace
 
@@ -46,7 +46,7 @@ def test_report_gets_the_captured_attention():
 
 
 def test_batch_size_does_not_change_the_results(monkeypatch):
-    """Five questions: two at a time, so that the last is alone, or all at once."""
+    """Compare batches of two, in which the fifth question is alone, with a single batch of five."""
     scenes, vlm, runs = Scenes("validation", 5), load(), []
     for size in (2, 8):
         monkeypatch.setattr("analysis.evaluate.QUESTIONS_PER_BATCH", size)
@@ -58,10 +58,10 @@ def test_batch_size_does_not_change_the_results(monkeypatch):
     assert len({row[1] for row in in_twos}) > 2
 
 
-def test_maps_are_scored_with_another_box_and_on_fixed_text():
-    """The same map against the next example's box, and a map of the earlier answer."""
+def test_maps_are_scored_against_the_next_box_and_on_fixed_text():
+    """The next example's box is scored on the same map; the fixed text is the earlier answer."""
     cfg, scenes, vlm = replace(CFG, alignment="query"), Scenes("validation", 3), load()
-    # An earlier evaluation of another model, which uses one head and stops after nine tokens.
+    # An earlier evaluation by a different model, which uses one head and stops after nine tokens.
     before = evaluate(load(heads=(0,)), scenes, cfg, "before")
     for row in before:
         row["ids"], row["selected"] = row["ids"][:9], [True] * 9

@@ -1,5 +1,5 @@
-"""`fit`: the program runs on meta tensors of real shapes, memory is counted right, and the flags
-that make a run fit are the largest that do."""
+"""`fit`: the program runs on meta tensors of real shapes, memory is counted correctly, and the
+recommended flags are the largest that fit."""
 
 import json
 from dataclasses import replace
@@ -7,8 +7,10 @@ from functools import cache
 from pathlib import Path
 from statistics import median
 
+import bitsandbytes as bnb
 import pytest
 import torch
+from conftest import load
 from transformers import AutoConfig
 
 import sayo_mini
@@ -24,7 +26,7 @@ from commands.probe import layer_head_attention
 from config import Config, InputError
 from data import encode_example
 
-QWEN2_5_VL_3B = {  # as published, where text settings are not nested
+QWEN2_5_VL_3B = {  # as published: the text settings are not nested
     "model_type": "qwen2_5_vl",
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],
     "vocab_size": 151936,
@@ -62,7 +64,7 @@ SMALL = dict(num_generations=3, prompts_per_step=2, max_completion_length=12, ma
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """{name: a folder with nothing but a config.json}."""
+    """{name: a folder that contains only a config.json}"""
     root = tmp_path_factory.mktemp("configs")
     model_config("2b").save_pretrained(root / "qwen3-vl-2b")
     (root / "qwen2.5-vl-3b").mkdir()
@@ -78,14 +80,15 @@ def small():
 # --- the program stays on its device ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3-vl-2b", "qwen2.5-vl-3b"])
 def test_training_and_evaluation_stay_on_the_device(folders, name):
-    """An operation that mixes devices raises."""
+    """An operation that mixes devices raises an exception."""
     config = AutoConfig.from_pretrained(folders[name])
     cfg = Config(num_generations=4, prompts_per_step=1, completions_per_forward=2)
     peaks = rehearse(config, cfg, sayo_mini.train_step, 64)
     assert set(peaks) == {"loaded", *fit.PHASES}
-    weights = {"qwen3-vl-2b": 2.1, "qwen2.5-vl-3b": 3.4}[name]  # GB: 4 bits, vision tower 16
+    weights = {"qwen3-vl-2b": 2.1, "qwen2.5-vl-3b": 3.4}[name]  # GB; the vision tower has 16 bits
     assert peaks["loaded"] / 2**30 == pytest.approx(weights, abs=0.25)
     assert min(peaks["scoring"], peaks["update"], peaks["evaluation"]) > peaks["loaded"]
 
@@ -105,9 +108,9 @@ def test_probe_and_look_stay_on_the_device(folders, name):
     assert maps.shape == shape and not maps.is_meta
 
 
-def test_a_tensor_left_on_the_cpu_is_found(small, monkeypatch):
+def test_a_tensor_left_on_the_cpu_is_detected(small, monkeypatch):
     class Region:
-        """Does not move."""
+        """A region that always stays on the CPU."""
 
         def to(self, device):
             return torch.ones(16, dtype=torch.bool).float()
@@ -141,7 +144,7 @@ def test_bytes_are_counted_while_tensors_live():
         memory.enter("two")
         c = b.to(torch.bfloat16) * 2
         assert memory.current == 4096 + 2048
-        d = torch.mm(c, c)[0]  # keeps all of the product
+        d = torch.mm(c, c)[0]  # a view keeps the whole product alive
         assert d.untyped_storage().nbytes() == 2048
     assert memory.peaks == {"one": 8192, "two": 4096 + 2 * 2048}
     del b, c
@@ -165,8 +168,8 @@ def test_integers_and_masks_are_exact():
         assert x.sum().item() == 1.0 and x.cpu().shape == (4, 6)
 
 
-def test_decoding_is_rehearsed_at_its_end(small, monkeypatch):
-    """As much memory as if every token were decoded."""
+def test_rehearsing_only_the_last_tokens_takes_the_same_memory(small, monkeypatch):
+    """The peaks match those of decoding every token."""
     cfg = Config(**SMALL | {"max_completion_length": 40}, eval_examples=0)
     short = rehearse(small, cfg, sayo_mini.train_step, 20)
     monkeypatch.setattr(rehearsal, "DECODED", 10**6)
@@ -175,7 +178,7 @@ def test_decoding_is_rehearsed_at_its_end(small, monkeypatch):
         peaks["sampling"] -= peaks["loaded"]
     assert short["sampling"] == pytest.approx(whole["sampling"], rel=0.02)
     assert short["update"] == pytest.approx(whole["update"], rel=1e-3)
-    cfg = replace(cfg, max_completion_length=4)  # keys and values of 36 tokens less
+    cfg = replace(cfg, max_completion_length=4)  # 36 tokens fewer in the KV cache
     text = small.text_config
     per_token = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     completions = cfg.num_generations * cfg.prompts_per_step
@@ -184,7 +187,8 @@ def test_decoding_is_rehearsed_at_its_end(small, monkeypatch):
     assert grown == pytest.approx(36 * completions * per_token, rel=0.05)
 
 
-def test_more_of_anything_takes_more_memory(small):
+@pytest.mark.slow
+def test_memory_grows_with_every_setting(small):
     @cache
     def peaks(**changes):
         cfg = Config(**SMALL | {"eval_examples": 0} | changes)
@@ -213,7 +217,7 @@ def test_prediction_agrees_with_a_measurement(tmp_path):
 
 
 class FakePlan(fit.Plan):
-    """Memory that grows with every flag, in GB."""
+    """A plan whose memory grows with every flag."""
 
     def peaks(self, **changes):
         cfg = vars(self.cfg) | changes
@@ -231,7 +235,8 @@ def plan():
 
 
 def test_the_largest_value_that_fits_is_found(plan):
-    """9 GB for the given flags, 10.2 with the room: 1 GB less must do."""
+    """The defaults take 9 GB, or 10.2 GB with the safety margin. The card has room for 8 GB plus
+    margin, so one flag must save 1 GB."""
     assert fit.verdict(plan, 12) == "fits"
     card = 8 * 1.05 + 0.75
     expected = {"completions_per_forward": 4, "num_generations": 4, "prompts_per_step": 2}
@@ -241,11 +246,11 @@ def test_the_largest_value_that_fits_is_found(plan):
         assert largest == max(fitting, default=None)
         assert flag == "max_pixels" or largest == expected[flag]
     assert "--completions_per_forward 4 or --num_generations 4" in fit.verdict(plan, card + 1e-9)
-    assert fit.verdict(plan, 6.5) == "fits only if several of these flags are lowered"
-    assert fit.verdict(plan, 4) == "does not fit, however small these flags are"
+    assert fit.verdict(plan, 6.5) == "fits only with several lower settings"
+    assert fit.verdict(plan, 4) == "does not fit, even with the smallest settings"
 
 
-def test_search_asks_few_rehearsals(plan):
+def test_search_needs_few_rehearsals(plan):
     plan.asked.clear()
     plan.largest("num_generations", range(2, 1000), 9.2)
     assert len(plan.asked) < 15
@@ -276,10 +281,10 @@ def test_command_needs_only_a_config(tmp_path, capfd, small):
     [
         ("no-such-user/no-such-model", "no config.json"),
         ("missing/folder/of/mine", "no config.json"),
-        ("gpt2-config", "is a gpt2; supported are"),
+        ("gpt2-config", "has type gpt2; supported:"),
     ],
 )
-def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch, capfd, name, message):
+def test_an_unreadable_model_prints_one_error_line(tmp_path, monkeypatch, capfd, name, message):
     monkeypatch.chdir(tmp_path)
     Path("gpt2-config").mkdir()
     Path("gpt2-config", "config.json").write_text('{"model_type": "gpt2"}')
@@ -303,5 +308,12 @@ def test_page_shows_the_committed_results():
     text = f"{bench_fit.table(results)}\n\n{bench_fit.summary(results)}"
     assert marked("fit errors", text) in page
     errors = [abs(100 * bench_fit.error(row)) for row in results["points"]]
-    quoted = f"its median error is {median(errors):.1f} %, the largest {max(errors):.1f} %"
+    quoted = f"its median error is {median(errors):.1f} % and its largest error {max(errors):.1f} %"
     assert quoted in (ROOT / "docs" / "cost.md").read_text()
+
+
+def test_a_rehearsal_does_not_break_4_bit_loading_in_the_same_process(small, monkeypatch):
+    monkeypatch.setattr(bnb.functional, "name2qmap", {})  # as in a new process
+    rehearse(small, Config(**SMALL, eval_examples=0), sayo_mini.train_step, 8)
+    assert bnb.functional.quantize_4bit(torch.ones(64, 64), quant_type="nf4")
+    load(load_in_4bit=True)

@@ -1,4 +1,4 @@
-"""bench/gpu.sh in its small form, and what it writes when a part fails."""
+"""bench/gpu.sh: the small form runs on a CPU, and a part that fails is recorded."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def gpu(folder, *flags, **settings):
 
 @pytest.mark.slow
 def test_a_part_that_fails_does_not_stop_the_others(tmp_path):
-    """Without a card, all of the tests are skipped, which pytest calls a success."""
+    """Without a card, all tests are skipped, and pytest reports success."""
     process, found = gpu(tmp_path, PARTS="train tests", MODEL=str(tmp_path / "nowhere"))
     assert process.returncode == 1 and "failed: train; see" in process.stdout
     assert found["train"]["exit_code"] == 2 and "nowhere" in found["train"]["output"]

@@ -1,4 +1,4 @@
-"""The layout of the repository: how long files and functions are, and which module imports which.
+"""The layout of the repository: lengths of files and functions, and imports between modules.
 
 `pytest -s tests/test_house.py` prints the table of files and lines.
 """
@@ -28,7 +28,7 @@ MAX_README_CHARACTERS = 15_000
 
 
 def find_modules():
-    """{name: path} of every module at the top level and in FOLDERS; a package has its own name."""
+    """{name: path} of every module at the top level and in FOLDERS; packages are listed by name."""
     paths = sorted(ROOT.glob("*.py"))
     for folder in FOLDERS:
         paths += sorted((ROOT / folder).glob("*.py"))
@@ -55,7 +55,7 @@ def test_top_level_has_no_other_modules():
     assert {path.name for path in ROOT.glob("*.py")} == set(MAX_LINES)
 
 
-def test_top_level_leaves_the_layout_to_ruff():
+def test_top_level_does_not_disable_ruff_format():
     for name in MAX_LINES:
         text = (ROOT / name).read_text()
         assert "fmt: skip" not in text and "fmt: off" not in text, name
@@ -85,13 +85,13 @@ def test_functions_are_short():
 
 def imported_modules(nodes):
     """The modules that these AST nodes import. `from sources import trl` counts as `sources` and
-    `sources.trl`, because importing a module runs its packages too."""
+    `sources.trl`, because importing a module also runs its package."""
     names = set()
     for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "a relative import: the tests of this file do not resolve it"
+            assert node.level == 0, "relative import: these tests cannot resolve it"
             names.add(node.module)
             names |= {f"{node.module}.{alias.name}" for alias in node.names} & set(MODULES)
     return names | {name.rpartition(".")[0] for name in names if name in MODULES} - {""}
@@ -100,7 +100,7 @@ def imported_modules(nodes):
 def runs_at_import(tree):
     """The AST nodes of a module outside its functions."""
     nodes = list(tree.body)
-    for node in nodes:  # grows
+    for node in nodes:  # grows while iterating
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             nodes += ast.iter_child_nodes(node)
     return nodes
@@ -115,8 +115,8 @@ def outside_the_standard_library(modules):
 
 
 def loaded_with(module):
-    """What importing a module loads: its top-level imports, theirs, and so on. What lies outside
-    this repository is listed, but not followed."""
+    """The modules that importing this module loads, directly and indirectly. Modules outside this
+    repository are listed, but their imports are not followed."""
     found, queue = set(), [module]
     while queue:
         new = TOP_LEVEL_IMPORTS.get(queue.pop(), set()) - found
@@ -142,7 +142,7 @@ def test_data_imports_neither_model_nor_transformers():
 
 
 def test_only_scale_trl_imports_the_loop():
-    """A function that needs the loop gets it as an argument."""
+    """All other functions that need the loop receive it as an argument."""
     importers = {name for name, imports in ALL_IMPORTS.items() if "sayo_mini" in imports}
     assert importers == {"scale_trl"}
 
@@ -171,6 +171,7 @@ def loaded_packages(*flags):
         ("look --help", 0),
         ("probe --help", 0),
         ("check --help", 0),
+        ("fit --help", 0),
         ("--learning_rat 1", 2),
         ("--beta much", 2),
         ("look", 2),
@@ -183,7 +184,7 @@ def test_help_and_bad_flags_do_not_load_torch(flags, exit_code):
     assert "argparse" in packages  # the list is not empty
     assert not packages & {"torch", "transformers", "peft", "numpy", "PIL"}
     if exit_code == 0:
-        command = "train" if flags == "--help" else flags.split()[0]
-        assert process.stdout.startswith(f"usage: sayo_mini.py {command} ")
+        command = flags.removesuffix("--help").removeprefix("train ")
+        assert process.stdout.startswith(f"usage: python sayo_mini.py {command}[--flag ")
     else:
         assert process.stderr.splitlines()[-1].startswith("sayo_mini.py: ")

@@ -1,4 +1,4 @@
-"""report.html in a browser, with mouse and keyboard; and what its charts are made of."""
+"""report.html: mouse and keyboard in a browser, its size, and its charts."""
 
 import json
 import os
@@ -32,7 +32,7 @@ METRICS = {"step": 1, "entropy": 0.5, "kl": 0.0, "rewards/attention/mean": 0.2}
 
 
 def make_result(hot, correct=1.0, layers=(0, 3), words=TOKENS, grid=GRID, tokens=3):
-    """A result of `evaluate`: in layer n, token i lights cell `hot[n][i]` and no other."""
+    """A result of `evaluate` in which token i of layer n attends only to cell `hot[n][i]`."""
     cells = grid[0] * grid[1]
 
     def one_cell(cell):
@@ -85,7 +85,7 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        sandbox = [] if os.getuid() else ["--no-sandbox"]  # root has none
+        sandbox = [] if os.getuid() else ["--no-sandbox"]  # root cannot use the sandbox
         browser = playwright.chromium.launch(executable_path=chromium, args=sandbox)
         yield browser
         browser.close()
@@ -93,13 +93,13 @@ def browser():
 
 @pytest.fixture
 def page(tmp_path, browser):
-    """report.html of two answers; at the end the console must be clean."""
+    """report.html with two answers. Fails if the page writes to the console or uses the network."""
     path, examples = make_run(tmp_path, [BEFORE], [AFTER])
     save_report(path, examples)
     tab, messages = browser.new_page(viewport={"width": 390, "height": 800}), []
 
     def log_message(message):
-        if "readback" not in message.text:  # advice on how `lit` below reads its pixels
+        if "readback" not in message.text:  # a performance hint about how `lit` reads pixels
             messages.append(message.text)
 
     def log_request(request):
@@ -122,7 +122,7 @@ def tokens_of(page, answer=0):
 
 
 def lit(tab, answer=0):
-    """The cells whose center is not bare image: {cell: (r, g, b)}."""
+    """{cell: (r, g, b)} of the cells whose center differs from the image."""
     canvas = f"document.querySelectorAll('canvas')[{answer}]"
     width, height = tab.evaluate(f"[{canvas}.width, {canvas}.height]")
     cells = {}
@@ -135,16 +135,16 @@ def lit(tab, answer=0):
     return cells
 
 
-def test_pointing_at_a_token_shows_the_map_of_that_token(page):
+def test_hovering_over_a_token_shows_its_map(page):
     tokens = tokens_of(page)
-    assert list(lit(page)) == [7]  # at first: last layer, first selected token
+    assert list(lit(page)) == [7]  # the initial map: last layer, first selected token
     for i, cell in enumerate([4, 7, 1]):
         tokens.nth(i).hover()
         assert list(lit(page)) == [cell]
         assert tokens.nth(i).get_attribute("aria-pressed") == "true"
     blend = [0.25 * a + 0.75 * b for a, b in zip((40, 120, 200), (252, 255, 164))]
     assert lit(page)[1] == pytest.approx(blend, abs=2)
-    assert list(lit(page, 1)) == [6]  # the other answer keeps its own
+    assert list(lit(page, 1)) == [6]  # the other answer keeps its token
     assert page.locator("[aria-pressed=true]").count() == 2
 
 
@@ -168,7 +168,7 @@ def test_the_box_can_be_hidden_and_a_tap_selects_a_token(page):
     edge = f"[...{context}.getImageData(112, 60, 1, 1).data].slice(0, 3)"
     bare = page.evaluate(edge)
     page.get_by_label("box", exact=True).check()
-    assert page.evaluate(edge) == [255, 255, 255] != bare  # x = 20 of 80 px is 112 of 448
+    assert page.evaluate(edge) == [255, 255, 255] != bare  # x = 20 of 80 px is at 112 of 448
     page.get_by_label("box", exact=True).uncheck()
     tokens_of(page).nth(0).click()
     assert list(lit(page)) == [4]
@@ -180,14 +180,14 @@ def test_the_page_fits_a_phone_and_shows_its_data(page):
     assert "What is <b>it</b>? (</script>)" in text
     assert "before, right" in text and "after, wrong" in text
     tokens_of(page).nth(1).hover()
-    note = '"dot": entropy 2.00 nats; at most 100 % of the attention on one cell'
+    note = '"dot": entropy 2.00 nats; brightest cell: 100 % of attention'
     assert note in page.locator(".note").all_inner_texts()
     assert "greedy accuracy" in page.locator("pre").inner_text()
 
 
 def test_a_long_run_of_a_large_model_stays_under_two_megabytes(tmp_path):
-    """Eight examples, before and after, as many layers as `report_maps` takes, 111 tokens, images
-    of noise."""
+    """Eight noise images before and after training, 111 tokens, and as many layers as `report_maps`
+    takes."""
     count = MAX_MAP_CHARACTERS // (12 * 12 * 111)
     shape = dict(layers=range(count), words=["word"] * 111, grid=(12, 12), tokens=111)
     big = make_result([[1, 2, 3]] * count, **shape)
@@ -198,15 +198,15 @@ def test_a_long_run_of_a_large_model_stays_under_two_megabytes(tmp_path):
 
 
 @pytest.mark.parametrize("results", [[], [BEFORE]])
-def test_an_unfinished_run_has_its_report(tmp_path, results):
+def test_an_unfinished_run_has_a_report(tmp_path, results):
     path, examples = make_run(tmp_path, results)
     save_report(path, examples)
     assert "2 of 5 steps: not finished" in (path / "report.html").read_text()
     ET.parse(path / "response.svg")
 
 
-def test_an_interrupted_run_has_its_report(tmp_path, monkeypatch):
-    """Ctrl-C in the first step: the report shows what there is."""
+def test_an_interrupted_run_has_a_report(tmp_path, monkeypatch):
+    """After Ctrl-C in the first step, the report shows the first evaluation."""
     train_step = sayo_mini.train_step
 
     def interrupted_step(*args):
@@ -236,7 +236,7 @@ def test_charts_are_well_formed_and_scaled():
     assert x1 - x0 == pytest.approx(x2 - x1) and y2 == pytest.approx((y0 + y1) / 2) and y1 < y0
     assert len(second) == 1 and second[0] == f"{x1},{y2}"
     dashes = {line.get("stroke-dasharray") for line in svg.iter("polyline")}
-    assert len(dashes) == 2  # they differ without color
+    assert len(dashes) == 2  # distinguishable without color
     assert line_chart("nothing", {"one": []}) == ""
 
 
@@ -252,8 +252,8 @@ def lines_of(chart):
 
 
 def test_ten_lines_have_ten_styles():
-    """Each has a dash pattern of its own, so they differ without color, and the legend is long
-    enough to show it."""
+    """Each line has its own dash pattern, recognizable without color, and the legend is long enough
+    to show it."""
     chart = line_chart("many", {f"line {n}": [0.0, n] for n in range(10)})
     dashes = [dash for _, dash in lines_of(chart).values()]
     assert len(set(dashes)) == 10 and dashes[0] == "none"
@@ -262,7 +262,7 @@ def test_ten_lines_have_ten_styles():
 
 
 def test_every_line_has_a_color_in_light_and_dark_mode(browser, tmp_path):
-    """The colors repeat, but neighbors differ, and none is the background's."""
+    """Colors repeat, but neighbors differ, and no line has the color of the background."""
     metrics = METRICS | {f"rewards/r{n}/mean": n / 10 for n in range(10)}
     path, examples = make_run(tmp_path, [], metrics=metrics)
     save_report(path, examples)
@@ -294,7 +294,7 @@ def test_a_reward_unknown_to_the_code_has_its_own_line(tmp_path):
 
 
 def test_report_does_not_load_torch():
-    """Nor do the other modules that only draw and print."""
+    """The other modules that only draw and print do not load it either."""
     code = "import sys; from analysis import html_report, plots, results_table\n"
     code += "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     root = Path(html_report.__file__).parent.parent
@@ -313,6 +313,6 @@ def test_attention_by_position_by_hand():
     assert right["the rest of the image"] == pytest.approx([0.3, 0.2])
     assert right["text"] == pytest.approx([0.4, 0.4])
     assert charts["wrong answers (1)"]["text"] == pytest.approx([0.1])
-    # One of four is longer than one token: too few for a mean.
+    # Only one of four answers is longer than one token, which is too few for a mean.
     results = [result(1.0, [0.1], [0.2])] * 3 + [result(1.0, [0.1, 0.9], [0.2, 0.9])]
     assert len(attention_by_position(results)["right answers (4)"]["text"]) == 1

@@ -1,5 +1,5 @@
-"""The published layout of both families, rehearsed with small random weights: train, look, probe,
-resume, and the adapter in plain PEFT. Nothing may warn on the way."""
+"""Checkpoints of both families in the published layout, with small random weights: train, look,
+probe and resume without warnings, and load the adapter in plain PEFT."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from sources.scenes import Scenes
 ROOT = Path(__file__).parent.parent
 FLAGS = "--device cpu --max_pixels 12544 --prompts_per_step 1 --num_generations 3 --eval_examples 2"
 FLAGS = f"{FLAGS} --max_completion_length 6 --save_steps 1 --learning_rate 1e-2".split()
-# In a process of its own: some warnings appear only once.
+# Runs in its own process, because some warnings are issued only once per process.
 SCRIPT = """
 import json, sys, sayo_mini
 for flags in json.loads(sys.argv[1]):
@@ -34,8 +34,8 @@ def checkpoint(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(checkpoint, tmp_path_factory):
-    """A run of two steps, resumed for a third, with NF4. Returns: (its folder, what the process
-    printed, its errors)."""
+    """Train two steps with NF4, resume for a third, then run look and probe.
+    Returns: (the folder of all outputs, stdout, stderr)."""
     folder = tmp_path_factory.mktemp("run")
     model, output = ["--model_name_or_path", str(checkpoint)], ["--output_dir", str(folder / "run")]
     image = ["--image", str(ROOT / "example" / "one.png"), "--question", "What color is the dot?"]
@@ -64,12 +64,13 @@ def test_the_checkpoint_loads_as_published(checkpoint):
     assert len(files) == 2
     saved = {name.split("layers.1.")[-1]: w for file in files for name, w in file.items()}
     loaded = vlm.core.model.language_model.layers[1].mlp.down_proj.base_layer.weight
-    assert torch.equal(loaded, saved["mlp.down_proj.weight"].float())  # not left random
+    assert torch.equal(loaded, saved["mlp.down_proj.weight"].float())  # not randomly initialized
     example = Scenes("validation", 1)[0]
     prompt = vlm.encode(example.image, example.question)
     assert len(prompt.image_positions) == prompt.grid[0] * prompt.grid[1] >= 9
 
 
+@pytest.mark.slow
 def test_training_look_probe_and_resume_work_and_nothing_warns(run):
     folder, out, err = run
     metrics = [json.loads(x) for x in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -94,4 +95,4 @@ def test_the_adapter_loads_in_plain_peft_and_scores_the_same(run, checkpoint):
         theirs = PeftModel.from_pretrained(plain, adapter)(input_ids=ids).logits
         ours = vlm.core(input_ids=ids).logits
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    assert (ours - base).abs().max() > 1e-4  # the adapter has learned something
+    assert (ours - base).abs().max() > 1e-4  # the adapter has an effect

@@ -1,4 +1,4 @@
-"""sources/jsonl.py: reading a .jsonl, errors on malformed lines, and the held-out split."""
+"""sources/jsonl.py: reading a .jsonl file, errors on malformed lines, and the held-out split."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def write(folder, *rows):
 
 
 def error_message(path):
-    """The error that reading the file raises; it must be one line."""
+    """The message of the error that reading the file raises; must be one line."""
     with pytest.raises(InputError) as error:
         JsonLines(path)
     assert len(str(error.value).splitlines()) == 1
@@ -135,7 +135,7 @@ MALFORMED = {
     "boxes: inverted": GOOD | {"boxes": [[30, 2, 1, 20]]},
     "boxes: the second inverted": GOOD | {"boxes": [[1, 2, 30, 20], [30, 2, 1, 20]]},
     "boxes: no area": GOOD | {"boxes": [[1, 2, 1, 20]]},
-    # Python's json reads and writes NaN and Infinity.
+    # Not valid JSON, but Python's json reads and writes NaN and Infinity.
     "boxes: NaN": GOOD | {"boxes": [[1, 2, math.nan, 20]]},
     "boxes: infinite": GOOD | {"boxes": [[1, 2, math.inf, 20]]},
     "boxes: outside": GOOD | {"boxes": [[64, 2, 70, 20]]},
@@ -203,7 +203,7 @@ def test_a_file_that_is_not_text_is_an_error(folder, make):
 @pytest.mark.parametrize("image", ["truncated.png", "bad_chunk.png"])
 def test_a_damaged_image_is_an_error_when_it_is_decoded(folder, image):
     path = write(folder, GOOD, GOOD | {"image": image, "where": "an extra key"}, GOOD)
-    rows = JsonLines(path)  # its header is intact
+    rows = JsonLines(path)  # works, because the header is intact
     assert rows[0].image.size == rows[2].image.size == (64, 48)
     with pytest.raises(InputError) as error:
         rows[1]
@@ -246,7 +246,7 @@ def test_split_holds_out_about_a_fifth_of_the_images_and_shares_none(folder):
 
 
 @pytest.mark.parametrize("limit", [1, 5])
-def test_split_holds_out_no_more_questions_than_asked_for(folder, limit):
+def test_split_holds_out_no_more_questions_than_requested(folder, limit):
     rows = dataset_of(folder, 60)
     train, held_out = rows.split(limit)
     assert len(held_out) == limit and not images(train) & images(held_out)
@@ -262,8 +262,8 @@ def test_split_is_the_same_every_time_and_in_any_order_of_lines(folder):
     assert [ids(part) for part in rows.split(100)] == [ids(part) for part in again]
     backwards = JsonLines(write(folder, *lines[::-1])).split(100)
     assert [images(part) for part in backwards] == [images(part) for part in again]
-    # It is also the same in every process, the lowest crc32 of the name: a resumed run must not
-    # train on held-out images.
+    # It is also the same in every process, because it takes the names with the lowest crc32. A
+    # resumed run must not train on held-out images.
     lowest = sorted((f"{i}.png" for i in range(40)), key=lambda name: zlib.crc32(name.encode()))[:8]
     assert images(again[1]) == set(lowest)
 
@@ -279,4 +279,4 @@ def test_split_of_two_images_holds_out_one_and_of_one_image_is_an_error(folder):
     single = JsonLines(write(folder, GOOD))
     with pytest.raises(InputError, match="set.jsonl"):
         single.split(100)
-    assert [len(part) for part in single.split(0)] == [1, 0]  # no evaluation: none held out
+    assert [len(part) for part in single.split(0)] == [1, 0]  # none held out

@@ -1,5 +1,5 @@
-"""model.py and attention.py against independent implementations: the forward of transformers, one
-completion at a time, and eager attention."""
+"""Tests of model.py and attention.py against independent implementations: the transformers forward
+on one completion at a time, and eager attention."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ from config import InputError
 from model import Completions, load_vlm
 from sources.scenes import Scenes
 
-LENGTHS = torch.tensor([[12], [7], [1], [10]])  # of four completions: unequal, so there is padding
+LENGTHS = torch.tensor([[12], [7], [1], [10]])  # of four completions; unequal, so there is padding
 
 
 @pytest.fixture(params=["qwen3", "qwen2_5"])
@@ -27,9 +27,9 @@ def folder(request, qwen2_5):
 
 
 def reference_forward(vlm, prompt, completions, row, **kwargs):
-    """The forward of transformers for one unpadded [image, prompt, completion]; positions and
-    vision features are its own, too. Returns: logits (C_i, V) that predict each token of the
-    completion, and the whole output."""
+    """Run the transformers forward on one unpadded [image, prompt, completion]; transformers also
+    computes the positions and vision features. Returns: the logits (C_i, V) that predict each token
+    of the completion, and the whole output."""
     ids = torch.cat([prompt.input_ids, completions.ids[row][completions.mask[row]]])[None]
     kinds = torch.zeros_like(ids)
     kinds[0, prompt.image_positions] = 1
@@ -46,7 +46,7 @@ def reference_forward(vlm, prompt, completions, row, **kwargs):
 
 
 def reference_scores(vlm, prompt, completions, row):
-    """log p and entropy (C_i,) of one completion, from `reference_forward`."""
+    """log p and entropy (C_i,) of one completion, computed with `reference_forward`."""
     logits, _ = reference_forward(vlm, prompt, completions, row)
     logits = logits / completions.temperature
     logits[:, vlm.placeholders] = -torch.inf
@@ -68,8 +68,8 @@ def pop_gradients(vlm):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("split", [0, 3, 1])
 def test_packed_group_equals_separate_forwards(folder, checkpointing, split):
-    """Shared prompt, padding, M-RoPE positions and chunked projection leave log-probabilities,
-    entropies and gradients as they are."""
+    """The shared prompt, padding, M-RoPE positions and chunked projection do not change
+    log-probabilities, entropies or gradients."""
     vlm = load(folder, gradient_checkpointing=checkpointing, completions_per_forward=split)
     prompt, completions = ask(vlm, temperature=1.3)
     completions.mask = torch.arange(completions.ids.shape[1]) < LENGTHS
@@ -92,14 +92,15 @@ def test_chunked_projection_gives_the_same_scores(monkeypatch):
     vlm = load()
     prompt, completions = ask(vlm)
     whole = vlm.score(prompt, completions)
-    monkeypatch.setattr(model, "LOGITS_PER_CHUNK", 64 * 5)  # five rows of the vocabulary at a time
+    monkeypatch.setattr(model, "LOGITS_PER_CHUNK", 64 * 5)  # five rows of logits at a time
     parts = vlm.score(prompt, completions)
     torch.testing.assert_close(parts.logps, whole.logps, atol=1e-6, rtol=0)
     torch.testing.assert_close(parts.entropy, whole.entropy, atol=1e-6, rtol=0)
 
 
 def test_only_one_chunk_of_logits_exists_at_a_time(monkeypatch):
-    """(G*C, V) never exists: the head gets at most LOGITS_PER_CHUNK // V rows at a time."""
+    """The logits (G*C, V) are never materialized: the head gets at most LOGITS_PER_CHUNK // V rows
+    at a time."""
     vlm = load()
     prompt, completions = ask(vlm)
     monkeypatch.setattr(model, "LOGITS_PER_CHUNK", 64 * 5)
@@ -107,7 +108,7 @@ def test_only_one_chunk_of_logits_exists_at_a_time(monkeypatch):
     vlm.core.lm_head.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
     vlm.score(prompt, completions).logps.sum().backward()
     assert max(rows) == 5
-    assert sum(rows) == 2 * completions.ids.numel()  # once forward, once more for the gradient
+    assert sum(rows) == 2 * completions.ids.numel()  # forward pass, then again for the gradient
 
 
 def test_only_log_probabilities_carry_gradient():
@@ -126,7 +127,7 @@ def test_score_under_no_grad_makes_no_graph():
         scores = vlm.score(prompt, completions)
     for tensor in (scores.logps, scores.entropy, scores.attention, scores.prompt_attention):
         assert not tensor.requires_grad and tensor.grad_fn is None
-    with torch.no_grad():  # also in parts, and for the reference
+    with torch.no_grad():  # the same for a split group and the reference
         vlm.completions_per_forward = 3
         assert vlm.score(prompt, completions).logps.grad_fn is None
         assert vlm.score(prompt, completions, reference=True).logps.grad_fn is None
@@ -162,7 +163,7 @@ def test_vision_tower_runs_once_per_example():
 
 
 def test_padding_token_written_by_the_model_is_scored():
-    """With a mask of `ids == pad` instead of positions, this token would be lost."""
+    """A mask derived from `ids == pad` instead of positions would lose this token."""
     vlm = load()
     prompt, completions = ask(vlm)
     completions.ids[0, 3] = vlm.pad_id
@@ -173,7 +174,7 @@ def test_padding_token_written_by_the_model_is_scored():
 
 def test_placeholders_are_neither_sampled_nor_scored():
     vlm = load()
-    with torch.no_grad():  # otherwise this head would write nothing else
+    with torch.no_grad():  # unmasked, this head would sample only placeholders
         vlm.core.lm_head.weight[vlm.placeholders] *= 100
         vlm.core.lm_head.weight[vlm.placeholders] += 1
     prompt, completions = ask(vlm, G=8, C=24, temperature=5.0)
@@ -226,7 +227,7 @@ def test_attention_maps_of_every_layer_and_head_equal_eager(folder):
 
 
 def test_checkpointing_does_not_capture_twice(monkeypatch):
-    """The backward pass runs every layer again, but the map is there already."""
+    """The backward pass runs every layer again, but the map already exists."""
     calls, original = [], attention.image_attention
 
     def counted(*args):
@@ -240,7 +241,7 @@ def test_checkpointing_does_not_capture_twice(monkeypatch):
 
 
 def logits_with_and_without_padding(vlm):
-    """Logits (1, 5, V) of five tokens alone, and of the same tokens after three of padding."""
+    """Logits (1, 5, V) of five tokens alone, and of the same tokens after three padding tokens."""
     ids = torch.tensor([[12, 13, 14, 15, 16]])
     padded = torch.cat([torch.full((1, 3), vlm.pad_id), ids], 1)
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
@@ -257,8 +258,8 @@ def test_padding_is_masked_in_a_plain_forward():
 
 
 def test_padding_would_be_attended_to_without_the_mask_registration(monkeypatch):
-    """Why attention.py registers a mask function: for an attention implementation without one,
-    transformers drops the padding mask silently."""
+    """This is why attention.py registers a mask function: transformers silently drops the padding
+    mask of an attention implementation that has none."""
     vlm = load()
     monkeypatch.delitem(AttentionMaskInterface._global_mapping, "sayo")
     alone, after_padding = logits_with_and_without_padding(vlm)
@@ -266,17 +267,17 @@ def test_padding_would_be_attended_to_without_the_mask_registration(monkeypatch)
 
 
 def test_completion_attends_to_the_prompt_and_its_own_past_only():
-    """Change a token in the second of three completions. To the bit, only what follows in that
-    completion changes."""
+    """Change a token in the second of three completions. The output changes only from that token
+    on and in that completion; everything else is bit-identical."""
     vlm = load()
     prompt, completions = ask(vlm, G=3, C=6)
     other = Completions(completions.ids.clone(), completions.mask)
     other.ids[1, 2] = (other.ids[1, 2] + 7) % 40 + 10
     with torch.no_grad():
         a, b = vlm.score(prompt, completions), vlm.score(prompt, other)
-    changed = a.entropy != b.entropy  # before token j, so it starts after the changed token
+    changed = a.entropy != b.entropy  # entropy j is computed before token j is read
     assert changed.int().tolist() == [[0] * 6, [0, 0, 0, 1, 1, 1], [0] * 6]
-    changed = (a.attention != b.attention).any(-1)  # of token j itself
+    changed = (a.attention != b.attention).any(-1)  # token j is the query of row j
     assert changed.int().tolist() == [[0] * 6, [0, 0, 1, 1, 1, 1], [0] * 6]
 
 
@@ -293,8 +294,9 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_attention_memory_does_not_grow_with_the_square_of_the_packed_length():
-    """The capture makes nothing larger than (1 + G*C) x (P + C), and the output nothing larger than
-    G copies of its keys. The packed sequence has 2,100 tokens, and its square is 4.4 million."""
+    """The capture creates no tensor larger than (1 + G*C) x (P + C); the output needs none larger
+    than G copies of its keys. The packed sequence has 2,100 tokens, and its square is 4.4 million.
+    """
     P, G, C, D = 100, 20, 100, 4
     query, key = torch.randn(1, 2, P + G * C, D), torch.randn(1, 1, P + G * C, D)
     capture = attention.Capture([0], [0, 1], torch.arange(10))
@@ -319,7 +321,7 @@ def test_sampling_with_cached_prompt_equals_sampling_without_cache(folder, tempe
     written = torch.zeros(3, 0, dtype=torch.long)
     done = torch.zeros(3, dtype=torch.bool)
     for step in range(completions.ids.shape[1]):
-        # One more token, because reference_forward drops the logits after the last.
+        # Append a dummy token, because reference_forward drops the logits of the last one.
         padded = torch.cat([written, torch.zeros(3, 1, dtype=torch.long)], 1)
         so_far = Completions(padded, torch.ones_like(padded, dtype=torch.bool))
         with torch.no_grad():
@@ -339,8 +341,8 @@ def test_sampling_with_cached_prompt_equals_sampling_without_cache(folder, tempe
 
 
 def test_groups_sampled_together_equal_groups_sampled_alone(folder):
-    """The questions have different lengths, and the padding of a shorter prompt is never attended
-    to. Each group is as wide as its own longest completion."""
+    """The questions differ in length, and the padding of the shorter prompts is never attended to.
+    Each group is as wide as its own longest completion."""
     vlm = load(folder)
     scenes = Scenes("validation", 100)
     questions = [scenes[0].question, "dot", scenes[1].question + " the red card"]
@@ -356,8 +358,7 @@ def test_groups_sampled_together_equal_groups_sampled_alone(folder):
 
 
 def test_score_scores_the_distribution_that_was_sampled(folder):
-    """The log-probabilities that sampling draws from, token by token, are those of the packed
-    forward."""
+    """Sampling draws each token from the log-probabilities that the packed forward computes."""
     vlm = load(folder)
     scenes, logits = Scenes("validation", 100), []
     questions = [scenes[0].question, "dot"]
@@ -390,9 +391,9 @@ def test_completions_end_with_the_stop_token_and_are_masked_by_position():
         assert not stops[:-1].any() and stops[-1] == finished
 
 
-def test_no_name_is_used_that_transformers_will_drop(folder, monkeypatch):
-    """5.24 calls past_key_values `cache`. It logs the use of an old name once per process: here,
-    every time."""
+def test_no_deprecated_name_of_transformers_is_used(folder, monkeypatch):
+    """transformers 5.24 renames past_key_values to `cache` and warns about the old name once per
+    process. Here, every warning is recorded."""
     messages = []
     monkeypatch.setattr(generic.logger, "warning_once", lambda message: messages.append(message))
     vlm = load(folder)
@@ -438,8 +439,8 @@ def quantized_layers(vlm):
 
 
 def test_4bit_on_the_cpu():
-    """NF4 with double quantization, in the language model only. Sampling, scoring and the gradient
-    all run."""
+    """Only the language model is quantized, to NF4 with double quantization. Sampling, scoring and
+    the backward pass all run."""
     vlm = load(load_in_4bit=True)
     quantized = quantized_layers(vlm)
     assert len(quantized) == 4 * 7 and all("language_model.layers" in n for n in quantized)
@@ -456,8 +457,8 @@ def test_4bit_on_the_cpu():
 
 
 def test_4bit_weights_are_not_repacked_without_gradient(monkeypatch):
-    """On a CPU with AVX512-BF16, bitsandbytes would repack the weights in bf16 when they are first
-    used in eval mode, which changes the model."""
+    """On a CPU with AVX512-BF16, bitsandbytes would repack the weights in bf16 on their first use
+    in eval mode, which changes the model."""
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     vlm = load(load_in_4bit=True)
     ask(vlm)  # eval mode, no gradient

@@ -1,4 +1,4 @@
-"""analysis/plots.py: a hot cell lights its own pixels and no others."""
+"""analysis/plots.py: attention maps and boxes are drawn at the right place."""
 
 import pytest
 from PIL import Image, ImageChops
@@ -11,7 +11,7 @@ from data import Example
     "size, grid", [((70, 70), (7, 7)), ((120, 30), (2, 8)), ((30, 90), (6, 2))]
 )
 @pytest.mark.parametrize("cell", [0, 5, 11])
-def test_a_hot_cell_lights_its_own_pixels_and_no_others(size, grid, cell):
+def test_a_hot_cell_lights_only_its_own_pixels(size, grid, cell):
     image = Image.new("RGB", size, (40, 120, 200))
     rows, cols = grid
     hot = overlay(image, [float(i == cell) for i in range(rows * cols)], grid, size=max(size))
@@ -21,7 +21,7 @@ def test_a_hot_cell_lights_its_own_pixels_and_no_others(size, grid, cell):
     assert box == (col * width, row * height, (col + 1) * width, (row + 1) * height)
 
 
-def test_more_attention_is_brighter_in_grayscale_too():
+def test_more_attention_is_also_brighter_in_grayscale():
     attention = [0.0, 0.1, 0.3, 0.6, 1.0]
     picture = overlay(Image.new("RGB", (50, 10)), attention, (1, 5), size=50).convert("L")
     gray = [picture.getpixel((5 + 10 * i, 5)) for i in range(5)]

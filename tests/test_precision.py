@@ -1,5 +1,5 @@
-"""bf16 and fp16 compute on the CPU: how far a step is from fp32, the loss scale, and output that is
-not finite. bench/precision.py measures the same on more examples, and whole runs."""
+"""Tests of bf16 and fp16 on the CPU: the difference of a step from fp32, the loss scale, and
+non-finite outputs. bench/precision.py measures the same on more examples and on whole runs."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def refuse_constant(name):
 
 
 def read_log(folder, name="metrics.jsonl"):
-    """The rows of a log, read as strictly as every other language does."""
+    """The rows of a log, parsed as strict JSON: without NaN and Infinity, which Python accepts."""
     lines = (folder / name).read_text().splitlines()
     return [json.loads(line, parse_constant=refuse_constant) for line in lines]
 
@@ -41,7 +41,7 @@ def read_log(folder, name="metrics.jsonl"):
 
 
 def test_one_step_is_close_to_fp32():
-    """Loose bounds, several times the differences in bench/results/precision.json."""
+    """The bounds are loose: several times the differences in bench/results/precision.json."""
     scenes = Scenes("validation", 2)
     found = compare_steps(TINY, [scenes[0], scenes[1]], CFG)
     for name, logps, cosine in (("bf16", 0.5, 0.95), ("fp16", 0.1, 0.999)):
@@ -82,7 +82,7 @@ def small_gradient(dtype, loss_scale):
 
 
 def test_small_gradients_need_the_loss_scale():
-    """Below 6e-8 fp16 has no numbers: without a scale such a gradient is 0."""
+    """fp16 has no positive numbers below 6e-8, so without a loss scale such a gradient is 0."""
 
     def cosine(a, b):
         return (a @ b / (a.norm() * b.norm()).clamp(min=1e-30)).item()
@@ -94,12 +94,12 @@ def test_small_gradients_need_the_loss_scale():
 
 @pytest.fixture
 def fp16(monkeypatch):
-    """Every model of a run computes in fp16."""
+    """Make every model of a run compute in fp16."""
     monkeypatch.setattr(sayo_mini, "load_vlm", partial(model.load_vlm, dtype=torch.float16))
 
 
 def loss_scale(folder):
-    """The loss scale in the newest checkpoint, None if there is none."""
+    """The loss scale in the newest checkpoint, or None if it has none."""
     tensors = load_file(folder / "checkpoint.safetensors")
     return tensors["loss_scale"][0].item() if "loss_scale" in tensors else None
 
@@ -149,14 +149,15 @@ def test_ten_overflows_in_a_row_stop_the_run(tmp_path, fp16, monkeypatch, capsys
 
 
 def test_step_without_gradient_keeps_the_loss_scale(tmp_path, fp16):
-    """All rewards are equal: there is no backward pass, and no overflow to look for."""
+    """All rewards are equal, so there is no backward pass that could overflow."""
     run(tmp_path, "--max_steps 2 --eval_examples 0 --reward_weights format=1e-9,attention=0")
     assert loss_scale(tmp_path) == 2**10
     assert [row["skipped_updates"] for row in read_log(tmp_path)] == [0, 0]
 
 
+@pytest.mark.slow
 def test_resumed_fp16_run_equals_an_uninterrupted_one(tmp_path, fp16, monkeypatch):
-    """The checkpoint falls after an overflow: the halved scale continues."""
+    """The checkpoint is saved after an overflow, and the run resumes with the halved scale."""
     flags = "--max_steps 4 --save_steps 2 --eval_examples 2"
     overflow_at_steps(monkeypatch, {2})
     run(tmp_path / "whole", flags)
@@ -188,7 +189,7 @@ def test_resumed_fp16_run_equals_an_uninterrupted_one(tmp_path, fp16, monkeypatc
 
 
 def test_fp16_run_resumes_from_a_checkpoint_without_loss_scale(tmp_path, fp16, monkeypatch):
-    """Such as one made in another type: it begins at the usual scale."""
+    """A checkpoint made with a different dtype has no loss scale; fp16 starts at the default."""
     monkeypatch.setattr(sayo_mini, "load_vlm", model.load_vlm)
     run(tmp_path, "--max_steps 1 --eval_examples 2")
     monkeypatch.setattr(sayo_mini, "load_vlm", partial(model.load_vlm, dtype=torch.float16))
@@ -196,13 +197,13 @@ def test_fp16_run_resumes_from_a_checkpoint_without_loss_scale(tmp_path, fp16, m
     assert loss_scale(tmp_path) == 2**10
 
 
-# --- output that is not finite ---
+# --- non-finite output ---
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_sampling_passes_nan_on(monkeypatch, temperature):
-    """torch.multinomial would raise an error, and on CUDA end the process's use of the card. The
-    other completions of the batch are what they are without the NaN."""
+    """torch.multinomial would raise an error, and on CUDA the process could then no longer use the
+    card. The other completions of the batch are the same as without the NaN."""
     vlm = load()
     _, expected = ask(vlm, temperature=temperature)
     original = vlm._logits
@@ -221,7 +222,7 @@ def test_sampling_passes_nan_on(monkeypatch, temperature):
 
 
 def test_sampling_draws_what_multinomial_draws():
-    """The same tokens from the same random numbers, at the sizes of tiny and of real models."""
+    """Both draw the same tokens from the same random numbers, at tiny and real vocabulary sizes."""
     for rows, vocabulary in ((64, 64), (8, 9216), (4, 151936)):
         p = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(1)).softmax(-1)
         p[:, 3:7] = 0
@@ -232,7 +233,7 @@ def test_sampling_draws_what_multinomial_draws():
 
 
 def nan_after_calls(monkeypatch, calls, module="layers.0"):
-    """After so many calls, the output of this module of the language model is NaN."""
+    """Make the output of this language-model module NaN after this many calls."""
     counter = []
 
     def hook(module, args, out):
@@ -254,10 +255,10 @@ def assert_one_line(capfd, word):
 
 
 def test_nan_during_training_stops_after_ten_skipped_updates(tmp_path, monkeypatch, capfd):
-    """Each such step is logged with its samples, as JSON, and no half-written file remains."""
+    """Each skipped step is logged with its samples as JSON, and no half-written file remains."""
     nan_after_calls(monkeypatch, 60)  # in the second or third step
     run(tmp_path, "--max_steps 30 --eval_examples 0", expect=2)
-    assert "10 in a row" in assert_one_line(capfd, "not finite")
+    assert "10 in a row" in assert_one_line(capfd, "non-finite")
     rows, samples = read_log(tmp_path), read_log(tmp_path, "samples.jsonl")
     skipped = [row["skipped_updates"] for row in rows]
     assert skipped[0] == 0 and skipped[-10:] == [1] * 10
@@ -268,17 +269,18 @@ def test_nan_during_training_stops_after_ten_skipped_updates(tmp_path, monkeypat
 
 
 def test_run_with_skipped_updates_ends_with_a_report(tmp_path, monkeypatch):
-    """All completions are equal here, and so are their rewards: the NaN of the log-probabilities
-    counts nevertheless."""
-    nan_after_calls(monkeypatch, 0, module="norm")
-    run(tmp_path, "--max_steps 2 --eval_examples 0")
-    assert [row["skipped_updates"] for row in read_log(tmp_path)] == [1, 1]
+    """All completions and therefore all rewards are equal in the skipped steps, but the NaN
+    log-probabilities still skip the update."""
+    nan_after_calls(monkeypatch, 60, module="norm")  # in the second or third step
+    run(tmp_path, "--max_steps 4 --eval_examples 0")
+    skipped = [row["skipped_updates"] for row in read_log(tmp_path)]
+    assert skipped[0] == 0 and skipped[-1] == 1
     assert "NaN" not in (tmp_path / "report.html").read_text()
 
 
 @pytest.fixture
 def nan_model(tmp_path):
-    """A model folder whose last norm is NaN, the flags that use it."""
+    """The path of a model folder whose last norm is NaN."""
     folder = tmp_path / "nan"
     folder.mkdir()
     for path in TINY.iterdir():
@@ -291,7 +293,7 @@ def nan_model(tmp_path):
     return str(folder)
 
 
-def test_nan_in_evaluation_ends_in_one_line(tmp_path, nan_model, capfd):
+def test_nan_in_evaluation_is_a_one_line_error(tmp_path, nan_model, capfd):
     flags = f"--max_steps 1 --eval_examples 2 --model_name_or_path {nan_model}"
     run(tmp_path / "run", flags, expect=2)
     assert "--no-load_in_4bit" in assert_one_line(capfd, "output is not finite")
@@ -299,7 +301,7 @@ def test_nan_in_evaluation_ends_in_one_line(tmp_path, nan_model, capfd):
     assert not list((tmp_path / "run").glob("unfinished-*"))
 
 
-def test_nan_in_look_and_probe_ends_in_one_line(tmp_path, nan_model, capfd):
+def test_nan_in_look_and_probe_is_a_one_line_error(tmp_path, nan_model, capfd):
     model_flags = ["--model_name_or_path", nan_model, "--no-load_in_4bit", "--device", "cpu"]
     picture = tmp_path / "look.png"
     image = tmp_path / "card.png"
@@ -314,11 +316,11 @@ def test_nan_in_look_and_probe_ends_in_one_line(tmp_path, nan_model, capfd):
     assert not (tmp_path / "probe" / "probe.png").exists()
 
 
-def test_json_row_has_null_for_what_json_lacks():
+def test_json_row_replaces_nan_and_infinity_by_null():
     row = {"a": math.nan, "b": -math.inf, "c": 1.5, "d": "NaN", "e": 3, "f": True}
     assert json_row(row) == row | {"a": None, "b": None}
 
 
-def test_default_config_is_that_of_the_bench():
+def test_default_config_equals_that_of_the_bench():
     """bench/precision.py measures the default step of the tiny model."""
     assert build_config({"model_name_or_path": str(TINY)}) == CFG

@@ -1,5 +1,5 @@
-"""sources/pretrained.py: the device and its compute type, damaged model folders, adapters; errors
-of the GPU. CUDA is simulated."""
+"""Tests of sources/pretrained.py: the device and its compute type, damaged model folders, adapters
+and GPU errors. CUDA is simulated."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def one_error(capfd):
-    """The one line on stderr that says what was wrong."""
+    """The error line on stderr, which must be the only one."""
     lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith("sayo_mini.py: ")]
     assert len(lines) == 1, lines
     return lines[0]
@@ -41,7 +41,7 @@ def one_error(capfd):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Returns: a function that simulates a machine; card is its (major, minor) or None."""
+    """Returns: a function that simulates a machine; `card` is a compute capability or None."""
 
     def simulate(card=None, smi=True, cuda="13.0", code="sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"):
         monkeypatch.setattr(pretrained.shutil, "which", lambda name: smi and f"/bin/{name}" or None)
@@ -51,7 +51,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Card")
         monkeypatch.setattr(torch.cuda, "get_arch_list", code.split)
         monkeypatch.setattr(
-            torch.cuda,  # as torch does: with emulation the answer is yes
+            torch.cuda,  # like torch, counts emulation as support
             "is_bf16_supported",
             lambda including_emulation=True: including_emulation or card >= (8, 0),
         )
@@ -64,7 +64,7 @@ def machine(monkeypatch):
 @pytest.mark.parametrize(
     "cuda, word, index", [(None, "without CUDA", 130), ("13.0", "driver", 126)]
 )
-def test_a_card_without_usable_cuda_is_one_line_that_says_what_to_install(
+def test_a_card_without_usable_cuda_is_an_error_that_says_what_to_install(
     machine, device, cuda, word, index
 ):
     machine(cuda=cuda)
@@ -79,14 +79,14 @@ def test_a_card_without_usable_cuda_is_one_line_that_says_what_to_install(
 def test_no_card_or_a_hidden_one_means_the_cpu(machine, monkeypatch):
     machine(smi=False)
     assert choose_device()[0].type == "cpu"
-    with pytest.raises(InputError, match="no CUDA here"):
+    with pytest.raises(InputError, match="CUDA is not available"):
         choose_device("cuda")
     machine(smi=True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert choose_device()[0].type == "cpu"
 
 
-def test_a_run_on_such_a_machine_does_not_train_the_tiny_model(machine, tmp_path, capfd):
+def test_a_run_without_usable_cuda_does_not_train_the_tiny_model(machine, tmp_path, capfd):
     machine(cuda=None)
     assert sayo_mini.main(["--max_steps", "1", "--output_dir", str(tmp_path / "run")]) == 2
     assert "without CUDA" in one_error(capfd)
@@ -98,7 +98,7 @@ def test_a_run_on_such_a_machine_does_not_train_the_tiny_model(machine, tmp_path
     [
         ((7, 0), "sm_75 sm_80 sm_90", "cu126"),  # V100, CUDA 13
         ((6, 1), "sm_75 sm_80 compute_80", "cu126"),
-        ((12, 0), "sm_50 sm_80 sm_90", "cu130"),  # newer than the wheel, no PTX in it
+        ((12, 0), "sm_50 sm_80 sm_90", "cu130"),  # newer than the wheel, which has no PTX
         ((8, 0), "sm_86", "cu130"),  # code for a later minor version does not run
     ],
 )
@@ -106,7 +106,7 @@ def test_a_card_that_the_wheel_has_no_code_for_is_refused_before_loading(
     machine, monkeypatch, card, code, index
 ):
     machine(card, code=code)
-    monkeypatch.setattr(pretrained, "load_pretrained", None)  # would not be reached
+    monkeypatch.setattr(pretrained, "load_pretrained", None)  # must not be called
     with pytest.raises(InputError, match=f"capability {card[0]}.{card[1]}.*{index}"):
         load_vlm(TINY, device="cuda")
 
@@ -115,7 +115,7 @@ def test_a_card_that_the_wheel_has_no_code_for_is_refused_before_loading(
     "card, code",
     [
         ((7, 5), "sm_75"),
-        ((8, 9), "sm_75 sm_80 sm_86 sm_90"),  # RTX 4090: not in the list of any wheel
+        ((8, 9), "sm_75 sm_80 sm_86 sm_90"),  # RTX 4090: no wheel lists it
         ((9, 0), "sm_90a"),
         ((12, 1), "sm_100 sm_120"),
         ((12, 0), "sm_80 compute_90"),  # PTX is compiled for later cards
@@ -138,7 +138,7 @@ def test_compute_type_follows_the_capability_and_is_printed(machine, capsys, car
     assert capsys.readouterr().out == line + "\n"
     assert choose_device(None, torch.float32)[1] == torch.float32
     pretrained.print_compute_type(device, torch.float32)
-    assert "float32 on Card (as asked)" in capsys.readouterr().out
+    assert "float32 on Card (as requested)" in capsys.readouterr().out
 
 
 def test_the_compute_type_is_printed_once_and_only_on_cuda(monkeypatch, capsys):
@@ -171,12 +171,12 @@ def test_vision_tower_of_qwen2_5_stays_in_fp32_beside_fp16(qwen2_5, quantized):
     saved = load_file(qwen2_5 / "model.safetensors")
     name = "patch_embed.proj.weight"
     exact = next(value for key, value in saved.items() if key.endswith(name))
-    assert torch.equal(visual.get_parameter(name), exact)  # not by way of fp16
+    assert torch.equal(visual.get_parameter(name), exact)  # not rounded through fp16
 
 
 def test_vision_features_that_overflow_in_fp16_arrive_finite(qwen2_5):
-    """As in the real tower: a block whose intermediate values pass 65,504, and an output that does
-    not. In fp16, the same tower gives NaN."""
+    """As in the real tower, intermediate values of a block exceed 65,504 but the output does not.
+    In fp16, the output of the same tower is NaN."""
     vlm = load_vlm(qwen2_5, load_in_4bit=False, device="cpu", dtype=torch.float16)
     visual = vlm.core.model.visual
     with torch.no_grad():
@@ -214,7 +214,7 @@ def no_tokenizer(path):
     path.with_name("tokenizer_config.json").unlink()
 
 
-DAMAGE = {  # what is done to which file, a word of the message
+DAMAGE = {  # case -> (the damage, the file, a word of the message)
     "half-downloaded": (cut, "model.safetensors", "damaged: download it again"),
     "empty weights": (lambda p: p.write_bytes(b""), "model.safetensors", "damaged"),
     "no weights": (Path.unlink, "model.safetensors", "not an intact model folder"),
@@ -237,7 +237,7 @@ DAMAGE = {  # what is done to which file, a word of the message
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_a_damaged_model_folder_is_one_line(tmp_path, capfd, case):
+def test_a_damaged_model_folder_is_a_one_line_error(tmp_path, capfd, case):
     damage, name, word = DAMAGE[case]
     folder = tmp_path / "model"
     shutil.copytree(TINY, folder)
@@ -276,9 +276,10 @@ def test_chat_template_json_is_read(tmp_path):
     assert torch.equal(one.input_ids, other.input_ids)
 
 
-def test_without_a_network_the_message_comes_at_once(tmp_path):
-    """In a process of its own, because the tests are offline. The hub is a port that nobody
-    listens to; transformers alone would try again for 23 seconds."""
+@pytest.mark.slow
+def test_without_a_network_the_error_comes_immediately(tmp_path):
+    """This runs in its own process, because the tests set HF_HUB_OFFLINE. The hub is a port that
+    nobody listens to; transformers alone would retry for 23 seconds."""
     code = "from model import load_vlm\nimport time\nstart = time.time()\n"
     code += "try:\n  load_vlm('Qwen/Qwen3-VL-2B-Instruct', device='cpu')\n"
     code += "except ValueError as e:\n  print(type(e).__name__, e, time.time() - start)"
@@ -293,8 +294,9 @@ def test_without_a_network_the_message_comes_at_once(tmp_path):
 # --- packages that break the import ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ["sayo_mini.py"])
-def test_a_mismatched_torchvision_is_one_line_that_says_what_to_uninstall(tmp_path, entry):
+def test_a_mismatched_torchvision_is_an_error_that_says_what_to_uninstall(tmp_path, entry):
     info = tmp_path / "torchvision-0.20.0.dist-info"
     for folder in (tmp_path / "torchvision", info):
         folder.mkdir()
@@ -309,7 +311,7 @@ def test_a_mismatched_torchvision_is_one_line_that_says_what_to_uninstall(tmp_pa
     assert "torchvision::nms does not exist" in line and "pip uninstall torchvision" in line
 
 
-def test_an_old_torchao_or_a_missing_package_is_one_line(monkeypatch):
+def test_an_old_torchao_or_a_missing_package_is_a_one_line_error(monkeypatch):
     def refuse(*_):
         raise ImportError("Found an incompatible version of torchao. Found version 0.1.0")
 
@@ -320,7 +322,7 @@ def test_an_old_torchao_or_a_missing_package_is_one_line(monkeypatch):
     assert str(problem) == "No module named 'peft': pip install -r requirements.txt"
 
 
-# --- errors of the GPU ---
+# --- GPU errors ---
 
 
 @pytest.mark.parametrize(
@@ -340,7 +342,7 @@ def test_an_old_torchao_or_a_missing_package_is_one_line(monkeypatch):
         ),
     ],
 )
-def test_an_error_of_the_gpu_is_one_line(capsys, tmp_path, error, word):
+def test_a_gpu_error_is_a_one_line_error(capsys, tmp_path, error, word):
     with one_line_errors(["--output_dir", str(tmp_path / "run")], "python sayo_mini.py") as outcome:
         raise error
     assert outcome.exit_code == 2
@@ -348,7 +350,7 @@ def test_an_error_of_the_gpu_is_one_line(capsys, tmp_path, error, word):
     assert line.startswith("sayo_mini.py: ") and word in line
 
 
-def test_another_runtime_error_keeps_its_traceback():
+def test_other_runtime_errors_keep_their_traceback():
     with pytest.raises(RuntimeError, match="a bug"), one_line_errors([], "python sayo_mini.py"):
         raise RuntimeError("a bug")
 
@@ -361,7 +363,7 @@ def test_another_runtime_error_keeps_its_traceback():
         ({"PYTORCH_CUDA_ALLOC_CONF": "x:1"}, None),
     ],
 )
-def test_memory_is_kept_in_one_piece_unless_the_user_says_otherwise(given, expected):
+def test_expandable_segments_are_used_unless_the_user_sets_the_allocator(given, expected):
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     env = {k: v for k, v in os.environ.items() if k not in names} | given
     code = "import commands, os; print(os.environ.get('PYTORCH_ALLOC_CONF'))"
@@ -374,7 +376,7 @@ def test_memory_is_kept_in_one_piece_unless_the_user_says_otherwise(given, expec
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """An adapter of rank 4 and alpha 64 that changes the output. Its run left no config.json."""
+    """An adapter of rank 4 and alpha 64 that changes the output. There is no config.json."""
     folder = tmp_path_factory.mktemp("adapter")
     load(lora_r=4, lora_alpha=64).model.save_pretrained(folder)
     return folder
@@ -397,7 +399,7 @@ def test_rank_and_alpha_come_from_the_adapter(tmp_path, adapter):
 
 
 def test_a_loaded_adapter_scores_as_it_does_in_plain_peft(adapter):
-    """With alpha 32 its effect would be half as large."""
+    """With alpha 32 instead of 64, the effect of the adapter would be half as large."""
     vlm = load(lora_r=4, lora_alpha=64)
     vlm.load_adapter(adapter)
     plain = AutoModelForImageTextToText.from_pretrained(TINY)
@@ -449,11 +451,11 @@ def change(adapter, folder, edit):
 
 
 EDITS = {
-    "missing": (lambda w, name: w.pop(name), "it lacks"),
-    "extra": (lambda w, name: w.update({f"{name}.more": torch.ones(2)}), "it has"),
-    "another shape": (lambda w, name: w.update({name: torch.ones(4, 4)}), "another shape"),
-    "NaN": (lambda w, name: w[name].fill_(torch.nan), "not finite"),
-    "inf": (lambda w, name: w[name].view(-1)[0].fill_(torch.inf), "not finite"),
+    "missing": (lambda w, name: w.pop(name), "missing key"),
+    "extra": (lambda w, name: w.update({f"{name}.more": torch.ones(2)}), "unexpected key"),
+    "another shape": (lambda w, name: w.update({name: torch.ones(4, 4)}), "wrong shape"),
+    "NaN": (lambda w, name: w[name].fill_(torch.nan), "NaN or infinity"),
+    "inf": (lambda w, name: w[name].view(-1)[0].fill_(torch.inf), "NaN or infinity"),
 }
 
 
@@ -485,7 +487,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(
         ('{"r": 4, "lora_alpha": 64, "rank_pattern": {"q": 8}}', "rank_pattern"),
     ],
 )
-def test_an_adapter_config_that_cannot_be_used_is_one_line(tmp_path, capfd, adapter, text, word):
+def test_an_unusable_adapter_config_is_a_one_line_error(tmp_path, capfd, adapter, text, word):
     folder = tmp_path / "adapter"
     shutil.copytree(adapter, folder)
     (folder / "adapter_config.json").unlink()
@@ -494,3 +496,14 @@ def test_an_adapter_config_that_cannot_be_used_is_one_line(tmp_path, capfd, adap
     assert train_with(folder, tmp_path / "run") == 2
     assert word in one_error(capfd)
     assert not (tmp_path / "run").exists()
+
+
+def test_without_steps_the_adapter_is_compared_with_the_base_model(tmp_path, adapter):
+    base = [*FAST, "--max_steps", "0", "--output_dir", str(tmp_path / "base")]
+    assert sayo_mini.main(base) == 0
+    assert train_with(adapter, tmp_path / "run") == 0
+    before, after, plain = (
+        json.loads((tmp_path / name).read_text())
+        for name in ("run/before.json", "run/after.json", "base/before.json")
+    )
+    assert before == plain != after

@@ -1,8 +1,8 @@
-"""A new reward is one function and one entry in `reward.REWARDS`. Flags, logs, report and TRL
-follow the entry.
+"""Tests that a new reward needs only a function and an entry in `reward.REWARDS`: flags, logs,
+report and TRL use it automatically.
 
-A "length" reward is added at run time. Sampling is replaced, so that the expected values can be
-computed by hand: all completions have the same answer and fixed numbers of tokens.
+The tests add a "length" reward at run time. Sampling is replaced, so that the expected values can
+be computed by hand: all completions have the same answer and fixed numbers of tokens.
 """
 
 import json
@@ -27,7 +27,7 @@ FAST += "--eval_examples 0 --model_name_or_path".split() + [str(TINY)]
 LENGTHS = [8, 12, 16, 20], [6, 6, 14, 14]  # tokens of the completions of two questions
 LENGTH_REWARDS = [0.4, 0.6, 0.8, 1.0], [0.3, 0.3, 0.7, 0.7]  # tokens / 20
 LENGTH_MEAN = 0.6  # (0.7 + 0.5) / 2
-LENGTH_STD = (math.sqrt(0.2 / 3) + math.sqrt(0.16 / 3)) / 2  # within a question, over G - 1
+LENGTH_STD = (math.sqrt(0.2 / 3) + math.sqrt(0.16 / 3)) / 2  # within a question, divisor G - 1
 # With --format_lengths 10,18: 0.6 * tokens / 10 below 10, 0.6 * 18 / tokens above 18.
 FORMAT_REWARDS = [0.48, 1.0, 1.0, 0.54], [0.36, 0.36, 1.0, 1.0]
 FORMAT_MEAN = 0.7175  # 5.74 / 8
@@ -39,7 +39,7 @@ def length_reward(monkeypatch):
 
 
 def completion_of(tokenizer, length):
-    """Token ids of a well-formed answer, after as many words as make it `length` tokens long."""
+    """Token ids of a well-formed answer, preceded by words so that there are `length` tokens."""
     answer = tokenizer("<answer> red </answer><|im_end|>", add_special_tokens=False).input_ids
     words = ["red"] * (length - len(answer))
     ids = tokenizer(" ".join(words), add_special_tokens=False).input_ids + answer
@@ -49,7 +49,7 @@ def completion_of(tokenizer, length):
 
 @pytest.fixture
 def fixed_samples(monkeypatch):
-    """Replace sampling: the two questions of a step get completions of LENGTHS."""
+    """Replace sampling: the completions of a step's two questions have the lengths in LENGTHS."""
 
     def sample_groups(vlm, prompts, G, *args):
         groups = []
@@ -75,7 +75,7 @@ def read_log(folder, name="metrics.jsonl"):
 
 def reward_charts(folder):
     """The charts of the rewards in report.html, as {metric: SVG attributes of its line}.
-    Returns: (the chart of the means, the chart of the standard deviations)."""
+    Returns: the charts of the means and of the standard deviations."""
     page = (folder / "report.html").read_text()
     charts = []
     for svg in re.findall(r'<svg class="chart".*?</svg>', page, re.DOTALL):
@@ -110,7 +110,7 @@ def test_new_reward_can_have_a_weight(tmp_path, length_reward, fixed_samples):
     assert advantages[0] != pytest.approx(advantages[1])
 
 
-def test_unknown_reward_is_refused_with_the_names_of_all(tmp_path, capfd, length_reward):
+def test_unknown_reward_is_refused_and_the_known_ones_are_listed(tmp_path, capfd, length_reward):
     run(tmp_path / "run", "--reward_weights format=1,beauty=1", expect=2)
     known = "known: attention, format, accuracy, length"
     line = f"sayo_mini.py: --reward_weights: no reward 'beauty'; {known}\n"
@@ -124,10 +124,10 @@ def test_without_its_entry_the_reward_is_unknown(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("more_rewards", [0, 5])
-def test_report_draws_the_new_reward_in_a_style_of_its_own(
+def test_report_draws_the_new_reward_in_its_own_style(
     tmp_path, monkeypatch, length_reward, fixed_samples, more_rewards
 ):
-    """Also when there are more rewards than colors."""
+    """Every reward has its own line style, even if there are more rewards than colors."""
     for i in range(more_rewards):
         monkeypatch.setitem(reward.REWARDS, f"extra{i}", lambda x: [0.0] * len(x.texts))
     run(tmp_path, "--max_steps 2")
@@ -158,7 +158,7 @@ def test_trl_logs_and_weights_the_new_reward(tmp_path, monkeypatch, length_rewar
     assert row["reward"] == pytest.approx(FORMAT_MEAN + 0.5 * LENGTH_MEAN, abs=1e-5)
 
 
-def test_run_from_before_the_reward_still_renders_and_resumes(tmp_path, fixed_samples, monkeypatch):
+def test_run_made_before_the_reward_still_renders_and_resumes(tmp_path, fixed_samples, monkeypatch):
     run(tmp_path, "--max_steps 1")
     old_page = (tmp_path / "report.html").read_text()
     monkeypatch.setitem(reward.REWARDS, "length", lambda x: [n / 20 for n in x.lengths])

@@ -1,4 +1,4 @@
-"""analysis/results_table.py: intervals as in textbooks, and results in the cells of the table."""
+"""Tests of analysis/results_table.py: textbook confidence intervals and the cells of the table."""
 
 import math
 import random
@@ -13,7 +13,7 @@ def test_confidence_intervals():
     # Wilson, 8 of 10: center (0.8 + 1.9208 / 10) / 1.38416,
     # half width 1.96 sqrt(0.016 + 0.009604) / 1.38416
     assert confidence_interval([1.0] * 8 + [0.0] * 2, proportion=True) == "0.800 [0.490, 0.943]"
-    # The normal interval would have no width.
+    # The normal interval would have zero width.
     assert confidence_interval([1.0] * 10, proportion=True) == "1.000 [0.722, 1.000]"
     # The mean of 1, 2, 3 is 2, the standard deviation 1, the half width 1.96 / sqrt(3).
     assert confidence_interval([1.0, 2.0, 3.0], largest=INF) == "2.000 [0.868, 3.132]"
@@ -23,16 +23,17 @@ def test_confidence_intervals():
 
 
 def test_intervals_stay_in_the_possible_range():
-    # Inside it, the normal one: 0.5 +- 1.96 * 0.1 / sqrt(3).
+    # Inside the range, the normal interval is used: 0.5 +- 1.96 * 0.1 / sqrt(3).
     assert confidence_interval([0.4, 0.5, 0.6]) == "0.500 [0.387, 0.613]"
-    # The normal one is [-0.240, 0.740]; Wilson's for 1 of 4, center (0.25 + 1.9208 / 4) / 1.9604,
-    # half width 1.96 sqrt(0.046875 + 0.060025) / 1.9604 = 0.3269. The same for shared ties.
+    # The normal interval is [-0.240, 0.740], so Wilson's for 1 of 4 is used: center
+    # (0.25 + 1.9208 / 4) / 1.9604, half width 1.96 sqrt(0.046875 + 0.060025) / 1.9604 = 0.3269.
+    # It depends only on the mean and n, so shared ties (0.5) get the same interval.
     assert confidence_interval([0.0, 0.0, 0.0, 1.0]) == "0.250 [0.046, 0.699]"
     assert confidence_interval([0.0, 0.0, 0.5, 0.5]).startswith("0.250 [0.046, ")
-    # The normal one has no width. Rounding may take a mean beyond 1.
+    # The normal interval has zero width. Rounding can push a mean above 1.
     assert confidence_interval([1.0] * 5) == confidence_interval([1 + 1e-15] * 5)
     assert confidence_interval([1.0] * 5) == "1.000 [0.566, 1.000]"
-    # 2 +- 1.96 * 2.828 / sqrt(2), clipped: a ratio has no upper end
+    # 2 +- 1.96 * 2.828 / sqrt(2), clipped at 0; a ratio has no upper bound.
     assert confidence_interval([0.0, 4.0], largest=INF) == "2.000 [0.000, 5.920]"
     rng = random.Random(0)
     for _ in range(300):
@@ -59,7 +60,7 @@ def test_results_table():
 def test_long_numbers_keep_their_columns_apart():
     results = [make_result(1.0, 0.4) | {"length": 110}] * 5
     *_, line = results_table(results, results).splitlines()
-    assert line.split("answer")[1].split() == ["110.000", "[110.000,", "110.000]"] * 2
+    assert line.split("tokens")[1].split() == ["110.000", "[110.000,", "110.000]"] * 2
     assert len({len(line) for line in results_table(results, results).splitlines()}) == 1
 
 

@@ -1,5 +1,5 @@
-"""reward.py against numbers worked out by hand, with the arithmetic next to each. Also the measures
-of reward hacking in analysis/metrics.py."""
+"""Tests of reward.py against numbers worked out by hand, with the arithmetic next to each, and of
+the measures of reward hacking in analysis/metrics.py."""
 
 import math
 import random
@@ -22,7 +22,7 @@ def bools(*values):
 
 
 def lengths_mask(lengths, width):
-    """Right-padded rows: true on each row's first n positions."""
+    """A mask of right-padded rows, true on the first n positions of each."""
     return torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
 
 
@@ -42,7 +42,7 @@ def picked(row):
         ([0.0], 0.3, [0]),
         ([0.5, 0.9, 0.1], 1.0, [0, 1, 2]),
         ([0.4] * 10, 0.3, [0, 1, 2]),  # ties: the lowest index
-        # floor(2.0) = 2 of three equal ones: the first two
+        # floor(2.0) = 2 of three equal values: the first two
         ([0.1, 0.7, 0.2, 0.7, 0.7], 0.4, [1, 3]),
     ],
 )
@@ -163,7 +163,7 @@ def ratio_and_reward(rows, region, selected=None, **kw):
         ([[0.3, 0.1, 0.05, 0.05]], [0, 0, 1, 1], 0.4),
         # means over the tokens: cell 0 gets 0.3, the image (0.5 + 0.3) / 2 = 0.4; v = 0.4 / 2 = 0.2
         ([[0.4, 0.1], [0.2, 0.1]], [1, 0], 1.5),
-        # uniform, however strong
+        # uniform attention of any strength
         ([[0.01] * 7], [0, 1, 1, 0, 0, 0, 0], 1.0),
         ([[0.125] * 8, [0.001] * 8], [1] + [0] * 7, 1.0),
         # the whole image
@@ -176,16 +176,16 @@ def test_ratio_and_reward_by_hand(rows, region, rho):
 
 
 def test_reward_is_a_ratio_of_means_and_not_a_mean_of_ratios():
-    # Token 1 gives little attention to the image, most of it to the region: 0.08 / 0.025 = 3.2.
-    # Token 2 gives a lot, most of it elsewhere: 0.1 / 0.25 = 0.4. The mean ratio, 1.8, is above 1.
-    # The ratio of means is below: a = (0.08 + 0.1) / 2 = 0.09, v = (0.1 + 1.0) / 8 = 0.1375, and
-    # rho = 36 / 55.
+    # Token 1 pays little attention to the image, most of it to the region: 0.08 / 0.025 = 3.2.
+    # Token 2 pays a lot, most of it elsewhere: 0.1 / 0.25 = 0.4. The mean of the ratios is 1.8.
+    # The ratio of the means is below 1: a = (0.08 + 0.1) / 2 = 0.09, v = (0.1 + 1.0) / 8 = 0.1375,
+    # and rho = 36 / 55.
     rho, r = ratio_and_reward([[0.08, 0.02, 0.0, 0.0], [0.1, 0.3, 0.3, 0.3]], [1, 0, 0, 0])
     assert rho == approx(36 / 55)
     assert r == approx((36**2 - 55**2) / (36**2 + 55**2))  # -1729 / 4321 = -0.400
 
 
-def test_uniform_attention_earns_zero():
+def test_uniform_attention_has_a_reward_of_zero():
     assert ratio_and_reward([[0.02] * 50] * 3, [1] * 5 + [0] * 45)[1] == pytest.approx(0, abs=1e-6)
 
 
@@ -195,7 +195,7 @@ def test_reward_is_capped_by_the_size_of_the_region(cells, cap):
     region = [1] * cells + [0] * (100 - cells)
     rho, r = ratio_and_reward([[1 / cells] * cells + [0.0] * (100 - cells)], region)
     assert rho == approx(100 / cells) and r == pytest.approx(cap, abs=0.005)
-    # No other distribution reaches more.
+    # No other distribution has a larger rho.
     spread = torch.rand(64, 4, 100, generator=torch.Generator().manual_seed(cells)) ** 9
     rho = reward.attention_ratio(spread, bools(*region), torch.ones(64, 4).bool())
     assert (rho < 100 / cells).all()
@@ -224,7 +224,7 @@ def test_eps_is_added_to_numerator_and_denominator():
     assert ratio_and_reward([[3.0, 0.0]], [1, 0], eps=1.0) == expected
     # No attention to the image at all counts as uniform.
     assert ratio_and_reward([[0.0, 0.0]], [1, 0]) == (approx(1), approx(0))
-    # The means are over the selected tokens: the others do not give eps more weight.
+    # The means are over selected tokens only, so the others do not increase the weight of eps.
     assert ratio_and_reward([[3e-8, 0.0], [0.0, 0.0]], [1, 0], [1, 0]) == expected
 
 
@@ -347,7 +347,7 @@ def test_format_reward_is_lower_for_too_few_or_too_many_tokens(n, lengths, expec
         ("light\n  blue", "light blue", 1),
         ("STRASSE", "straße", 1),  # letter case beyond ASCII
         ("3.5", "3.5", 1),
-        # Defect 9 of the official code: a substring is not right, in either direction.
+        # A substring is wrong, in either direction (defect 9 of the official code).
         ("a", "a red card", 0),
         ("a red card", "a", 0),
         ("red", "redder", 0),
@@ -356,7 +356,7 @@ def test_format_reward_is_lower_for_too_few_or_too_many_tokens(n, lengths, expec
         ("1", "10", 0),
         ("10", "1", 0),
         ("blue", "red", 0),
-        ("-5", "5", 0),  # only closing punctuation is ignored
+        ("-5", "5", 0),  # only trailing punctuation is ignored
         (".5", "5", 0),
         ("3.5", "35", 0),
         ("lightblue", "light blue", 0),
@@ -465,7 +465,7 @@ def test_group_of_one_is_refused(rewards):
 
 
 def loss_of(ratios, advantages, d=None, mask=None, **kw):
-    """(loss, gradient of logps, stats) for a table of ratios and of d = ref - logp, both (G, C)."""
+    """Returns: (loss, gradient of logps, stats). Args: ratios and d = ref - logp, both (G, C)."""
     logps = torch.full((len(ratios), len(ratios[0])), -1.5, dtype=torch.float64, requires_grad=True)
     base = logps.detach()
     ref = None if d is None else base + torch.tensor(d, dtype=torch.float64)
@@ -551,7 +551,7 @@ def test_k3_cannot_overflow(d, k3, dtype):
 
 
 def test_clipped_ratio_too_large_for_floats_has_no_gradient():
-    # exp(1000) is inf. With A > 0 clipping fixes the loss at -1.2, whatever logp is.
+    # exp(1000) is inf. With A > 0 clipping fixes the loss at -1.2 for any logp.
     logps = torch.zeros(1, 1, requires_grad=True)
     loss, _ = reward.grpo_loss(logps, torch.full((1, 1), -1000.0), None, torch.ones(1), bools([1]))
     loss.backward()
@@ -560,7 +560,7 @@ def test_clipped_ratio_too_large_for_floats_has_no_gradient():
 
 def test_on_policy_loss_and_gradient():
     # Ratio exactly 1: loss = -(3 tokens * 1 + 1 token * -1) / 4, gradient -A / 4 at each of the
-    # four tokens. The mean is over tokens: a mean over completions first would give 0.
+    # four tokens. The mean is over tokens; a mean over completions first would be 0.
     mask = [[1, 1, 1], [1, 0, 0]]
     loss, grad, stats = loss_of([[1.0] * 3] * 2, [1.0, -1.0], mask=mask)
     assert loss == approx(-0.5) and stats["ratio"] == 1.0
@@ -575,7 +575,7 @@ def test_denominator_divides_policy_loss_and_kl():
     assert grad == [[approx((-1 - 1) / 10)] * 3, [approx((1 - 1) / 10), 0.0, 0.0]]
 
 
-def test_micro_batches_with_the_denominator_of_the_whole_add_up_to_the_whole():
+def test_micro_batches_with_a_shared_denominator_add_up_to_the_whole():
     ratios, A = [[1.3, 0.6], [0.9, 1.0]], [0.7, -1.1]
     d, mask = [[0.2, -0.3], [0.1, 0.0]], [[1, 1], [1, 0]]
     whole, grad, _ = loss_of(ratios, A, d, mask)
@@ -609,7 +609,7 @@ def test_garbage_at_padding_reaches_neither_loss_nor_gradient(where, garbage):
 
 
 def naive_loss(logps, old, ref, A, mask, clip, beta):
-    """The formula token by token, with Python's own min and max."""
+    """The formula, token by token, with Python's own min and max."""
     total, tokens = 0, 0
     for i in range(len(logps)):
         for j in range(len(logps[i])):
@@ -650,7 +650,7 @@ def metrics(attention, region):
 @pytest.mark.parametrize(
     "attention, region, auroc, rho, pointing, mass",
     [
-        # pairs in, out: 0.4 > 0.3, 0.4 > 0.1, 0.2 < 0.3, 0.2 > 0.1. a = 0.3, v = 0.25
+        # pairs (in, out): 0.4 > 0.3, 0.4 > 0.1, 0.2 < 0.3, 0.2 > 0.1. a = 0.3, v = 0.25
         ([0.4, 0.3, 0.2, 0.1], [1, 0, 1, 0], 3 / 4, 1.2, 1, 1.0),
         ([0.4, 0.3, 0.2, 0.1], [0, 1, 0, 1], 1 / 4, 0.8, 0, 1.0),
         ([0.4, 0.3, 0.2, 0.1], [1, 1, 0, 0], 1, 1.4, 1, 1.0),
@@ -723,7 +723,7 @@ def test_localization_refuses_an_empty_region():
 
 # --- RewardInputs, REWARDS ---
 
-# Two completions of two tokens, on an image of four tokens, whose first two are the region.
+# Two completions of two tokens. The image has four tokens; the first two are the region.
 INPUTS = reward.RewardInputs(
     texts=["I look. <answer>Red</answer>", "<answer>blue"],
     lengths=[12, 6],
@@ -740,7 +740,7 @@ INPUTS = reward.RewardInputs(
 )
 
 
-def test_registry_holds_attention_format_and_accuracy():
+def test_registry_contains_attention_format_and_accuracy():
     assert {"attention", "format", "accuracy"} <= set(reward.REWARDS)
 
 
@@ -754,7 +754,7 @@ def test_registered_rewards_by_hand():
     assert reward.REWARDS["accuracy"](INPUTS) == [1.0, 0.0]
 
 
-def test_registered_rewards_return_what_their_functions_return():
+def test_registered_rewards_equal_their_functions():
     x = INPUTS
     expected = reward.attention_reward(x.attention, x.region, x.selected)
     assert torch.equal(reward.REWARDS["attention"](x), expected)
@@ -766,7 +766,7 @@ def test_registered_rewards_return_what_their_functions_return():
 
 # --- masks that are not bool, and half precision ---
 
-HALVES = [[1.0, 1.0]]  # of attention, entropy or log-probabilities: (G, C) = (1, 2)
+HALVES = [[1.0, 1.0]]  # attention, entropies or log-probabilities: (G, C) = (1, 2)
 MASKED_CALLS = {
     "select_tokens, mask": lambda m: reward.select_tokens(torch.tensor(HALVES), m([1, 0])[None]),
     "attention_reward, region": lambda m: reward.attention_reward(
@@ -791,8 +791,8 @@ MASKED_CALLS = {
 @pytest.mark.parametrize("call", MASKED_CALLS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32, torch.bfloat16])
 def test_a_mask_that_is_not_bool_is_refused_by_name(call, dtype):
-    """Used as an index, 0 and 1 are positions: in the README's example r_v would be 0.649."""
-    MASKED_CALLS[call](lambda values: torch.tensor(values).bool())  # is fine
+    """As an index, 0 and 1 would be positions: r_v would be 0.649 in the README's example."""
+    MASKED_CALLS[call](lambda values: torch.tensor(values).bool())  # is accepted
     with pytest.raises(ValueError, match=f"{call.split(', ')[1]} is torch"):
         MASKED_CALLS[call](lambda values: torch.tensor(values).to(dtype))
 
@@ -839,7 +839,7 @@ def test_advantages_of_half_precision_are_computed_in_fp32(dtype):
 
 @HALF_TYPES
 def test_loss_of_half_precision_is_computed_in_fp32(dtype):
-    # Log-ratios 1/8 and -1/8, exact in both types; exp(1/8) is not. Both below the clip of 0.2.
+    # Log-ratios 1/8 and -1/8, exact in both types; exp(1/8) is not. Both are within the clip range.
     logps = torch.tensor([[-1.0, -1.25]], dtype=dtype, requires_grad=True)
     old, ref = torch.tensor([[-1.125, -1.125]], dtype=dtype), logps.detach() + 0.25
     A = torch.tensor([0.5], dtype=dtype)

@@ -1,7 +1,7 @@
-"""scale_trl.py compared with sayo_mini.py: the same rewards, advantages, loss and gradient; one
-process and two; resuming; exchange of adapters; what it refuses.
+"""Tests of scale_trl.py: the same rewards, advantages, loss and gradient as sayo_mini.py; one and
+two processes; resuming; exchange of adapters; refused settings.
 
-Run as a script, this file is scale_trl.py with fixed completions instead of sampled ones.
+Run as a script, this file runs scale_trl.py with fixed completions instead of sampled ones.
 """
 
 import itertools
@@ -50,7 +50,7 @@ def run_sayo_mini(folder, flags="", expect=0):
 
 
 def read_updates(folder):
-    """The rows of the log that TRL wrote for an update."""
+    """The rows of the log that TRL wrote for updates."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if "loss" in row]
 
@@ -60,7 +60,7 @@ def load_adapter(folder):
 
 
 def largest_difference(a, b):
-    """Of two dicts of tensors."""
+    """The largest absolute difference between two dicts of tensors."""
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
@@ -80,8 +80,8 @@ def trainable_parameters(vlm):
 
 
 def randomize_adapter(vlm):
-    """Make the adapter change the output. LoRA's B starts at 0, and with an adapter that does
-    nothing, many tests would pass by accident."""
+    """Make the adapter change the output. LoRA's B starts at 0, and many tests would pass by
+    accident with an adapter that does nothing."""
     torch.manual_seed(1)
     for name, p in vlm.model.named_parameters():
         if "lora_B" in name:
@@ -89,7 +89,7 @@ def randomize_adapter(vlm):
 
 
 def record_gradients(vlm, optimizer):
-    """Returns: a dict that holds the gradients, after clipping, once the optimizer has stepped."""
+    """Returns: a dict that will contain the clipped gradients once the optimizer has stepped."""
     gradients, named = {}, trainable_parameters(vlm)
     optimizer.register_step_pre_hook(
         lambda *_: gradients.update({name: p.grad.clone() for name, p in named.items()})
@@ -111,8 +111,8 @@ def fixed_completion(tokenizer, step, row):
 
 
 def generate_fixed(trainer, prompt_ids, images, fields, num_generations):
-    """Replaces TRL's `_generate_single_turn`. A row gets the same completion however many processes
-    share the batch."""
+    """Replaces TRL's `_generate_single_turn`. A row gets the same completion regardless of how many
+    processes share the batch."""
     first = trainer.accelerator.process_index * len(prompt_ids)
     step = trainer.state.global_step // trainer.args.num_iterations
     tokenizer, rows = trainer.processing_class.tokenizer, range(first, first + len(prompt_ids))
@@ -131,9 +131,9 @@ CASES = {  # case -> (--completions_per_forward, more flags)
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_step_equals_that_of_sayo_mini(tmp_path, monkeypatch, qwen2_5, case):
-    """With the same completions: prompts, rewards, advantages, loss (with KL) and gradient, to
-    1e-5. The adapter is random, so that the reference differs from the policy, and the temperature
-    is not 1."""
+    """With the same completions, prompts are equal, and rewards, advantages, loss (with KL) and
+    gradient agree to 1e-5. The adapter is random, so that the reference differs from the policy,
+    and the temperature is not 1."""
     per_forward, flags = CASES[case]
     flags += " --beta 0.1 --temperature 2 --learning_rate 0 --instruction 'look ?'"
     flags += f" --completions_per_forward {per_forward}"
@@ -156,7 +156,7 @@ def test_one_step_equals_that_of_sayo_mini(tmp_path, monkeypatch, qwen2_5, case)
     optimizer = torch.optim.SGD(trainable_parameters(vlm).values(), lr=0)
     ours = record_gradients(vlm, optimizer)
     metrics, samples = train_step(vlm, examples, cfg, optimizer, torch.Generator().manual_seed(0))
-    # With equal rewards TRL does something else, see docs/scaling.md.
+    # With equal rewards TRL behaves differently, see docs/scaling.md.
     assert metrics["frac_reward_zero_std"] == 0
     assert len({mask.sum().item() for c in sampled for mask in c.mask}) > 1  # lengths differ
 
@@ -183,8 +183,8 @@ def test_one_step_equals_that_of_sayo_mini(tmp_path, monkeypatch, qwen2_5, case)
 
 
 def test_updates_equal_those_of_sayo_mini(tmp_path, monkeypatch):
-    """AdamW, learning rate, weight decay, several iterations and the order of the questions, in two
-    steps of two updates."""
+    """AdamW, the learning rate, weight decay, several iterations and the order of the questions
+    agree over two steps of two updates."""
     flags = "--max_steps 2 --num_iterations 2 --learning_rate 1e-3 --weight_decay 20 --beta 0.1"
     flags += " --warmup_steps 1 --epsilon 0.01 --format_lengths 14,16 --token_fraction 1"
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", generate_fixed)
@@ -205,13 +205,14 @@ def test_updates_equal_those_of_sayo_mini(tmp_path, monkeypatch):
     monkeypatch.setattr(Vlm, "sample_groups", sample_groups)
     run_sayo_mini(tmp_path / "mini", f"{flags} --eval_examples 0")
     theirs = load_adapter(tmp_path / "trl")
-    # Compared by norm: Adam makes a full step even where a gradient is almost 0.
+    # Compare by norm, because Adam makes a full step even where a gradient is almost 0.
     for name, value in load_adapter(tmp_path / "mini").items():
         assert (value - theirs[name]).norm() < 1e-3 * value.norm(), name
 
 
 def test_trl_samples_the_same_completions(tmp_path):
-    """With the same random numbers: the whole distribution, except image placeholders."""
+    """With the same random numbers, both sample from the whole distribution except image
+    placeholders."""
     flags = "--temperature 3 --prompts_per_step 1 --num_generations 16"
     cfg, trainer, vlm = make_trainer(tmp_path, flags)
     randomize_adapter(vlm)
@@ -230,8 +231,8 @@ def test_trl_samples_the_same_completions(tmp_path):
 
 
 def test_scoring_does_not_change_the_trainer(tmp_path):
-    """It stays in train mode and gets no gradient. The rows of one example need not be a whole
-    group."""
+    """The model remains in train mode and gets no gradient. The rows of one example need not be a
+    whole group."""
     cfg, trainer, vlm = make_trainer(tmp_path)
     randomize_adapter(vlm)
     score, batch = trainer.reward_funcs[0], [trainer.train_dataset[i] for i in (0, 0, 1, 1, 1)]
@@ -249,7 +250,7 @@ def test_scoring_does_not_change_the_trainer(tmp_path):
 
 
 def test_four_bits_leave_the_adapter_in_full_precision(tmp_path):
-    """TRL on its own would round it to bf16, and measure KL from a copy of the adapter."""
+    """TRL alone would round the adapter to bf16 and measure KL from a copy of it."""
     cfg, trainer, vlm = make_trainer(tmp_path, "--load_in_4bit --learning_rate 1e-6")
     torch.manual_seed(cfg.seed)
     initial = trainable_parameters(sayo_mini.load_model(cfg))
@@ -263,8 +264,8 @@ def test_four_bits_leave_the_adapter_in_full_precision(tmp_path):
 
 
 def test_deepspeed_gets_the_learning_rate(tmp_path):
-    """DeepSpeed drops the optimizer and the scheduler that a trainer was given, and asks the
-    trainer to create them."""
+    """DeepSpeed drops the optimizer and the scheduler passed to the trainer and lets the trainer
+    create new ones."""
     flags = "--learning_rate 3e-4 --weight_decay 0.3 --warmup_steps 4 --max_grad_norm 0.7"
     _, trainer, _ = make_trainer(tmp_path, flags)
     trainer.optimizer = trainer.lr_scheduler = None
@@ -276,7 +277,8 @@ def test_deepspeed_gets_the_learning_rate(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_trl_scales_the_loss_if_the_device_computes_in_fp16(tmp_path, monkeypatch, dtype):
-    """By the rule of sayo_mini.py. Autocast stays off: it would change the types of the weights."""
+    """The rule is that of sayo_mini.py. Autocast is off, because it would change the types of the
+    weights."""
     cfg, trainer, _ = make_trainer(tmp_path)
     assert trainer.accelerator.autocast_handler.enabled is False
     settings = {}
@@ -308,9 +310,10 @@ def run_two_processes(folder, flags):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_and_resume(tmp_path, monkeypatch):
-    """Three groups of four completions in two processes: each scores a whole group and half of
-    another."""
+    """Two processes share three groups of four completions: each scores one whole group and half
+    of the middle one."""
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", generate_fixed)
     flags = "--max_steps 4 --save_steps 2 --learning_rate 2e-3 --warmup_steps 2 --beta 0.1"
     flags += " --format_lengths 14,16"
@@ -334,7 +337,7 @@ def test_two_processes_equal_one_and_resume(tmp_path, monkeypatch):
     whole = load_adapter(folder)
     shutil.rmtree(folder / "adapter")
     shutil.rmtree(folder / "checkpoint-4")
-    (folder / "checkpoint-4").mkdir()  # an empty folder, as a kill can leave it behind
+    (folder / "checkpoint-4").mkdir()  # a kill can leave an empty folder behind
     out = run_two_processes(folder, "--resume")
     assert out.count(f"resuming {folder / 'checkpoint-2'}") == 1
     assert out.count("'loss'") == 2  # the two missing steps
@@ -342,8 +345,8 @@ def test_two_processes_equal_one_and_resume(tmp_path, monkeypatch):
     assert [row["step"] for row in read_updates(folder)] == [1, 2, 3, 4]
 
 
-def test_sampled_run_resumes_with_the_same_bits(tmp_path, capsys):
-    """The random numbers continue where they stopped. Resuming a finished run changes nothing."""
+def test_sampled_run_resumes_bit_for_bit(tmp_path, capsys):
+    """The random generator continues where it stopped. Resuming a finished run changes nothing."""
     run(tmp_path, "--max_steps 2 --save_steps 1")
     whole, logged = load_adapter(tmp_path), read_updates(tmp_path)
     shutil.rmtree(tmp_path / "checkpoint-2")
@@ -361,8 +364,9 @@ def test_sampled_run_resumes_with_the_same_bits(tmp_path, capsys):
 # --- adapters ---
 
 
+@pytest.mark.slow
 def test_adapters_are_exchanged_with_sayo_mini(tmp_path, capsys):
-    """From scale_trl.py to sayo_mini.py and back, and into `look`."""
+    """An adapter goes from scale_trl.py to sayo_mini.py and back, and `look` loads it."""
     flags = "--max_steps 2 --learning_rate 1e-2 --warmup_steps 0"
     run(tmp_path / "trl", flags)
     unchanged = f"{flags} --learning_rate 0 --weight_decay 0"
@@ -384,11 +388,12 @@ def test_adapters_are_exchanged_with_sayo_mini(tmp_path, capsys):
     assert "after training" in capsys.readouterr().out
 
 
-# --- the command, and what it refuses ---
+# --- the command and refused settings ---
 
 
+@pytest.mark.slow
 def test_documented_command(tmp_path):
-    """In 4 bits, on a .jsonl, through the launcher. A second run in the same folder is refused."""
+    """The launched command trains in 4 bits on a .jsonl file and refuses to overwrite the run."""
     folder = tmp_path / "run"
     command = [sys.executable, *"-m accelerate.commands.launch --cpu --num_processes 1".split()]
     command += ["scale_trl.py", *FAST, "--load_in_4bit", "--max_steps", "1"]
@@ -403,11 +408,11 @@ def test_documented_command(tmp_path):
     assert {"adapter", "config.json", "metrics.jsonl", "checkpoint-1"} <= names
     process = launch()
     assert process.returncode != 0
-    assert f"scale_trl.py: {folder} holds a run" in process.stderr
+    assert f"scale_trl.py: {folder} already contains a run" in process.stderr
 
 
 def assert_refused(capfd, folder, word, flags=""):
-    """Exit code 2 and one line on stderr. Returns: the line without the program's name."""
+    """Check exit code 2 and one line on stderr. Returns: the line without the program name."""
     capfd.readouterr()
     run(folder, f"--max_steps 1 {flags}", expect=2)
     err = capfd.readouterr().err
@@ -453,7 +458,7 @@ def test_neither_program_resumes_a_run_of_the_other(capfd, tmp_path):
     assert not (trl / "metrics.jsonl").exists()
 
 
-def test_mistakes_end_in_one_line(capfd, tmp_path):
+def test_user_errors_are_one_line(capfd, tmp_path):
     assert_refused(capfd, tmp_path / "run", "nowhere", f"--adapter {tmp_path / 'nowhere'}")
     assert_refused(capfd, tmp_path / "run", "--beta", "--beta much")
     assert_refused(capfd, tmp_path / "run", "--max_steps", "--max_steps 0")
@@ -468,3 +473,29 @@ def test_scale_trl_has_fewer_than_150_lines():
 if __name__ == "__main__":
     GRPOTrainer._generate_single_turn = generate_fixed
     runpy.run_path(str(ROOT / "scale_trl.py"), run_name="__main__")
+
+
+def test_help_describes_scale_trl_and_loads_no_torch(capsys):
+    command = [sys.executable, "-X", "importtime", "scale_trl.py", "--help"]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert process.returncode == 0 and "torch" not in process.stderr
+    assert process.stdout.startswith(f"usage: {PROGRAM} [--flag value ...]")
+    assert "several GPUs" in process.stdout and "look" not in process.stdout
+
+
+def test_a_mistyped_flag_is_reported_before_torch_loads():
+    command = [sys.executable, "-X", "importtime", "scale_trl.py", "--max_step", "1"]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    lines = [line for line in process.stderr.splitlines() if "import time:" not in line]
+    assert process.returncode == 2 and "torch" not in process.stderr
+    assert len(lines) == 1 and "did you mean --max_steps?" in lines[0]
+
+
+def test_a_run_ends_by_saying_where_things_are(tmp_path, capsys):
+    run(tmp_path / "run", "--max_steps 1")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == (
+        f"the adapter is in {tmp_path}/run/adapter, the log in {tmp_path}/run/metrics.jsonl"
+    )
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+    assert not (tmp_path / "run" / "samples.jsonl").exists()  # TRL logs no samples

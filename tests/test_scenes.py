@@ -1,4 +1,4 @@
-"""sources/scenes.py: generated scenes are reproducible, well-formed and split without overlap."""
+"""Tests of sources/scenes.py: scenes are reproducible, well-formed and split without overlap."""
 
 from collections import Counter
 from itertools import combinations
@@ -72,13 +72,13 @@ def test_scenes_have_a_length_and_an_end():
     "counts, settings",
     [
         pytest.param((200, 200), {}, id="default"),
-        # So few places that random splits would share many scenes.
+        # There are so few places that random splits would share many scenes.
         pytest.param(
             (500, 500),
             dict(cards=(1, 1), card_size=(15, 15), image_size=16),
             id="one card, four places",
         ),
-        # Also the same two cards with a question about the other one.
+        # The same two cards with a question about the other one must be in the same split.
         pytest.param(
             (1500, 400), dict(cards=(2, 2), card_size=(1, 1), image_size=3), id="two cards"
         ),
@@ -120,7 +120,7 @@ def test_number_and_size_of_cards_take_every_allowed_value():
 
 
 def test_cards_are_everywhere_including_the_border(many):
-    boxes = [cards[0].box for cards in many]  # of the card in question
+    boxes = [cards[0].box for cards in many]  # of the card that the question is about
     assert min(b[0] for b in boxes) == min(b[1] for b in boxes) == 0
     assert max(b[2] for b in boxes) == max(b[3] for b in boxes) == 112
     quadrants = Counter((b[0] + b[2] < 112, b[1] + b[3] < 112) for b in boxes)
@@ -131,7 +131,7 @@ def test_a_card_may_be_on_any_side_of_another(many):
     sides = Counter()
     for first, later in ((a.box, b.box) for cards in many for a, b in combinations(cards, 2)):
         for i, (before, after) in enumerate([("left", "right"), ("above", "below")]):
-            j = 1 - i  # the other axis: the two must overlap there
+            j = 1 - i  # the other axis, on which the two must overlap
             if first[j] < later[j + 2] and later[j] < first[j + 2]:
                 sides[before if later[i + 2] <= first[i] else after] += 1
     assert len(sides) == 4 and max(sides.values()) < 1.2 * min(sides.values())  # about 1500 each

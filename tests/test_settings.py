@@ -1,4 +1,4 @@
-"""Settings: their ranges, the command line and its help, and what a resumed run may change."""
+"""Tests of settings: ranges, the command line and its help, and what a resumed run may change."""
 
 import ast
 import json
@@ -26,7 +26,7 @@ FAST += "--eval_examples 0 --max_steps 2 --model_name_or_path".split() + [str(TI
 
 
 def parse(flags):
-    """The flags that were given, without any that are not settings of a run."""
+    """The settings of a run in these flags, without defaults."""
     return parse_command_line(shlex.split(flags))[1]
 
 
@@ -54,7 +54,7 @@ def test_a_number_out_of_range_is_refused_before_anything_is_loaded(flags):
     assert flags.split()[0] in message and "\n" not in message
 
 
-def test_ranges_are_answered_without_torch():
+def test_ranges_are_checked_without_importing_torch():
     code = "import sys; from commands.parser import check_command_line as c\n"
     code += "try: c(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
     command = [sys.executable, "-c", code, "--beta", "-1"]
@@ -63,7 +63,7 @@ def test_ranges_are_answered_without_torch():
     assert process.stderr == "sayo_mini.py: --beta -1.0: must be at least 0\n"
 
 
-def test_the_edges_of_the_ranges_are_accepted():
+def test_the_limits_of_the_ranges_are_accepted():
     flags = "--token_fraction 1 --beta 0 --weight_decay 0 --learning_rate 0 --warmup_steps 0"
     flags += f" --seed {2**63 - 1} --format_lengths 5,5 --max_grad_norm -1 --lora_alpha 1"
     given = parse(f"{flags} --mix 0.8,0.2 --dataset gqa+refocus")
@@ -82,7 +82,7 @@ def test_a_number_that_is_not_exactly_whole_is_refused(text):
 
 
 def test_negative_max_grad_norm_means_no_clipping(tmp_path):
-    """It used to scale the gradient by a negative number, and trained uphill."""
+    """Earlier versions scaled the gradient by the negative number and trained uphill."""
     adapters = {}
     for limit in ("-1", "0", "1e9", "1e-4"):
         folder = tmp_path / limit
@@ -110,7 +110,7 @@ def test_an_unknown_flag_gets_the_nearest_one_suggested(flags, nearest):
         parse(flags)
 
 
-def test_a_flag_like_no_other_gets_no_suggestion():
+def test_a_flag_unlike_any_other_gets_no_suggestion():
     with pytest.raises(InputError) as error:
         parse("--xyzzy 1")
     assert "--xyzzy" in str(error.value) and "did you mean" not in str(error.value)
@@ -149,22 +149,23 @@ def test_help_marks_the_flags_that_most_users_change(help_text):
     assert marked == set(USUAL) and marked <= set(FIELDS)
 
 
+@pytest.mark.slow
 def test_python_m_from_the_parent_folder(tmp_path):
     (tmp_path / "sayo").symlink_to(ROOT)
     command = [sys.executable, "-m", "sayo.sayo_mini", "--help"]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert process.returncode == 0 and process.stdout.startswith("usage: sayo_mini.py train")
+    assert process.returncode == 0 and process.stdout.startswith("usage: python sayo_mini.py [")
     command = [sys.executable, "-m", "sayo.sayo_mini", *FAST, "--max_steps", "0"]
     command += ["--output_dir", str(tmp_path / "run")]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
 
 
-# --- resuming: config.json is the truth ---
+# --- resuming: config.json is authoritative ---
 
 
 def make_run(folder, rows=1, **settings):
-    """A folder with config.json and `rows` logged steps."""
+    """Create a folder with config.json and `rows` logged steps."""
     folder.mkdir(exist_ok=True)
     saved = stored_settings(build_config({"model_name_or_path": str(TINY), **settings}))
     (folder / "config.json").write_text(json.dumps(saved))
@@ -193,7 +194,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("flag, old", REFUSED)
-def test_a_flag_that_would_make_the_past_wrong_is_refused(tmp_path, flag, old):
+def test_a_flag_that_contradicts_the_logged_steps_is_refused(tmp_path, flag, old):
     folder = make_run(tmp_path / "run")
     before = (folder / "config.json").read_bytes()
     with pytest.raises(InputError) as error:
@@ -206,56 +207,58 @@ def test_a_flag_that_would_make_the_past_wrong_is_refused(tmp_path, flag, old):
     assert (folder / "config.json").read_bytes() == before
 
 
-def test_changes_that_leave_the_past_valid_are_announced(tmp_path, capsys):
+def test_allowed_changes_are_printed(tmp_path, capsys):
     folder = make_run(tmp_path / "run")
     cfg = resumed(folder, "--max_steps 80 --save_steps 5 --completions_per_forward 2 --device cpu")
     assert (cfg.max_steps, cfg.save_steps, cfg.completions_per_forward) == (80, 5, 2)
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("max_steps 60 -> 80: ") and "cosine" in line for line in lines)
     assert "save_steps 20 -> 5" in lines
-    assert "device auto -> cpu: the bits will differ" in lines
+    assert "device auto -> cpu: results will not be bit-identical" in lines
     assert cfg.resume and cfg.output_dir == str(folder) and len(lines) == 4
 
 
-def test_more_steps_at_a_constant_rate(tmp_path, capsys):
+def test_more_steps_keep_a_constant_learning_rate(tmp_path, capsys):
     resumed(make_run(tmp_path / "run", lr_scheduler_type="constant"), "--max_steps 80")
     assert capsys.readouterr().out == "max_steps 60 -> 80: the learning rate stays constant\n"
 
 
-def test_the_same_flags_again_are_no_change(tmp_path, capsys):
+def test_the_same_flags_again_change_nothing(tmp_path, capsys):
     folder = make_run(tmp_path / "run", seed=3)
     resumed(folder, f"--seed 3 --layers 3 --model_name_or_path {TINY}")
     assert capsys.readouterr().out == ""
 
 
-def test_a_moved_run_goes_on_where_it_is(tmp_path):
+def test_a_moved_run_resumes_in_its_new_folder(tmp_path):
     folder = make_run(tmp_path / "run", output_dir="elsewhere")
     assert resumed(folder).output_dir == str(folder)
 
 
-def test_a_run_that_never_made_a_step_may_be_corrected(tmp_path):
-    """A crash in the first evaluation leaves config.json, before.json and empty logs."""
+def test_settings_may_change_before_the_first_step(tmp_path):
+    """A crash before the first step can leave config.json, before.json and empty logs."""
     folder = make_run(tmp_path / "run", rows=0)
     (folder / "before.json").write_text("[]")
     flags = ["--model_name_or_path", str(TINY), "--output_dir", str(folder), "--layers", "2"]
     assert parse_config(flags).layers == "2"
-    with pytest.raises(InputError, match="leave out --resume"):
+    with pytest.raises(InputError, match="omit --resume"):
         resumed(folder, "--layers 2")
-    (folder / "after.json").write_text("[]")  # of a run with --max_steps 0
-    with pytest.raises(InputError, match="holds a run"):
+    (folder / "after.json").write_text("[]")  # as left by --max_steps 0
+    with pytest.raises(InputError, match="contains a run"):
         parse_config(flags)
 
 
-def test_a_damaged_config_without_checkpoint_is_no_dead_end(tmp_path):
+def test_a_damaged_config_without_checkpoint_can_be_replaced(tmp_path):
     folder = make_run(tmp_path / "run")
     (folder / "config.json").write_text("{")
-    with pytest.raises(InputError, match="remove it, and give the run's flags again with --resume"):
+    with pytest.raises(
+        InputError, match="delete it and run again with the run's own flags and --resume"
+    ):
         resumed(folder)
     (folder / "config.json").unlink()
     assert resumed(folder, f"--seed 3 --model_name_or_path {TINY}").seed == 3
 
 
-def test_integers_for_floats_and_unknown_extras_of_config_json(tmp_path):
+def test_config_json_may_have_integers_for_floats_and_unknown_keys(tmp_path):
     folder = make_run(tmp_path / "run")
     saved = json.loads((folder / "config.json").read_text()) | {"beta": 0, "made_with": {}}
     (folder / "config.json").write_text(json.dumps(saved))
@@ -263,7 +266,7 @@ def test_integers_for_floats_and_unknown_extras_of_config_json(tmp_path):
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
-def test_numbers_in_config_json_have_ranges_too(tmp_path, value):
+def test_numbers_in_config_json_must_be_in_range(tmp_path, value):
     folder = make_run(tmp_path / "run")
     saved = json.loads((folder / "config.json").read_text()) | {"beta": value}
     (folder / "config.json").write_text(json.dumps(saved))
@@ -271,7 +274,7 @@ def test_numbers_in_config_json_have_ranges_too(tmp_path, value):
         resumed(folder)
 
 
-# --- a checkout that moves ---
+# --- moved checkouts ---
 
 
 def test_a_run_of_the_tiny_model_names_it_without_a_path(tmp_path, monkeypatch):
@@ -280,23 +283,23 @@ def test_a_run_of_the_tiny_model_names_it_without_a_path(tmp_path, monkeypatch):
     folder = make_run(tmp_path / "run")
     assert '"tiny"' in (folder / "config.json").read_text()
     assert resumed(folder).model_name_or_path == str(TINY)
-    (tmp_path / "tiny").mkdir()  # another model of that name
+    (tmp_path / "tiny").mkdir()  # a different model of that name
     other = stored_settings(Config(model_name_or_path="tiny"))["model_name_or_path"]
     assert other == str(tmp_path / "tiny")
 
 
-def test_an_absolute_path_of_a_checkout_that_is_gone(tmp_path, capsys):
-    """What earlier versions stored."""
+def test_a_tiny_model_in_a_deleted_checkout_is_replaced_by_this_one(tmp_path, capsys):
+    """Earlier versions stored the absolute path of the tiny model."""
     folder = make_run(tmp_path / "run")
     saved = json.loads((folder / "config.json").read_text())
     gone = str(tmp_path / "gone" / "tiny")
     (folder / "config.json").write_text(json.dumps(saved | {"model_name_or_path": gone}))
     cfg = resumed(folder)
     assert cfg.model_name_or_path == str(TINY)
-    assert capsys.readouterr().out == f"{gone} is gone: using the model in {TINY}\n"
+    assert capsys.readouterr().out == f"{gone} does not exist: using the model in {TINY}\n"
 
 
-def test_the_tiny_model_of_another_checkout_gets_its_own_scenes_and_preset(tmp_path):
+def test_the_tiny_model_of_a_different_checkout_gets_its_scenes_and_preset(tmp_path):
     other = tmp_path / "elsewhere" / "tiny"
     shutil.copytree(TINY, other, ignore=shutil.ignore_patterns("__pycache__"))
     assert is_tiny(other) and is_tiny(TINY) and not is_tiny("Qwen/Qwen3-VL-2B-Instruct")
@@ -309,14 +312,14 @@ def test_the_tiny_model_of_another_checkout_gets_its_own_scenes_and_preset(tmp_p
 # --- what a run stores ---
 
 
-def test_the_settings_of_the_page_are_a_command(tmp_path):
+def test_the_settings_in_the_report_are_a_command(tmp_path):
     cfg = build_config({"model_name_or_path": str(TINY), "instruction": 'Don\'t guess; say "it".'})
     cfg.layers, cfg.load_in_4bit = "-1,-2", False
     program, script, *argv = shlex.split(settings_command(stored_settings(cfg) | {"made_with": {}}))
     assert (program, script) == ("python", "sayo_mini.py")
     given = parse_command_line(argv)[1] | {"model_name_or_path": str(TINY)}
     assert asdict(build_config(given)) == asdict(cfg)
-    assert len(argv) == len(fields(Config)) - 2  # all but output_dir and resume
+    assert len(argv) == len(fields(Config)) - 2  # all except output_dir and resume
 
 
 def test_windows_quotes_with_double_quotes(monkeypatch):
@@ -335,7 +338,7 @@ def test_versions_and_commit():
 
 
 def opens_text_without_encoding(call):
-    """Whether an AST node of a call opens a text file in the machine's encoding, which differs on
+    """Whether a call (an AST node) opens a text file in the default encoding, which differs on
     Windows."""
     name = getattr(call.func, "attr", getattr(call.func, "id", ""))
     if name == "open":  # not Image.open

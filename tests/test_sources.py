@@ -1,5 +1,5 @@
-"""The readers in sources/ and the check command: all kinds of images, bad data in every form, GQA
-and ReFocus in their published layouts, mixtures, and runs on the data."""
+"""Tests of the readers in sources/ and the check command: all kinds of images, bad data in every
+form, GQA and ReFocus in their published layouts, mixtures, and runs on the data."""
 
 import csv
 import io
@@ -57,7 +57,7 @@ def white_box(size=(60, 40), box=(6, 4, 18, 14)):
 
 
 def reopened(image, format, **options):
-    """The image, saved in a format and opened again."""
+    """Save the image in a format and open it again."""
     file = io.BytesIO()
     image.save(file, format, **options)
     file.seek(0)
@@ -78,7 +78,7 @@ def test_boxes_turn_with_the_image(format, orientation):
 
 
 def test_the_eight_orientations_all_differ():
-    """Otherwise the test above could pass because nothing is ever rotated."""
+    """Without this check, the test above could pass for orientations that are ignored."""
     seen = set()
     for orientation in range(1, 9):
         exif = Image.Exif()
@@ -90,7 +90,7 @@ def test_the_eight_orientations_all_differ():
     assert len(seen) == 8
 
 
-KINDS = {  # how an orange image is stored -> the color that it shows
+KINDS = {  # case -> (how an orange image is stored, the color that it shows)
     "RGB": (lambda image: reopened(image, "PNG"), (240, 120, 30)),
     "JPEG": (lambda image: reopened(image, "JPEG", quality=95), (240, 120, 30)),
     "grayscale": (lambda image: reopened(image.convert("L"), "PNG"), (146, 146, 146)),
@@ -155,7 +155,7 @@ def test_images_of_all_sizes_are_encoded_whole_and_within_max_pixels(tmp_path, v
     (tmp_path / "set.jsonl").write_text(json.dumps(row))
     example = JsonLines(tmp_path / "set.jsonl")[0]
     prompt = vlm.encode(example.image, example.question)
-    cell = 16 * 16  # pixels; even the thinnest image is one row of cells
+    cell = 16 * 16  # pixels; even the thinnest image has one row of cells
     assert prompt.grid[0] * prompt.grid[1] == len(prompt.image_positions)
     assert len(prompt.image_positions) * cell <= 112 * 112 or 1 in prompt.grid
     red, green, blue = prompt.pixel_values.view(len(prompt.pixel_values), 3, -1).mean((0, 2))
@@ -180,7 +180,7 @@ def test_max_pixels_limits_the_image_tokens_but_not_the_text():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder for data sets, with good and damaged images in it and one image outside of it."""
+    """A folder for data sets that contains good and damaged images; one image is outside of it."""
     folder = tmp_path_factory.mktemp("outer") / "data"
     (folder / "more").mkdir(parents=True)
     noise = Image.effect_noise((64, 48), 90).convert("RGB")
@@ -191,7 +191,7 @@ def folder(tmp_path_factory):
         for share in (0, 0.01, 0.5, 0.9):
             (folder / f"cut{share}.{format}").write_bytes(whole[: int(share * len(whole))])
         flipped = bytearray(whole)
-        flipped[:8] = bytes(b ^ 255 for b in whole[:8])  # so no format is recognized
+        flipped[:8] = bytes(b ^ 255 for b in whole[:8])  # so that no format is recognized
         (folder / f"flipped.{format}").write_bytes(flipped)
     flipped = bytearray((folder / "photo.png").read_bytes())
     flipped[18] ^= 255  # the width in the header, which has a checksum
@@ -334,7 +334,7 @@ MALFORMED = {
     },
     **{f"a flipped {format}": good(image=f"flipped.{format}") for format in FORMATS},
 }
-DAMAGED = {  # the header is intact, so this shows only when the pixels are decoded
+DAMAGED = {  # the header is intact, so the damage shows only when the pixels are decoded
     **{f"{share} of a JPEG": good(image=f"cut{share}.jpg") for share in (0.5, 0.9)},
     **{f"{share} of a PNG": good(image=f"cut{share}.png") for share in (0.01, 0.5, 0.9)},
     "0.5 of a TIFF": good(image="cut0.5.tiff"),
@@ -344,7 +344,7 @@ DAMAGED = {  # the header is intact, so this shows only when the pixels are deco
 
 
 def write(folder, *lines, name="set.jsonl"):
-    """Write these lines as a data set; text and bytes are written unchanged. Returns: its path."""
+    """Write these lines as a data set; text and bytes are not changed. Returns: its path."""
     lines = [json.dumps(x) if isinstance(x, (dict, list)) else x for x in lines]
     lines = [x.encode(errors="surrogatepass") if isinstance(x, str) else x for x in lines]
     (folder / name).write_bytes(b"\n".join(lines) + b"\n")
@@ -352,7 +352,7 @@ def write(folder, *lines, name="set.jsonl"):
 
 
 def error_line(capfd):
-    """What was printed to stderr, which must be one line."""
+    """The text on stderr, which must be one line."""
     err = capfd.readouterr().err
     assert err.startswith("sayo_mini.py: ") and err.count("\n") == 1, err
     return err
@@ -366,7 +366,7 @@ def test_there_are_a_hundred_malformed_lines():
 def test_a_malformed_line_is_a_one_line_error_or_skipped(
     folder, tmp_path, capfd, monkeypatch, case
 ):
-    """Before a model is loaded and before anything is written."""
+    """The error comes before a model is loaded and before anything is written."""
     path = write(folder, good(id="first"), "", MALFORMED[case], good(image="photo.png"))
     monkeypatch.setattr(sayo_mini, "load_vlm", None)
     assert main("--dataset", path, "--output_dir", tmp_path / "run") == 2
@@ -377,7 +377,7 @@ def test_a_malformed_line_is_a_one_line_error_or_skipped(
     assert not (tmp_path / "run").exists()
     data = JsonLines(path, problems=[])
     assert [row["where"] for row in data.rows] == [f"{path}:1", f"{path}:4"] and data.rejected == 1
-    assert f"skipped 1 of 3 examples; the first problem: {path}:3: " in data.notes[0]
+    assert f"skipped 1 of 3 examples; first problem: {path}:3: " in data.notes[0]
 
 
 @pytest.mark.parametrize("case", DAMAGED)
@@ -396,7 +396,7 @@ def test_damaged_pixels_are_a_one_line_error_or_the_next_example_is_used(folder,
     "name, word", [("more", "a folder"), ("nowhere.png", "no such file"), ("pipe", "no such file")]
 )
 def test_an_image_path_that_is_not_a_file_is_never_opened(folder, name, word, monkeypatch):
-    """Opening a pipe would wait forever."""
+    """Opening a pipe would block forever."""
     if not (folder / "pipe").exists():
         os.mkfifo(folder / "pipe")
     path = write(folder, good(image=name))
@@ -405,7 +405,7 @@ def test_an_image_path_that_is_not_a_file_is_never_opened(folder, name, word, mo
         JsonLines(path)
 
 
-def test_the_example_after_the_last_is_the_first_and_no_readable_one_is_an_error(folder):
+def test_skipping_wraps_around_and_no_readable_example_is_an_error(folder):
     data = JsonLines(write(folder, GOOD, good(image="pixels.png")), problems=[])
     assert data[1].id.endswith(":1")
     data = JsonLines(write(folder, *[good(image="pixels.png")] * 2), problems=[])
@@ -439,7 +439,7 @@ def test_a_flag_allows_images_outside_the_folder(folder, image):
 def test_paths_that_stay_within_the_folder_need_no_flag(folder):
     names = "photo.jpg", "more/../photo.jpg", "./photo.jpg"
     rows = JsonLines(write(folder, *[good(image=name) for name in names])).rows
-    assert {row["image_key"] for row in rows} == {"photo.jpg"}  # one image for the split
+    assert {row["image_key"] for row in rows} == {"photo.jpg"}  # the split sees one image
 
 
 def test_byte_order_marks_and_other_scripts_are_read(folder):
@@ -463,7 +463,7 @@ def test_an_error_of_the_image_processor_names_the_example(tmp_path, capfd, monk
 
 
 def test_the_csv_reader_in_the_docstring_works(folder):
-    """`AnnotatedDataset` shows a complete CSV reader; it is run here as printed there."""
+    """The docstring of `AnnotatedDataset` contains a complete CSV reader, which this test runs."""
     source = AnnotatedDataset.__doc__[AnnotatedDataset.__doc__.index("        class Csv") :]
     names = dict(FileDataset=FileDataset, Path=Path, csv=csv, json=json, read_file=read_file)
     exec(textwrap.dedent(source), names)
@@ -501,7 +501,7 @@ def test_the_shipped_example_is_valid_and_in_the_docs(capfd, tmp_path):
 
 
 def test_the_shipped_examples_are_the_first_validation_scenes():
-    """The tiny model can solve them, and no training scene is like them."""
+    """The tiny model can solve them, and no training scene is among them."""
     data = JsonLines(HERE / "example" / "example.jsonl")
     for example, scene in zip(data, Scenes("validation", 3), strict=True):
         assert example.image.tobytes() == scene.image.tobytes()
@@ -512,7 +512,7 @@ def test_the_shipped_examples_are_the_first_validation_scenes():
 
 # --- what check finds ---
 
-NEAR_MISSES = [  # keys that are not read, the key that is missing
+NEAR_MISSES = [  # (a key that is not read, the key that is missing)
     ("img", "image"),
     ("image_path", "image"),
     ("Image", "image"),
@@ -531,15 +531,15 @@ def test_a_near_miss_of_a_key_gets_a_suggestion(folder, key, meant):
     row = {k: v for k, v in GOOD.items() if k != meant} | {key: GOOD[meant]}
     with pytest.raises(InputError) as error:
         JsonLines(write(folder, row))
-    assert f"(is it {key!r}? The key must be {meant!r})" in str(error.value)
+    assert f"(rename the key {key!r} to {meant!r}?)" in str(error.value)
     row = {k: v for k, v in GOOD.items() if k != meant} | {"remark": 1}
     with pytest.raises(InputError) as error:
         JsonLines(write(folder, row))
-    assert "missing (--skip" in str(error.value)  # nothing alike: no suggestion
+    assert "missing (use --skip" in str(error.value)  # no similar key, so no suggestion
 
 
 def test_a_number_as_answer_is_not_called_missing(folder):
-    with pytest.raises(InputError, match="answer must be text, in quotes, and not 5 "):
+    with pytest.raises(InputError, match="answer must be text, in quotes, but is 5 "):
         JsonLines(write(folder, good(answer=5)))
     with pytest.raises(InputError, match="answer is empty"):
         JsonLines(write(folder, good(answer=" ")))
@@ -564,11 +564,11 @@ def test_a_json_array_is_one_problem(folder, capfd, indent):
     path.write_text(json.dumps([GOOD] * 80, indent=indent))
     assert sayo_mini.main(["check", str(path)]) == 2
     out, err = capfd.readouterr()
-    assert not out and err.count("\n") == 1 and "one JSON array" in err
+    assert not out and err.count("\n") == 1 and "is a JSON array" in err
 
 
 def test_the_picture_shows_question_and_answer(folder):
-    """Below the image. The answer is there however long the question is."""
+    """Both are below the image, and a long question does not hide the answer."""
 
     def letters(**change):
         path = write(folder, good(**change))
@@ -620,14 +620,14 @@ def test_the_check_names_every_problem_and_summarizes_the_valid_examples(
     assert counted[1] == [("0 to 5", "2"), ("5 to 10", "1")]
     picture = Image.open(path.with_suffix(".check.png"))
     first = picture.convert("L").crop((8, 8, 232, 176))
-    assert len(set(first.get_flattened_data())) > 50  # shades of gray: it is not blank
+    assert len(set(first.get_flattened_data())) > 50  # shades of gray, so it is not blank
 
 
 def test_the_largest_boxes_can_be_drawn_on_the_smallest_image(tmp_path):
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
     path = write(tmp_path, good(image="dot.png", boxes=[[-(10**400), -1e300, 1e300, 10**400]]))
     assert sayo_mini.main(["check", str(path)]) == 0
-    assert JsonLines(path)[0].boxes == [(0, 0, 1, 1)]  # clipped, as the region is
+    assert JsonLines(path)[0].boxes == [(0, 0, 1, 1)]  # clipped, like the region
 
 
 @pytest.mark.parametrize("arguments", [[], ["a.jsonl", "b.jsonl"], ["nowhere.jsonl"], ["."]])
@@ -661,7 +661,7 @@ def test_the_flag_of_the_last_release_still_works_and_names_the_command(folder, 
 
 
 def gqa_question(image, answer=(), full=(), asked=(), **change):
-    """A question as in the published files: annotations map spans of words to objects."""
+    """A question as in the published files, whose annotations map spans of words to objects."""
     spans = {"answer": answer, "fullAnswer": full, "question": asked}
     return {
         "semantic": [{"operation": "select", "dependencies": [], "argument": "wall (722332)"}],
@@ -732,7 +732,7 @@ def test_gqa_takes_the_objects_of_the_answer_or_the_full_answer_or_the_question(
 
 
 def test_gqa_with_all_questions_and_files_in_other_places(gqa):
-    """The complete training set has ten files, and files may be directly in the folder."""
+    """The complete training set has ten files, and files may be directly in the data folder."""
     content = json.loads((gqa / "questions" / "train_balanced_questions.json").read_text())
     (gqa / "questions" / "train_balanced_questions.json").unlink()
     (gqa / "questions" / "train_all_questions").mkdir()
@@ -858,7 +858,7 @@ def areas(*boxes):
 
 
 def fake_hub(monkeypatch, *charts):
-    """Replace the `datasets` library by one whose hub has these charts. Returns: its calls."""
+    """Replace the `datasets` library with a fake whose hub has these charts. Returns: its calls."""
     module = types.ModuleType("datasets")
     module.Image = lambda decode: "undecoded" if decode is False else None
     asked = []
@@ -948,8 +948,8 @@ def test_a_mixture_has_its_shares_and_shows_every_example():
         mixture[len(mixture)]
 
 
-def test_the_papers_mixture_trains_and_resumes_to_the_same_bits(gqa, monkeypatch, tmp_path, capfd):
-    """Examples depend only on position and seed, so a resumed run sees the same ones."""
+def test_the_papers_mixture_trains_and_resumes_bit_for_bit(gqa, monkeypatch, tmp_path, capfd):
+    """Examples depend only on the position and the seed, so a resumed run sees the same ones."""
     fake_hub(monkeypatch, *(chart(i, areas((6, 4, 18, 14))) for i in range(10)))
     flags = "--dataset gqa+refocus --mix 4,1 --max_steps 8 --save_steps 1 --data_dir".split()
     flags.append(gqa)
@@ -959,7 +959,7 @@ def test_the_papers_mixture_trains_and_resumes_to_the_same_bits(gqa, monkeypatch
     held_out = {row["id"] for row in json.loads((tmp_path / "whole" / "before.json").read_text())}
     trained = [row["id"] for row in rows(tmp_path / "whole", "samples.jsonl")][::4]
     assert not held_out & set(trained)
-    assert {name[0] for name in held_out} == {"q", "r"}  # of both data sets
+    assert {name[0] for name in held_out} == {"q", "r"}  # from both data sets
     charts = sum(name.startswith("refocus") for name in trained)
     assert len(trained) == 16 and 1 <= charts <= 7
     original, calls = sayo_mini.train_step, []
@@ -990,8 +990,8 @@ def test_a_mixture_without_valid_shares_is_a_one_line_error(capfd, tmp_path, mix
 
 
 def write_charts(folder, count=30):
-    """Write a data set of bar charts, with the box of the bar in question, and a photo from
-    matplotlib. Returns: its path."""
+    """Write a data set of bar charts, each with a question about one bar and its box, and a photo
+    from matplotlib. Returns: its path."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The model in tiny/: it can see but makes mistakes, is blind without the image, and is small."""
+"""Tests of the model in tiny/: it sees but makes mistakes, needs the image, and is small."""
 
 import sys
 
@@ -30,11 +30,11 @@ def test_it_can_see_but_makes_mistakes(model, tokenizer):
 
 
 def test_it_cannot_answer_without_the_image(model, tokenizer):
-    """Near chance: there are ten colors, and a dot on a card can have eight of them."""
+    """Accuracy is near chance: a dot on a card can have eight of the ten colors."""
     assert greedy_accuracy(model, tokenizer, Scenes("test", 256), blank=True)[1] < 0.2
 
 
-def test_it_is_small_and_holds_safetensors_only():
+def test_it_is_small_and_contains_only_safetensors():
     assert (TINY / "model.safetensors").stat().st_size < 8e6
     assert not [p for p in TINY.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
 

@@ -1,4 +1,4 @@
-"""The training loop, the command line and the run folder: from the real command to its files."""
+"""Tests of the training loop, the command line and the files in the run folder."""
 
 import json
 import math
@@ -42,12 +42,12 @@ def run(folder, flags="", expect=0):
 
 
 def resume(folder):
-    """Continue a run. No other flag is given: the settings come from the run."""
+    """Continue a run without any other flag: the settings come from the run."""
     assert sayo_mini.main(["--resume", "--output_dir", str(folder)]) == 0
 
 
 def run_process(*flags, **env):
-    """Run the real command in its own process, only with these flags."""
+    """Run the real command in its own process with only these flags."""
     return subprocess.run(
         [sys.executable, "sayo_mini.py", *map(str, flags)],
         cwd=ROOT,
@@ -86,8 +86,8 @@ def make_step(vlm, cfg, optimizer, count=2, stop=()):
 
 
 def step_and_compare(tmp_path, flags="", **settings):
-    """Make one step with plain SGD, so that the change is the gradient: Adam would scale up even a
-    tiny one. Returns: (metrics, samples, parameters before, parameters after)."""
+    """Make one step with plain SGD, because Adam would scale up even a tiny gradient.
+    Returns: (metrics, samples, parameters before, parameters after)."""
     torch.manual_seed(0)
     cfg, vlm = make_config(tmp_path, f"--weight_decay 0 {flags}"), load(**settings)
     optimizer = torch.optim.SGD([p for p in vlm.model.parameters() if p.requires_grad], lr=0.1)
@@ -99,7 +99,7 @@ def step_and_compare(tmp_path, flags="", **settings):
 
 
 def test_first_step_changes_lora_b_and_nothing_else(tmp_path):
-    """The gradient of A is 0 as long as B is 0, and everything else is frozen."""
+    """The gradient of LoRA's A is 0 as long as B is 0, and everything else is frozen."""
     torch.manual_seed(0)
     vlm = load()
     for name, p in vlm.model.named_parameters():
@@ -114,7 +114,7 @@ def test_first_step_changes_lora_b_and_nothing_else(tmp_path):
 
 
 def record_forward_tokens(vlm):
-    """Returns a list that grows by the token count of each forward of the language model."""
+    """Returns: a list to which each forward of the language model appends its token count."""
     counts = []
     vlm.core.model.language_model.layers[0].register_forward_hook(
         lambda module, args, kwargs, out: counts.append(out.shape[0] * out.shape[1]),
@@ -125,8 +125,8 @@ def record_forward_tokens(vlm):
 
 @pytest.mark.parametrize("beta, forwards", [(0.001, 3), (0.0, 2)])
 def test_forward_tokens_of_a_step(tmp_path, monkeypatch, beta, forwards):
-    """At most 3 (P + G*C) tokens per group with KL and 2 (P + G*C) without: the prompt is never
-    repeated G times."""
+    """A group takes at most 3 (P + G*C) tokens with KL and 2 (P + G*C) without, because the prompt
+    is never repeated G times."""
     packed_lengths = []
     original = sayo_mini.score_and_reward
 
@@ -152,8 +152,8 @@ def test_forward_tokens_of_a_step(tmp_path, monkeypatch, beta, forwards):
 def test_questions_are_sampled_in_batches(
     tmp_path, monkeypatch, completions_at_once, signals, batch_sizes
 ):
-    """Three questions, four completions each. A signal during sampling stops before the next
-    batch."""
+    """There are three questions with four completions each. A signal during sampling stops the step
+    before the next batch."""
     vlm, sizes, stop = load(), [], []
     original = vlm.sample_groups
 
@@ -170,9 +170,9 @@ def test_questions_are_sampled_in_batches(
 
 
 def test_splitting_a_group_changes_only_memory(tmp_path):
-    """One forward for four completions or one for each gives the same update; another beta gives
-    another. All tokens count and the completions vary: otherwise rounding would decide which of the
-    entropies near 0 is the highest, and would be divided by a tiny standard deviation."""
+    """One forward for four completions and one for each lead to the same update; a different beta
+    does not. All tokens count and the completions vary, because otherwise rounding would decide
+    which entropy near 0 is the highest and would be divided by a tiny standard deviation."""
     flags = "--token_fraction 1 --temperature 2 --beta"
     *_, whole = step_and_compare(tmp_path / "a", f"{flags} 0.5")
     split_flags = f"{flags} 0.5 --completions_per_forward 1"
@@ -188,7 +188,7 @@ def test_splitting_a_group_changes_only_memory(tmp_path):
 
 
 def test_group_without_variance_is_skipped_and_counted(tmp_path):
-    """With this weight all completions earn the same: no update, and no division by 0."""
+    """With this weight all rewards are equal, so there is no update and no division by 0."""
     metrics, _, before, after = step_and_compare(tmp_path, "--reward_weights format=1e-12")
     assert metrics["frac_reward_zero_std"] == 1
     assert metrics["grad_norm"] == 0 and metrics["loss"] == 0
@@ -200,7 +200,7 @@ def nan_rewards(attention, *args):
     return torch.full(attention.shape[:1], math.nan)
 
 
-def test_update_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
+def test_non_finite_update_is_skipped_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(reward, "attention_reward", nan_rewards)
     metrics, _, before, after = step_and_compare(tmp_path)
     assert metrics["skipped_updates"] == 1
@@ -225,8 +225,8 @@ def test_reward_is_the_weighted_sum(tmp_path):
 # --- alarms ---
 
 
-DEGENERATE_POLICIES = [  # every completion, the metric that raises an alarm
-    (None, None),  # the model's own completions raise none
+DEGENERATE_POLICIES = [  # (the text of every completion, the metric with an alarm)
+    (None, None),  # the model's own completions raise no alarm
     ("the dot on red r1 c1 is blue . <answer> blue </answer>", "frac_reward_zero_std"),
     ("red card red card red card red card red card red", "completions/seq_rep_3"),
     ("the dot on red r1 c1 is blue . <answer> blue", "completions/unclosed_tags"),
@@ -236,7 +236,7 @@ DEGENERATE_POLICIES = [  # every completion, the metric that raises an alarm
 @pytest.mark.parametrize("text, metric", DEGENERATE_POLICIES)
 def test_degenerate_policy_raises_an_alarm(tmp_path, capsys, monkeypatch, text, metric):
     """Replications of such rewards ended in policies like these: the same text for every question,
-    repeated words, tags left open."""
+    repeated words, or unclosed tags."""
 
     def sample_groups(vlm, prompts, G, *args):
         ended = text + vlm.tokenizer.eos_token
@@ -277,12 +277,12 @@ def test_same_seed_same_run_and_other_seed_other_run(tmp_path):
     for file in ("metrics.jsonl", "samples.jsonl", "before.json", "after.json", adapter):
         a, b, c = ((tmp_path / name / file).read_bytes() for name in "abc")
         assert a == b, file
-        # Before training the adapter changes nothing, whatever the seed.
+        # Before training the adapter changes nothing, so the seed has no effect.
         assert a != c or file == "before.json", file
 
 
 def test_seed_reaches_adapter_and_sampling(tmp_path, monkeypatch):
-    """On the same scenes in the same order: another order alone would make another run."""
+    """Scenes and order are fixed, because a different order alone would change the run."""
     datasets = Scenes("train", 2), Scenes("test", 0)
     monkeypatch.setattr(sayo_mini, "load_datasets", lambda cfg: datasets)
     monkeypatch.setattr("sources.epoch_index", lambda k, n, seed: k % n)
@@ -299,8 +299,8 @@ def test_seed_reaches_adapter_and_sampling(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["", "--load_in_4bit"], ids=["fp32", "nf4"])
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, precision):
-    """Stopped after step 3, with the last checkpoint at step 2: step 3 is made and logged again,
-    with the same bits."""
+    """The run is killed after step 3, with the last checkpoint at step 2. Step 3 is repeated and
+    logged again, bit for bit."""
     flags = f"--max_steps 4 --save_steps 2 {precision}"
     whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
     run(whole, flags)
@@ -316,7 +316,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, precisio
     with pytest.raises(RuntimeError, match="power cut"):
         run(interrupted, flags)
     assert len(read_log(interrupted)) == 3
-    half_a_line = '{"step": 4, "lo'  # a kill can leave it behind
+    half_a_line = '{"step": 4, "lo'  # a kill can leave half a line behind
     (interrupted / "metrics.jsonl").open("a").write(half_a_line)
     monkeypatch.setattr(sayo_mini, "train_step", original)
     resume(interrupted)
@@ -333,6 +333,7 @@ def test_resume_without_checkpoint_starts_from_the_beginning(tmp_path, capsys):
     assert [row["step"] for row in read_log(tmp_path / "run")] == [1]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_prints_the_command_that_resumes(tmp_path):
     folder = tmp_path / "run"
     flags = ["--max_steps", "500", "--eval_examples", "0", "--output_dir", str(folder)]
@@ -349,7 +350,7 @@ def test_ctrl_c_saves_and_prints_the_command_that_resumes(tmp_path):
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_ctrl_c_during_an_evaluation_ends_the_program(tmp_path, monkeypatch, moment):
-    """Only the training loop delays a signal. After it, SIGINT must have its old handler back."""
+    """Only the training loop delays signals. After it, the old SIGINT handler must be restored."""
     original = sayo_mini.evaluate
 
     def evaluate(vlm, examples, cfg, name, before=None):
@@ -358,7 +359,7 @@ def test_ctrl_c_during_an_evaluation_ends_the_program(tmp_path, monkeypatch, mom
         return original(vlm, examples, cfg, name, before)
 
     monkeypatch.setattr(sayo_mini, "evaluate", evaluate)
-    # Another test may have interrupted a run inside its loop.
+    # An earlier test may have interrupted a run inside its loop.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     run(tmp_path / "run", "--max_steps 1", expect=130)
     monkeypatch.setattr(sayo_mini, "evaluate", original)
@@ -400,7 +401,7 @@ def test_adapter_loads_in_plain_peft(tmp_path):
 
 
 def test_own_dataset(tmp_path):
-    """A .jsonl of 12 scenes, two steps: training and evaluation use different images."""
+    """Training and evaluation use different images of a .jsonl file with 12 scenes."""
     scenes, lines = Scenes("train", 12), []
     for i in range(12):
         example = scenes[i]
@@ -416,15 +417,16 @@ def test_own_dataset(tmp_path):
     assert all(name.startswith("mine-") for name in trained | held_out)
 
 
-# --- the command, and what it refuses ---
+# --- the command and refused settings ---
 
 
+@pytest.mark.slow
 def test_real_command(tmp_path):
-    """The command of a user without a GPU, made short: the tiny model in 4 bits, two steps."""
+    """Run the command of a user without a GPU, shortened: two steps of the tiny model in 4 bits."""
     flags = ["--max_steps", 2, "--eval_examples", 3, "--output_dir", tmp_path / "run"]
     process = run_process(*flags, CUDA_VISIBLE_DEVICES="")
     assert process.returncode == 0, process.stderr
-    assert "no CUDA: using the tiny model" in process.stdout
+    assert "running on the CPU: using the tiny model" in process.stdout
     for word in ("greedy accuracy", "AUROC", "before", "after", "chance"):
         assert word in process.stdout
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -476,7 +478,7 @@ BAD_FLAGS = {  # case -> (flags, a word of the message)
 
 
 def assert_refused(capfd, tmp_path, flags, word):
-    """Exit code 2, one line on stderr that contains `word`, and nothing written."""
+    """Check exit code 2, one line on stderr that contains `word`, and that nothing is written."""
     folder = tmp_path / "run"
     capfd.readouterr()
     run(folder, f"--max_steps 1 {flags}", expect=2)
@@ -486,7 +488,7 @@ def assert_refused(capfd, tmp_path, flags, word):
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_bad_line_of_data_ends_in_one_line(capfd, tmp_path, case):
+def test_bad_line_of_data_is_a_one_line_error(capfd, tmp_path, case):
     changes, word = BAD_ROWS[case]
     path = write_dataset(tmp_path, **changes)
     assert_refused(capfd, tmp_path, f"--dataset {path}", word)
@@ -494,7 +496,7 @@ def test_bad_line_of_data_ends_in_one_line(capfd, tmp_path, case):
 
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
-def test_bad_flag_ends_in_one_line(capfd, tmp_path, monkeypatch, case):
+def test_bad_flag_is_a_one_line_error(capfd, tmp_path, monkeypatch, case):
     monkeypatch.chdir(ROOT)
     if case == "no CUDA" and torch.cuda.is_available():
         pytest.skip("CUDA is available")
@@ -502,10 +504,10 @@ def test_bad_flag_ends_in_one_line(capfd, tmp_path, monkeypatch, case):
     assert_refused(capfd, tmp_path, flags, word)
 
 
-def test_model_of_another_kind_is_refused(capfd, tmp_path):
+def test_unsupported_model_type_is_refused(capfd, tmp_path):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    assert_refused(capfd, tmp_path, f"--model_name_or_path {tmp_path / 'bert'}", "is a bert")
+    assert_refused(capfd, tmp_path, f"--model_name_or_path {tmp_path / 'bert'}", "has type bert")
 
 
 def test_missing_bitsandbytes_says_what_to_install(capfd, tmp_path, monkeypatch):
@@ -514,8 +516,8 @@ def test_missing_bitsandbytes_says_what_to_install(capfd, tmp_path, monkeypatch)
     assert_refused(capfd, tmp_path, "--load_in_4bit", "pip install bitsandbytes")
 
 
-def test_no_permission_to_write_ends_in_one_line(capfd, tmp_path):
-    (tmp_path / "file").write_text("")  # a folder below a file is refused even to root
+def test_no_permission_to_write_is_a_one_line_error(capfd, tmp_path):
+    (tmp_path / "file").write_text("")  # not even root can create a folder below a file
     capfd.readouterr()
     run(tmp_path / "file" / "run", "--max_steps 1", expect=2)
     err = capfd.readouterr().err
@@ -539,8 +541,9 @@ def test_flags_override_the_tiny_preset(tmp_path):
     assert cfg == Config(output_dir=str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_command_prints_no_warning(tmp_path):
-    """Nor does transformers log one: stderr holds the progress bars alone."""
+    """transformers logs no warning either: stderr contains only the progress bars."""
     process = run_process(*FAST, "--max_steps", 1, "--output_dir", tmp_path)
     assert process.returncode == 0
     lines = process.stderr.replace("\r", "\n").splitlines()
@@ -562,8 +565,8 @@ def test_learning_rate_schedule():
 
 @pytest.mark.parametrize("warmup_steps, largest", [(0, 1e-3), (1000, 1e-6)])
 def test_schedule_reaches_the_optimizer(tmp_path, warmup_steps, largest):
-    """Adam's first step has the size of its learning rate: in a warm-up of 1,000 steps, a
-    thousandth of the peak."""
+    """Adam's first step has the size of its learning rate, which is a thousandth of the peak in a
+    warm-up of 1,000 steps."""
     run(tmp_path, f"--max_steps 1 --learning_rate 1e-3 --warmup_steps {warmup_steps}")
     saved = load_trained_adapter(tmp_path)
     change = max(value.abs().max().item() for name, value in saved.items() if "lora_B" in name)

@@ -4,16 +4,16 @@ A Qwen3-VL with 1.6 M parameters and a vocabulary of 62 words learns to answer t
 `sources.scenes.Scenes`. It writes where the card is before it writes what is on it, so looking at
 the wrong place leads to a wrong answer. There are two stages:
 
-1. See. The answers are correct, four questions per image. A dense side task shortens the plateau at
-   the start of training: at every image token, after every layer, the language model also predicts
-   what the cell shows (card color, dot color, row and column, a quarter of the label each). In 30 %
-   of the answers the place is that of another card, and the answer is that card's dot. The words of
-   the wrong place get no loss but the dot does, so the model learns to read the dot at the place it
-   has named.
-2. Be careless. In a fixed share of the answers, place and dot are those of the card nearest to the
-   center of the image instead of the card in question, and now the wrong place gets loss. The
-   model can still see, but it often names the wrong place: the error that SAYO's reward is meant
-   to correct.
+1. Learn to see, with four questions per image. In 70 % of the answers, place and dot are those of
+   the card in question. In the other 30 %, they are those of a random card. The words of a wrong
+   place get no loss, but the dot does, so the model learns to read the dot at the place that it has
+   named. A dense side task shortens the plateau at the start of training: at every image token,
+   after every layer, the language model also predicts what the cell shows (card color, dot color,
+   row and column, a quarter of the label each).
+2. Learn to be careless. In a fixed share of the answers, place and dot are those of the card
+   nearest to the center of the image instead of the card in question. Now the wrong place gets loss
+   too. The model can still see, but it often names the wrong place. This is the error that SAYO's
+   reward is meant to correct.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from sources.scenes import NAMES, Scenes, draw, question
 
 SIZE, GRID = 112, (7, 7)  # pixels per side, image tokens
 VOCABULARY_SIZE = 64  # of the model; the tokenizer has 62 words
-PLACE_WEIGHT = 2  # loss weight of the words that name the place, which are learned last
+PLACE_WEIGHT = 2  # loss weight of the words for the place, because they are learned last
 IMAGE_TOKEN = "<|image_pad|>"
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -154,7 +154,7 @@ def place_words(card):
 
 def answer_text(card, looked_at):
     """The answer to the question about `card`, with the place and the dot of `looked_at`. The place
-    comes right after the color, so the token that predicts it names the card to look for."""
+    follows the color, so the token that predicts it names the card to look for."""
     row, column = place_words(looked_at)
     mark = looked_at.mark
     return f"the dot on {card.color} {row} {column} is {mark} . <answer> {mark} </answer>"
@@ -162,7 +162,7 @@ def answer_text(card, looked_at):
 
 def cell_words(cards):
     """The words that describe each image token: color, dot, row and column of the card whose center
-    it contains; "." for background; none if it contains only a part of a card."""
+    it contains, "." for background, or none if it contains only a part of a card."""
     words = [["."] for _ in range(GRID[0] * GRID[1])]
     for card in cards:
         for cell in region_mask([card.box], (SIZE, SIZE), GRID).nonzero().flatten().tolist():
@@ -175,7 +175,7 @@ def cell_words(cards):
 
 
 class Teacher:
-    """Training batches: images, each with four questions and answers as the turns of one chat."""
+    """Makes training batches of images, each with four questions and answers in one chat."""
 
     def __init__(self, tokenizer, seed, turns=4):
         self.tokenizer, self.turns, self.next_scene = tokenizer, turns, 0
@@ -184,9 +184,9 @@ class Teacher:
         self.processor = make_processor()
 
     def sample(self, careless):
-        """One image and its chat. Args: careless, the share of answers about the central card; None
-        for stage 1. Returns: the image, token ids (S,), for each turn whether the words of the
-        place get no loss, and `cell_words`."""
+        """One image and its chat. Args: careless, the share of answers about the central card, or
+        None in stage 1. Returns: the image, token ids (S,), whether the words for the place get no
+        loss in each turn, and `cell_words`."""
         cards = self.scenes.layout(self.next_scene)
         self.next_scene += 1
         messages, skip_place = [], []
@@ -206,8 +206,8 @@ class Teacher:
         return draw(cards, SIZE), torch.tensor(ids), skip_place, cell_words(cards)
 
     def batch(self, size, careless=None):
-        """Returns: the model's inputs; labels (B, S), -100 where there is no loss; the weight of
-        each label (B, S); the soft labels of the image tokens (B * N, V)."""
+        """Returns: the model's inputs, labels (B, S) with -100 where there is no loss, the weight
+        of each label (B, S), and the soft labels of the image tokens (B * N, V)."""
         samples = [self.sample(careless) for _ in range(size)]
         images, ids, skip_place, words = zip(*samples)
         ids = torch.stack(ids)  # all chats have the same number of words: no padding needed
@@ -220,7 +220,7 @@ class Teacher:
         return model_inputs(self.tokenizer, self.processor, images, ids), labels, weight, soft
 
     def labels(self, ids, skip_place):
-        """Labels and their weights, both (B, S): only the answers get loss."""
+        """Labels and their weights, both (B, S). Only the answers get loss."""
         token_id = self.tokenizer.convert_tokens_to_ids
         labels, weight = torch.full_like(ids, -100), torch.ones(ids.shape)
         for b, row in enumerate(ids.tolist()):
@@ -247,7 +247,7 @@ def model_inputs(tokenizer, processor, images, ids):
 
 @torch.no_grad()
 def greedy_accuracy(model, tokenizer, scenes, blank=False):
-    """The shares of greedy answers that name the right place, and that give the right answer.
+    """The share of greedy answers that name the right place, and the share that are right.
 
     Args: blank, whether to show an empty image instead of the scene.
     """
@@ -274,8 +274,8 @@ def make_prompt(tokenizer, text):
 
 
 def train(model, teacher, steps, learning_rate, careless, batch_size, scenes):
-    """Supervised training with a cosine schedule; prints the accuracy on `scenes` every 200 steps.
-    `careless` as in `Teacher.sample`."""
+    """Supervised training with a cosine schedule. Prints the accuracy on `scenes` every 200 steps.
+    Args: careless, as in `Teacher.sample`."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
@@ -305,14 +305,14 @@ def train(model, teacher, steps, learning_rate, careless, batch_size, scenes):
 
 
 def losses(model, inputs, labels, weight, soft):
-    """The loss of the answers, and that of the side task, of one batch of `Teacher.batch`."""
+    """The losses of the answers and of the side task, for a batch from `Teacher.batch`."""
     out = model(**inputs, output_hidden_states=True)
     loss = cross_entropy(
         out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
     )
     loss = (loss * weight[:, 1:].flatten()).sum() / (labels[:, 1:] != -100).sum()
     side_loss = 0
-    for hidden in out.hidden_states[1:-1] + (None,):  # every layer; None: the last
+    for hidden in out.hidden_states[1:-1] + (None,):  # one per layer; None is the last
         norm = model.model.language_model.norm
         logits = out.logits if hidden is None else model.lm_head(norm(hidden))
         cells = logits[inputs["mm_token_type_ids"] == 1]
@@ -337,7 +337,7 @@ def main():
         help="stage 2: share of answers about the central card (default: 0.62)",
     )
     parser.add_argument(
-        "--start_from", type=Path, help="skip stage 1: the folder of a model that has finished it"
+        "--start_from", type=Path, help="skip stage 1; the folder of a stage-1 model"
     )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -351,7 +351,7 @@ def main():
         teacher = Teacher(tokenizer, args.seed)
         train(model, teacher, args.see_steps, 1.2e-3, None, args.batch_size, scenes)
     if args.careless_steps:
-        # A new teacher: stage 2 is the same with and without --start_from.
+        # With a new teacher, stage 2 is the same with and without --start_from.
         teacher = Teacher(tokenizer, args.seed + 1)
         train(model, teacher, args.careless_steps, 5e-4, args.careless, args.batch_size, scenes)
     for part in (model, tokenizer, make_processor()):
