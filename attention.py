@@ -1,26 +1,38 @@
-"""Attention of the language model: G completions share a prompt, and image attention is recorded.
+"""Attention of the language model: G completions share one prompt, and attention to the image is
+recorded.
 
-A completion attends to the prompt and to itself, never to its siblings. Time and memory therefore
-grow with G * C * (P + C), not with the square of the packed length."""
+`sayo_attention` runs in every layer, on top of transformers' own SDPA. A completion attends to its
+prompt and to itself, never to other completions: time and memory grow with G * C * (P + C), not
+with the square of the packed length.
+"""
 
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn.functional import pad
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 
 @dataclass
+class PackedGroup:
+    """The part `[prompt | c_1 | ... | c_G]` of a packed sequence; G is 0 for a prompt alone."""
+
+    P: int
+    G: int
+    C: int
+    image_positions: torch.Tensor  # (N,)
+    mask: torch.Tensor  # (1, 1, C, P + C) bool, for every completion
+
+
+@dataclass
 class Capture:
-    """Records the attention of some layers to the image tokens in one packed forward pass."""
+    """What to record during one packed forward: some layers' attention to the image tokens."""
 
     layers: list[int]
     heads: list[int]
-    image_positions: torch.Tensor  # (N,)
     average_heads: bool = True
-    maps: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> see image_attention
+    maps: dict[int, list] = field(default_factory=dict)  # layer -> image_attention of every group
 
 
 @dataclass
@@ -29,32 +41,30 @@ class PromptCache:
 
     keys: torch.Tensor  # (B, H_kv, P, D), shorter prompts padded on the right
     values: torch.Tensor  # (B, H_kv, P, D)
-    padding: torch.Tensor  # (B, P) bool, true on padding
+    padding: torch.Tensor | None  # (B, P) bool, true on padding; None if there is none
 
 
-def sayo_attention(layer, query, key, value, attention_mask, packed=None, prompts=None, **kwargs):
-    """The attention function of every layer. Its arguments select one of three cases:
-    - `prompts`, a PromptCache per layer: decoding one token of every completion
-    - `packed`, (P, G, C): a packed sequence, see `packed_attention`
-    - neither: a prompt alone, or the vision tower
+def sayo_attention(layer, query, key, value, attention_mask, packed=None, **kwargs):
+    """The attention function of every layer: for a packed sequence if `packed` is a list of
+    PackedGroup, else for the vision tower or a plain sequence.
     Returns: (B, S, H, D) and None, like every attention function in transformers."""
     capture = kwargs.pop("capture", None)
-    if prompts is not None:
-        return decode_attention(query, key, value, prompts[layer.layer_idx], layer.scaling), None
     if packed is None:
         return sdpa(layer, query, key, value, attention_mask, **kwargs)
-    # Gradient checkpointing runs a layer twice; on recomputation the map already exists.
+    lengths = [group.P + group.G * group.C for group in packed]
+    groups = list(zip(packed, *(x.split(lengths, 2) for x in (query, key, value))))
+    # Gradient checkpointing runs a layer twice; on recomputation the maps already exist.
     if capture and layer.layer_idx in set(capture.layers) - set(capture.maps):
-        weights = image_attention(query, key, packed, capture, layer.scaling)
-        capture.maps[layer.layer_idx] = weights
-    return packed_attention(layer, query, key, value, attention_mask, packed, **kwargs), None
+        maps = [image_attention(q, k, group, capture, layer.scaling) for group, q, k, _ in groups]
+        capture.maps[layer.layer_idx] = maps
+    return torch.cat([group_attention(layer, *group, **kwargs) for group in groups], 1), None
 
 
-def packed_attention(layer, query, key, value, mask, packed, **kwargs):
+def group_attention(layer, group, query, key, value, **kwargs):
     """Attend in `[prompt | c_1 | ... | c_G]`: the prompt to itself, each completion to the prompt
-    and its own past. Args: query (1, H, S, D), key and value (1, H_kv, S, D) with
-    S = P + G*C; mask (1, 1, C, P + C), for the completions. Returns: (1, S, H, D)."""
-    P, G, C = packed
+    and its own past. Args: query (1, H, S, D), key and value (1, H_kv, S, D) with S = P + G*C.
+    Returns: (1, S, H, D)."""
+    P, G, C = group.P, group.G, group.C
 
     def completions(x):
         return x[0, :, P:].unflatten(1, (G, C)).transpose(0, 1)  # (G, H, C, D)
@@ -64,52 +74,41 @@ def packed_attention(layer, query, key, value, mask, packed, **kwargs):
 
     q, k, v = (x[:, :, :P] for x in (query, key, value))
     prompt_out, _ = sdpa(layer, q, k, v, None, **kwargs)  # (1, P, H, D)
+    if not G:
+        return prompt_out
     q, k, v = completions(query), with_prompt(key), with_prompt(value)
-    completion_out, _ = sdpa(layer, q, k, v, mask, **kwargs)  # (G, C, H, D)
+    completion_out, _ = sdpa(layer, q, k, v, group.mask, **kwargs)  # (G, C, H, D)
     return torch.cat([prompt_out, completion_out.flatten(0, 1)[None]], 1)
 
 
-def stack_prompts(caches):
-    """Stack the transformers caches of B prompts. Returns: a list with a PromptCache per layer."""
-    lengths = [cache.get_seq_length() for cache in caches]
-    padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]  # (B, P)
-    padding = padding.to(caches[0].layers[0].keys.device)
+def decode_attention(query, keys, values, prompt, scaling):
+    """One new token of every completion attends to its prompt and to its own past.
 
-    def stack(tensors):
-        return torch.cat([pad(t, (0, 0, 0, max(lengths) - t.shape[2])) for t in tensors])
-
-    return [
-        PromptCache(stack([x.keys for x in xs]), stack([x.values for x in xs]), padding)
-        for xs in zip(*(cache.layers for cache in caches))
-    ]
-
-
-def decode_attention(query, key, value, prompt, scaling):
-    """Let one new token of every completion attend to its prompt and to its own past.
-
-    Args: query (B*G, H, 1, D); key and value (B*G, H_kv, t, D) of the completions so far; prompt,
-    the layer's PromptCache of B prompts. Returns: (B*G, 1, H, D)."""
-    B, kv_heads, P, D = prompt.keys.shape
-    q = query.view(B, -1, kv_heads, query.shape[1] // kv_heads, D) * scaling  # (B, G, H_kv, h, D)
-    key, value = key.unflatten(0, (B, -1)), value.unflatten(0, (B, -1))  # (B, G, H_kv, t, D)
-    to_prompt = torch.einsum("bgkhd,bkpd->bgkhp", q, prompt.keys)
-    to_prompt = to_prompt.masked_fill(prompt.padding[:, None, None, None], -torch.inf)
-    to_own = torch.einsum("bgkhd,bgktd->bgkht", q, key)
-    weights = torch.cat([to_prompt, to_own], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
-    out = torch.einsum("bgkhp,bkpd->bgkhd", weights[..., :P], prompt.values)
-    out = out + torch.einsum("bgkht,bgktd->bgkhd", weights[..., P:], value)
-    return out.reshape(query.shape).transpose(1, 2)
+    Args: query (B, H_kv, G, h, D) of B prompts with G completions, h query heads per key head; keys
+    and values (B, H_kv, G, t, D) of the completions so far; prompt, the layer's PromptCache of B
+    prompts. Returns: the shape of `query`."""
+    B, kv_heads, G, h, D = query.shape
+    P, q, shape = prompt.keys.shape[2], query.contiguous() * scaling, query.shape[:-1]
+    to_prompt = q.view(B * kv_heads, G * h, D) @ prompt.keys.flatten(0, 1).mT  # (B*H_kv, G*h, P)
+    to_own = q.view(-1, h, D) @ keys.flatten(0, 2).mT  # (B*H_kv*G, h, t)
+    scores = torch.cat([to_prompt.view(*shape, P), to_own.view(*shape, -1)], -1)
+    if prompt.padding is not None:
+        scores[..., :P].masked_fill_(prompt.padding[:, None, None, None], -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
+    from_prompt = weights[..., :P].flatten(2, 3).flatten(0, 1) @ prompt.values.flatten(0, 1)
+    own = weights[..., P:].flatten(0, 2), values.flatten(0, 2)
+    return torch.baddbmm(from_prompt.view(-1, h, D), *own).view(query.shape)
 
 
 @torch.no_grad()
-def image_attention(query, key, packed, capture, scaling):
+def image_attention(query, key, group, capture, scaling):
     """The attention weights to the image tokens: softmax(q k^T) in fp32, one head at a time.
 
-    Args: query (1, H, S, D) and key (1, H_kv, S, D), S = P + G*C; packed, (P, G, C).
+    Args: query (1, H, S, D) and key (1, H_kv, S, D) of one PackedGroup, S = P + G*C.
     Returns: (1 + G*C, N), averaged over `capture.heads`, or (H, 1 + G*C, N) if not averaged. Row 0
     is the prompt's last token. Extra memory: a few times (1 + G*C) * (P + C) floats.
     """
-    P, G, C = packed
+    P, G, C = group.P, group.G, group.C
     queries_per_key = query.shape[1] // key.shape[1]
     future = torch.ones(C, C, dtype=torch.bool, device=query.device).triu(1)
 
@@ -119,7 +118,7 @@ def image_attention(query, key, packed, capture, scaling):
         own = own.masked_fill_(future, -torch.inf).flatten(0, 1)  # (G*C, C)
         own = torch.cat([own.new_full((1, C), -torch.inf), own])  # the prompt sees no completion
         scores = torch.cat([q[P - 1 :] @ k[:P].T, own], 1)  # (1 + G*C, P + C)
-        return scores.mul_(scaling).softmax(-1)[:, capture.image_positions]  # (1 + G*C, N)
+        return scores.mul_(scaling).softmax(-1)[:, group.image_positions]  # (1 + G*C, N)
 
     if capture.average_heads:
         return sum(head_map(head) for head in capture.heads) / len(capture.heads)

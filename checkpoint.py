@@ -6,7 +6,6 @@ ahead of the checkpoint, or no adapter/. Resuming cuts both logs back and writes
 import json
 import os
 import shutil
-import signal
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,34 +14,14 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from commands import run_folder
-from commands.checkpoint_file import load_checkpoint, pack_checkpoint
-from commands.run_folder import CHECKPOINTS, remove, resume_command, sync
-from commands.settings import check_checkpoint, stored_settings
-from commands.signals import handle_signals, mute_lost_terminal, signals_to_stop
 from config import InputError
+from runtime import run_folder
+from runtime.checkpoint_file import load_checkpoint, pack_checkpoint
+from runtime.run_folder import CHECKPOINTS, remove, resume_command, sync
+from runtime.settings import check_checkpoint, stored_settings
+from runtime.signals import Stopped
 
 LOGS = "metrics.jsonl", "samples.jsonl"
-
-
-class Stopped(Exception):
-    """Raised on Ctrl-C, SIGTERM or SIGHUP, before any update of the step."""
-
-
-@contextmanager
-def stop_signals():
-    """Append signals to the yielded list, which the loop checks between groups. A second Ctrl-C
-    ends the program immediately."""
-    stop = []
-
-    def handler(number, frame):
-        if stop and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        mute_lost_terminal()
-        stop.append(number)
-
-    with handle_signals(signals_to_stop(), handler):
-        yield stop
 
 
 class RunDirectory:

@@ -37,15 +37,18 @@ class Config:
     )
     max_pixels: int = flag(2**18, "downscale larger images to this many pixels", minimum=1)
     device: str = flag(
-        "auto", "auto is cuda if available", may_change=True, choices=["auto", "cuda", "cpu"]
+        "auto",
+        "auto: CUDA if available, else CPU",
+        may_change=True,
+        choices=["auto", "cuda", "cpu"],
     )
-    deterministic: bool = flag(False, "slower CUDA kernels that make a resumed run bit-identical")
+    deterministic: bool = flag(False, "use slower CUDA kernels that resume bit-identically")
     # data
     dataset: str = flag(
         "scenes", "scenes (generated), a .jsonl file, gqa, refocus; + joins several"
     )
     data_dir: str = flag("", "folder of GQA: questions, scene graphs, images/", may_change=True)
-    mix: str = flag("", "share of each joined data set, e.g. 0.8,0.2 for the paper's gqa+refocus")
+    mix: str = flag("", "share of each joined data set; the paper's gqa+refocus: 0.8,0.2")
     skip_bad_examples: bool = flag(
         False, "skip and count unusable examples instead of stopping", may_change=True
     )
@@ -62,12 +65,15 @@ class Config:
     num_generations: int = flag(8, "G, completions per question (official code: 16)", minimum=2)
     prompts_per_step: int = flag(4, "questions per optimizer step", minimum=1)
     completions_per_forward: int = flag(
-        0, "micro-batch; lower saves memory, 0 means all G", may_change=True, minimum=0
+        0,
+        "micro-batch: below G saves memory, above G packs groups; 0: G",
+        may_change=True,
+        minimum=0,
     )
     max_completion_length: int = flag(110, "maximum tokens in a completion", minimum=1)
     temperature: float = flag(1.0, "used for sampling and scoring (no top-p)", minimum=0.01)
     learning_rate: float = flag(5e-6, "peak learning rate of AdamW", minimum=0)
-    lr_scheduler_type: str = flag("cosine", "after warm-up", choices=["cosine", "constant"])
+    lr_scheduler_type: str = flag("cosine", "after the warm-up", choices=["cosine", "constant"])
     warmup_steps: int = flag(5, "steps of linear warm-up", minimum=0)
     weight_decay: float = flag(0.01, "weight decay of AdamW", minimum=0)
     max_grad_norm: float = flag(0.8, "clip the gradient to this norm; 0 or less disables clipping")
@@ -78,16 +84,20 @@ class Config:
     num_iterations: int = flag(1, "optimizer updates per batch of completions", minimum=1)
     seed: int = flag(0, "seed of all randomness", minimum=0, maximum=2**63 - 1)
     # reward
-    reward_weights: str = flag("attention=1,format=1,accuracy=0", "weights; all rewards are logged")
+    reward_weights: str = flag(
+        "attention=1,format=1,accuracy=0", "name=weight pairs; all are logged"
+    )
     token_fraction: float = flag(
-        0.3, "fraction of tokens rewarded for attention, by entropy", above=0, maximum=1
+        0.3, "fraction of tokens that count, highest entropy first", above=0, maximum=1
     )
     alignment: str = flag(
-        "query", "a token's row: as query, or predicting it", choices=["query", "predict"]
+        "query",
+        "attention row of a token: its own, or the predicting one",
+        choices=["query", "predict"],
     )
-    layers: str = flag("-1", "layers whose attention is rewarded: all, or as 2,3 or --layers=-2,-1")
+    layers: str = flag("-1", "layers whose attention counts: all, or as 2,3 or --layers=-2,-1")
     heads: str = flag("all", "heads of those layers: all, or as 0,3")
-    format_lengths: str = flag("60,100", "min,max tokens of a completion for full format reward")
+    format_lengths: str = flag("60,100", "min,max tokens that earn the full format reward")
     # evaluation
     eval_examples: int = flag(64, "held-out questions of each evaluation; 0 skips it", minimum=0)
     # run
@@ -113,6 +123,7 @@ TINY = dict(
     layers="3",
     heads="2",
     format_lengths="10,18",
+    completions_per_forward=64,
     eval_examples=256,
 )
 

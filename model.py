@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
 
-from attention import Capture, stack_prompts
+from attention import Capture, PackedGroup
 from config import InputError
+from sources.decoding import Decoder
+from sources.packing import image_features, split_by_tokens, stack_prompts
 from sources.pretrained import (
     add_lora,
     choose_device,
@@ -23,6 +24,9 @@ from sources.pretrained import (
 )
 
 LOGITS_PER_CHUNK = 2**24  # floats: 64 MiB, about 110 tokens of Qwen's vocabulary
+CHECK_DONE = {
+    "cuda": 8
+}  # tokens between checks whether all completions end: each waits for the GPU
 
 
 @dataclass
@@ -35,19 +39,19 @@ class Prompt:
     image_grid_thw: torch.Tensor  # (1, 3) in patches
     position_ids: torch.Tensor  # (3, P): time, height, width (M-RoPE)
     grid: tuple[int, int]  # (rows, cols) of image tokens, rows * cols = N
-    features: object = None  # output of the vision tower, once computed
+    features: list = None  # of the vision tower, once computed: (N, D), then deepstack's levels
 
 
 @dataclass
 class Completions:
-    """G completions of one prompt. `mask` is true on real tokens, end of turn included: found by
-    position, never by comparing with the padding token, which a model may write itself."""
+    """G completions of one prompt. `mask` is true on real tokens including the end of turn. It is
+    determined by position, because a model may itself write the padding token."""
 
     ids: torch.Tensor  # (G, C), padded on the right
     mask: torch.Tensor  # (G, C) bool
     texts: list[str] = ()
-    temperature: float = 1.0  # of the distribution that scores them
-    finished: torch.Tensor = None  # (G,) bool: ended by itself, not cut off
+    temperature: float = 1.0  # used for scoring
+    finished: torch.Tensor = None  # (G,) bool: ended with a stop token
 
     def __getitem__(self, rows: slice):
         return Completions(self.ids[rows], self.mask[rows], self.texts[rows], self.temperature)
@@ -55,7 +59,7 @@ class Completions:
 
 @dataclass
 class Scores:
-    """`logps` carries gradient outside `no_grad`; the rest never does. Padding holds garbage."""
+    """Only `logps` carries gradient, outside `no_grad`. Values at padding are undefined."""
 
     logps: torch.Tensor  # (G, C) log p of each token
     entropy: torch.Tensor  # (G, C) nats, of the distribution each token was drawn from
@@ -64,7 +68,7 @@ class Scores:
 
 
 class Vlm:
-    """A Qwen2.5-VL or Qwen3-VL with LoRA; `load_vlm` makes it. `.model` is the PEFT model."""
+    """A Qwen2.5-VL or Qwen3-VL with LoRA; created by `load_vlm`. `.model` is the PEFT model."""
 
     def __init__(self, model, tokenizer, processor, layers, heads, per_forward, checkpointing):
         self.model, self.tokenizer, self.image_processor = model, tokenizer, processor
@@ -80,10 +84,11 @@ class Vlm:
         self.heads = resolve_indices("head", heads, text.num_attention_heads)
         if checkpointing:
             self.core.activation_checkpointing_enable({"use_reentrant": False})
-        # Tokens that stand for an image are not words: they are neither sampled nor scored.
+        # Image placeholders are not text: they are neither sampled nor scored.
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         ids = (getattr(config, name, None) for name in names)
-        self.placeholders = [id for id in ids if id is not None]
+        ids = [id for id in ids if id is not None]
+        self.placeholders = torch.tensor(ids, device=self.device)
         stop = self.core.generation_config.eos_token_id
         stop = tokenizer.eos_token_id if stop is None else stop
         stop = stop if isinstance(stop, list) else [stop]
@@ -98,7 +103,7 @@ class Vlm:
         """Lay out an image and a question by the model's chat template.
 
         The template's one image placeholder is repeated N times, N = prod(image_grid_thw) /
-        merge_size^2, so it is plain to see where the image tokens are. Prompts are never truncated.
+        merge_size^2, which makes the positions explicit. Prompts are never truncated.
         Returns: Prompt. Raises: InputError if the question contains an image placeholder.
         """
         pixels = self.image_processor(images=[image.convert("RGB")], return_tensors="pt")
@@ -126,13 +131,12 @@ class Vlm:
 
     @torch.no_grad()
     def sample_groups(self, prompts, num_generations, max_tokens, temperature=1.0, generator=None):
-        """`num_generations` completions of up to `max_tokens` tokens for each of B prompts at once.
-        Temperature 0 is greedy. There is no top-p: what is sampled is what `score` scores.
+        """`num_generations` completions of up to `max_tokens` tokens for each of B prompts at once,
+        without top-p, so that sampling and scoring use one distribution. Temperature 0 is greedy.
         Returns: B Completions, to be scored at the same temperature (greedy ones at 1)."""
-        self.model.eval()
-        G = num_generations
-        hidden, prompt_caches, position = self._prefill(prompts, G)
-        ids, live, own_cache = [], [], DynamicCache()
+        G, check_every = num_generations, CHECK_DONE.get(self.device.type, 1)
+        hidden, prompt_caches, start = self._prefill(prompts, G)
+        decoder, ids, live = self._decoder(prompt_caches, start, max_tokens), [], []
         done = torch.zeros(len(hidden), dtype=torch.bool, device=self.device)  # (B*G,)
         for step in range(max_tokens):
             logits = self._logits(hidden, temperature or 1.0)  # (B*G, V)
@@ -144,27 +148,28 @@ class Vlm:
             ids.append(token.masked_fill(done, self.pad_id))
             live.append(~done)
             done = done | torch.isin(token, self.stop_ids)
-            if done.all() or step + 1 == max_tokens:
+            if step + 1 == max_tokens or step % check_every == 0 and done.all():
                 break
-            hidden = self._decode_step(ids[-1], position + step, prompt_caches, own_cache)
+            hidden = decoder.step(ids[-1], step)
         ids, mask = torch.stack(ids, 1), torch.stack(live, 1)  # (B*G, C)
         groups = zip(ids.split(G), mask.split(G), done.split(G))
         return [self._completions(*group, temperature or 1.0) for group in groups]
 
     def _prefill(self, prompts, G):
         """Run every prompt once. Returns: the hidden states (B*G, D) that predict the first tokens,
-        the prompts' caches, and the positions (B*G, 1) of the first tokens."""
-        inputs = [(p, p.input_ids[None], p.position_ids[:, None]) for p in prompts]
-        states, caches = zip(*(self._forward(*each, use_cache=True) for each in inputs))
-        hidden = torch.cat([h[:, -1].expand(G, -1) for h in states])
+        the prompts' caches, and the positions (B*G,) of the first tokens."""
+        hidden, caches, none = [], [], torch.empty(0, 0, dtype=torch.long, device=self.device)
+        for batch in split_by_tokens(prompts, lambda prompt: len(prompt.input_ids)):
+            states, cache = self._packed_forward(batch, [none] * len(batch), use_cache=True)
+            lengths = [len(p.input_ids) for p in batch]
+            caches.append((cache, lengths))
+            hidden += [h[-1].expand(G, -1) for h in states.split(lengths)]
         # With M-RoPE an image takes up fewer positions than tokens.
-        position = torch.stack([p.position_ids.max() + 1 for p in prompts])
-        return hidden, stack_prompts(caches), position.repeat_interleave(G)[:, None]
+        start = torch.stack([p.position_ids.max() + 1 for p in prompts]).repeat_interleave(G)
+        return torch.cat(hidden), stack_prompts(caches), start
 
-    def _decode_step(self, token, position, prompt_caches, own_cache):
-        """Feed one token (B*G,) of every completion. Returns: hidden states (B*G, D)."""
-        caches = {"use_cache": True, self.cache_name: own_cache, "prompts": prompt_caches}
-        return self._forward(None, token[:, None], position.expand(3, -1, -1), **caches)[0][:, -1]
+    def _decoder(self, *args):
+        return Decoder(self.core, *args)
 
     def _completions(self, ids, mask, done, temperature):
         longest = mask.sum(1).max()  # other groups may be longer
@@ -174,91 +179,86 @@ class Vlm:
         return Completions(ids, mask, texts, temperature, done)
 
     def score(self, prompt, completions, attention=True, reference=False):
-        """Log-probability, entropy and attention to the image of every token of a group, in one
-        packed forward, or in several if `completions_per_forward` is less than G.
+        """The Scores of one group, see `score_groups`."""
+        return self.score_groups([prompt], [completions], attention, reference)[0]
+
+    def score_groups(self, prompts, completions, attention=True, reference=False):
+        """Log-probability, entropy and attention to the image of every token of some groups, in one
+        packed forward; group by group in parts if `completions_per_forward` is less than G.
 
         Args: reference, switch the adapter off: the model before training.
-        Returns: Scores; the attention is the mean over this Vlm's layers and heads.
+        Returns: a list of Scores; the attention is the mean over this Vlm's layers and heads.
         """
-        G = len(completions.ids)
-        step = self.completions_per_forward or G
-        batches = [completions[i : i + step] for i in range(0, G, step)]
+        size = self.completions_per_forward
         with self.model.disable_adapter() if reference else nullcontext():
-            parts = [self._score(prompt, batch, attention) for batch in batches]
-        if len(parts) == 1:
-            return parts[0]
+            if 0 < size < max(len(c.ids) for c in completions):
+                groups = zip(prompts, completions)
+                return [self._score_in_parts(*group, attention, size) for group in groups]
+            return self._score(prompts, completions, attention)
+
+    def _score_in_parts(self, prompt, completions, attention, size):
+        rows = [completions[i : i + size] for i in range(0, len(completions.ids), size)]
+        parts = [self._score([prompt], [part], attention)[0] for part in rows]
         logps, entropy = (torch.cat([getattr(p, k) for p in parts]) for k in ("logps", "entropy"))
         maps = torch.cat([p.attention for p in parts]) if attention else None
         return Scores(logps, entropy, maps, parts[0].prompt_attention)
 
-    @torch.no_grad()
-    def attention_maps(self, prompt, completions):
-        """The attention to the image of every layer and head, for analysis rather than training.
-
-        Returns: (L, H, G, C, N), and (L, H, N) of the prompt's last token. Keep G small.
-        """
-        text = self.core.config.text_config
-        layers, heads = range(text.num_hidden_layers), range(text.num_attention_heads)
-        capture = Capture(layers, heads, prompt.image_positions, average_heads=False)
-        self._packed_forward(prompt, completions, capture)
-        maps = torch.stack([capture.maps[layer] for layer in layers])  # (L, H, 1 + G*C, N)
-        return maps[:, :, 1:].unflatten(2, completions.ids.shape), maps[:, :, 0]
-
-    def _score(self, prompt, completions, attention):
-        P, (G, C) = len(prompt.input_ids), completions.ids.shape
-        capture = Capture(self.layers, self.heads, prompt.image_positions) if attention else None
-        hidden = self._packed_forward(prompt, completions, capture)[0]  # (P + G*C, D)
-        # The prompt's last token predicts the first one; each token predicts its successor.
-        first, rest = hidden[P - 1].expand(G, 1, -1), hidden[P:].view(G, C, -1)[:, :-1]
-        predictors = torch.cat([first, rest], 1).flatten(0, 1)  # (G*C, D)
-        targets, temperature = completions.ids.flatten(), completions.temperature
-        logps, entropy = self._token_scores(predictors, targets, temperature)
-        scores = Scores(logps.view(G, C), entropy.view(G, C))
-        if attention:
-            maps = sum(capture.maps.values()) / len(self.layers)  # (1 + G*C, N)
-            scores.prompt_attention, scores.attention = maps[0], maps[1:].view(G, C, -1)
+    def _score(self, prompts, completions, attention):
+        capture = Capture(self.layers, self.heads) if attention else None
+        (temperature,) = {c.temperature for c in completions}  # one for all groups
+        ids, predictors = [c.ids for c in completions], []
+        hidden, _ = self._packed_forward(prompts, ids, capture)
+        lengths = [len(p.input_ids) + x.numel() for p, x in zip(prompts, ids)]
+        for prompt, x, h in zip(prompts, ids, hidden.split(lengths)):
+            P = len(prompt.input_ids)
+            # The prompt's last token predicts the first one; each token predicts its successor.
+            first, rest = h[P - 1].expand(len(x), 1, -1), h[P:].view(*x.shape, -1)[:, :-1]
+            predictors.append(torch.cat([first, rest], 1).flatten(0, 1))  # (G*C, D)
+        targets = torch.cat([x.flatten() for x in ids])
+        values = self._token_scores(torch.cat(predictors), targets, temperature)
+        values = zip(*(v.split([x.numel() for x in ids]) for v in values))
+        scores = [Scores(*(v.view(x.shape) for v in pair)) for pair, x in zip(values, ids)]
+        for number, group in enumerate(scores if attention else ()):
+            maps = sum(layer[number] for layer in capture.maps.values()) / len(self.layers)
+            group.prompt_attention = maps[0]
+            group.attention = maps[1:].view(*group.logps.shape, -1)  # (G, C, N)
         return scores
 
-    def _packed_forward(self, prompt, completions, capture):
-        """Hidden states (1, P + G*C, D) of `[prompt | c_1 | ... | c_G]`."""
-        # Checkpointing needs train mode, caching forbids it; no module here uses dropout.
+    def _packed_forward(self, prompts, ids, capture=None, **kwargs):
+        """Run `[prompt | c_1 | ... | c_G]` of several groups as one sequence. Args: ids (G, C) of
+        every group. Returns: hidden states (S, D) of the last layer, and the cache."""
+        # transformers checkpoints only in train mode and caches only without; nothing uses dropout.
         self.model.train(self.gradient_checkpointing and torch.is_grad_enabled())
-        P, (G, C) = len(prompt.input_ids), completions.ids.shape
-        ids = torch.cat([prompt.input_ids, completions.ids.flatten()])  # (P + G*C,)
-        start = prompt.position_ids.max() + 1  # of every completion
-        after = start + torch.arange(C, device=self.device)
-        positions = torch.cat([prompt.position_ids, after.repeat(3, G)], dim=1)  # (3, P + G*C)
-        # A completion sees the prompt and its own past.
-        mask = torch.ones(1, 1, C, P + C, dtype=torch.bool, device=self.device).tril(P)
-        layout = {"packed": (P, G, C), "attention_mask": mask, "capture": capture}
-        return self._forward(prompt, ids[None], positions[:, None], **layout)[0]
-
-    def _forward(self, prompt, ids, positions, **kwargs):
-        """Hidden states (B, S, D) of the last layer, and the cache. `prompt` provides the image, if
-        `ids` contain one; the frozen vision tower runs once per prompt."""
-        if prompt is not None:
-            if prompt.features is None:
-                image = prompt.pixel_values, prompt.image_grid_thw
-                with torch.no_grad():
-                    prompt.features = self.core.model.get_image_features(*image)
-            kwargs["mm_encoder_outputs"] = {"image": prompt.features}
-        kwargs.setdefault("use_cache", False)
-        out = self.core.model(input_ids=ids, position_ids=positions, **kwargs)
-        return out.last_hidden_state, getattr(out, self.cache_name)
+        tokens, positions, packed = [], [], []
+        for prompt, (G, C), completions in zip(prompts, (x.shape for x in ids), ids):
+            P, start = len(prompt.input_ids), prompt.position_ids.max() + 1  # of every completion
+            after = (start + torch.arange(C, device=self.device)).repeat(3, G)
+            tokens += [prompt.input_ids, completions.flatten()]
+            positions += [prompt.position_ids, after]
+            # A completion sees the prompt and its own past.
+            mask = torch.ones(1, 1, C, P + C, dtype=torch.bool, device=self.device).tril(P)
+            packed.append(PackedGroup(P, G, C, prompt.image_positions, mask))
+        out = self.core.model(
+            input_ids=torch.cat(tokens)[None],
+            position_ids=torch.cat(positions, 1)[:, None],
+            attention_mask=packed[0].mask,  # not used: keeps transformers from building a large one
+            mm_encoder_outputs={"image": image_features(self.core.model, prompts)},
+            **{"use_cache": False, "packed": packed, "capture": capture} | kwargs,
+        )
+        return out.last_hidden_state[0], getattr(out, self.cache_name)
 
     def _logits(self, hidden, temperature):
         """fp32 logits (R, V) of the distribution that is sampled and scored, of states (R, D)."""
         logits = self.core.lm_head(hidden).float().div_(temperature)
-        logits[:, self.placeholders] = -torch.inf
-        return logits
+        return logits.index_fill_(1, self.placeholders, -torch.inf)
 
     def _token_scores(self, hidden, targets, temperature):
         """log p of `targets` (R,) and the entropy (R,), of states (R, D), in chunks of rows: the
-        logits of a chunk are dropped, and computed again for the gradient. (R, V) never exists."""
+        logits of a chunk are recomputed for the gradient, so (R, V) is never materialized."""
 
         def chunk(hidden, targets):
             logps = self._logits(hidden, temperature).log_softmax(-1)  # (rows, V)
-            # The entropy comes last and needs no gradient: recomputation stops before it.
+            # The entropy is computed last, so that recomputation can stop before it.
             chosen = logps.gather(-1, targets[:, None])[:, 0]
             return chosen, torch.special.entr(logps.detach().exp()).sum(-1)
 
@@ -281,18 +281,20 @@ def load_vlm(
     heads=None,
     dtype=None,
 ):
-    """Load a Qwen2.5-VL or Qwen3-VL from the hub or a folder, in 4 bits, frozen but for LoRA on the
-    language model's linear layers.
+    """Load a Qwen2.5-VL or Qwen3-VL from the hub or a folder, in 4 bits, frozen except for
+    LoRA on the language model's linear layers.
 
     Args: device, by default CUDA if available; max_pixels, images are scaled down to this area;
     completions_per_forward, 0 for a whole group; layers and heads whose attention `score`
-    averages, None for all; dtype, by default the device's. Returns: Vlm. Raises: InputError.
+    averages, None for all; dtype, from `choose_device`. Returns: Vlm. Raises: InputError.
     """
     device, dtype = choose_device(device, dtype)
     model, tokenizer, processor = load_pretrained(str(name_or_path), load_in_4bit, device, dtype)
     if max_pixels:
-        least = min(processor.size["shortest_edge"], max_pixels // 2)  # small images are scaled up
+        least = min(processor.size["shortest_edge"], max_pixels // 2)  # must be below the limit
         processor.size = {"shortest_edge": least, "longest_edge": max_pixels}
+    if model.num_parameters() < 1e7:
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors gain from two
     model = add_lora(model, lora_r, lora_alpha)
     settings = layers, heads, completions_per_forward, gradient_checkpointing
     return Vlm(model, tokenizer, processor, *settings)

@@ -12,7 +12,7 @@ import torch
 def _fp32(values, **masks):
     """`values` in fp32, or unchanged if more precise. Raises: ValueError naming a non-bool mask."""
     for name, mask in masks.items():
-        if mask.dtype != torch.bool:  # 0 and 1 would be used as indices
+        if mask.dtype != torch.bool:  # an integer mask would index, not select
             raise ValueError(f"{name} is {mask.dtype}: a mask must be bool")
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
@@ -87,7 +87,7 @@ def find_answer(text):
 
 def format_reward(text, n_tokens, shortest=60, longest=100):
     """0 unless there is exactly one well-formed answer. Then 0.6 * n / shortest for n < shortest
-    tokens, 0.6 * longest / n for n > longest, else 1, like the official code. Returns: float."""
+    tokens, 0.6 * longest / n for n > longest, else 1: the official code's rule. Returns: float."""
     if find_answer(text) is None:
         return 0.0
     if n_tokens < shortest:
@@ -154,7 +154,7 @@ def localization(attention, region):
 
     Args: attention (N,), region (N,) bool. Returns floats: `auroc`, the probability that a cell
     inside gets more attention than one outside, ties count half (0.5; NaN if all are inside);
-    `mass_over_area`, rho (1); `pointing`, whether the largest cell is inside, averaged over ties
+    `mass_over_area`, rho (1); `pointing`, whether the highest cell is inside, averaged over ties
     (region / image); `tas`, Target Attention Score, (1 + r_v) / 2 (0.5); `image_mass`, the sum.
     """
     attention = _fp32(attention, region=region)

@@ -1,7 +1,7 @@
 """sayo-mini: reinforcement learning of where a vision-language model looks, on one GPU.
 
-GRPO with SAYO's reward: how much of the attention to the image falls on the annotated region while
-the model is uncertain what to say next. Start at `train_step`; docs/algorithm.md explains it.
+GRPO with SAYO's reward: how much denser attention is on the annotated region than on the whole
+image, at the tokens where the model is least certain. Start at `train_step`; see docs/algorithm.md.
 """
 
 import math
@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 sys.path.insert(0, __file__.removesuffix("sayo_mini.py"))  # for `python -m sayo_mini.sayo_mini`
-from commands.parser import check_command_line, parse_command_line, run_config
+from runtime.parser import check_command_line, parse_command_line, run_config
 
 if __name__ == "__main__":  # answer --help and refuse bad flags before torch takes seconds to load
     check_command_line(sys.argv[1:])
@@ -23,15 +23,17 @@ from analysis.alarms import print_alarms
 from analysis.evaluate import are_results, evaluate
 from analysis.metrics import attention_metrics, json_row, mean_rewards, sample_rows, step_metrics
 from analysis.report import write_report
-from checkpoint import RunDirectory, Stopped, resume_command, stop_signals
+from checkpoint import RunDirectory, resume_command
 from commands import run_subcommand
-from commands.errors import halve_micro_batch, one_line_errors
 from config import parse_ints, parse_weights
 from data import Example, encode_example, example_region
 from model import Completions, Prompt, load_vlm
+from runtime.errors import one_line_errors
+from runtime.out_of_memory import halve_micro_batch
+from runtime.signals import Stopped, stop_signals
 from sources import load_datasets, step_examples
 
-SAMPLED_AT_ONCE = 64  # completions: decoding more of them together is nearly free
+SAMPLED_AT_ONCE = 64  # completions: up to this many, decoding more at once costs little time
 NO_LOSS_SCALE = torch.amp.GradScaler(enabled=False)
 
 
@@ -47,31 +49,33 @@ class Group:
     advantages: torch.Tensor  # (G,)
     zero_std: bool  # all total rewards are equal: nothing to learn
     old_logps: torch.Tensor  # (G, C) under the policy that sampled
-    ref_logps: torch.Tensor | None  # (G, C) under the model before training; None without KL
     log: dict[str, float]  # means over the group
+    ref_logps: torch.Tensor | None = None  # (G, C) under the model before training, for the KL
 
 
 def train_step(vlm, examples, cfg, optimizer, generator, stop=(), scaler=NO_LOSS_SCALE):
     """One batch of questions: sample completions, reward them, update the adapter.
 
-    A group costs three forwards of P + G*C tokens: sampling, the reference (none if `beta` is 0),
-    and one for rewards and gradient; one more if `completions_per_forward` splits the group.
+    Each group takes three forwards of P + G*C tokens: sampling, reference (unless `beta` is 0), and
+    one for rewards and gradient; a fourth if `completions_per_forward` splits the group.
     Args: scaler, a GradScaler for a model in fp16. Returns: (metrics, see `step_metrics`; samples,
     a dict per completion). Raises: Stopped once `stop` is non-empty, never after an update.
     """
     rollouts = roll_out(vlm, examples, cfg, generator, stop)
     step_tokens = sum(completions.mask.sum().item() for *_, completions in rollouts)
+    size = max(1, cfg.completions_per_forward // cfg.num_generations)  # groups per forward
     groups, losses = [], []
-    for rollout in rollouts:  # one at a time, to hold only one group's activations
+    for i in range(0, len(rollouts), size):  # one batch's activations are in memory at a time
         if stop:
             raise Stopped
-        group, scores = score_and_reward(vlm, *rollout, cfg)
-        groups.append(group)
-        losses += accumulate_gradient(vlm, group, cfg, step_tokens, scaler, scores)
+        batch, scores = score_and_reward(vlm, rollouts[i : i + size], cfg)
+        groups += batch
+        losses += accumulate_gradient(vlm, batch, cfg, step_tokens, scaler, scores)
     updates = [update(optimizer, scaler, losses, cfg)]
     for _ in range(cfg.num_iterations - 1):  # more updates on the same completions
-        losses = [x for g in groups for x in accumulate_gradient(vlm, g, cfg, step_tokens, scaler)]
-        updates.append(update(optimizer, scaler, losses, cfg))
+        batches = [groups[i : i + size] for i in range(0, len(groups), size)]
+        losses = [accumulate_gradient(vlm, batch, cfg, step_tokens, scaler) for batch in batches]
+        updates.append(update(optimizer, scaler, sum(losses, []), cfg))
     return step_metrics(groups, updates), [row for group in groups for row in sample_rows(group)]
 
 
@@ -87,35 +91,29 @@ def roll_out(vlm, examples, cfg, generator, stop):
     return list(zip(examples, prompts, completions))
 
 
-def score_and_reward(vlm, example, prompt, completions, cfg):
-    """Score a group and compute its rewards and advantages.
+def score_and_reward(vlm, rollouts, cfg):
+    """Score the groups of one forward, and compute their rewards and advantages.
 
-    Returns: (Group, Scores). The scores carry the gradient if the group fits in one forward.
+    Returns: a list of Group and a list of Scores, which carry the gradient if no group is split.
     """
-    split = 0 < cfg.completions_per_forward < cfg.num_generations
+    split, groups = 0 < cfg.completions_per_forward < cfg.num_generations, []
+    _, prompts, completions = zip(*rollouts)
     with torch.no_grad() if split else nullcontext():
-        scores = vlm.score(prompt, completions)
-    rewards, inputs = compute_rewards(vlm, example, prompt, completions, scores, cfg)
-    total = sum(w * rewards[name] for name, w in parse_weights(cfg.reward_weights).items())
-    finite = scores.logps[completions.mask].isfinite().all().item()  # else the update is skipped
-    zero_std = finite and total.std().item() < 1e-6  # equal up to rounding
-    ref_logps = None
-    if cfg.beta and not zero_std:
+        scores = vlm.score_groups(prompts, completions)
+    for rollout, part in zip(rollouts, scores):
+        rewards, inputs = compute_rewards(vlm, *rollout, part, cfg)
+        total = sum(w * rewards[name] for name, w in parse_weights(cfg.reward_weights).items())
+        mask, old_logps = rollout[-1].mask, part.logps.detach()
+        finite = old_logps[mask].isfinite().all().item()  # if not, `update` skips it
+        zero_std = finite and total.std().item() < 1e-6  # equal up to rounding
+        values = rewards, total, reward.group_advantages(total), zero_std, old_logps
+        groups.append(Group(*rollout, *values, attention_metrics(part.entropy, mask, inputs)))
+    if cfg.beta and not all(group.zero_std for group in groups):
         with torch.no_grad():
-            ref_logps = vlm.score(prompt, completions, attention=False, reference=True).logps
-    group = Group(
-        example=example,
-        prompt=prompt,
-        completions=completions,
-        rewards=rewards,
-        total_reward=total,
-        advantages=reward.group_advantages(total),
-        zero_std=zero_std,
-        old_logps=scores.logps.detach(),
-        ref_logps=ref_logps,
-        log=attention_metrics(scores.entropy, completions.mask, inputs),
-    )
-    return group, scores
+            references = vlm.score_groups(prompts, completions, attention=False, reference=True)
+        for group, reference in zip(groups, references):
+            group.ref_logps = reference.logps
+    return groups, scores
 
 
 def compute_rewards(vlm, example, prompt, completions, scores, cfg):
@@ -134,25 +132,27 @@ def compute_rewards(vlm, example, prompt, completions, scores, cfg):
     return {name: torch.as_tensor(value, **dtype) for name, value in rewards.items()}, inputs
 
 
-def accumulate_gradient(vlm, group, cfg, step_tokens, scaler, scores=None):
-    """Backpropagate the loss of a group, one micro-batch at a time.
+def accumulate_gradient(vlm, groups, cfg, step_tokens, scaler, scores=None):
+    """Backpropagate the loss of the groups of one forward, or of one group in micro-batches.
 
     Args: step_tokens, completion tokens of the whole step, which normalize the loss; scores of the
-    group, reused if they require grad. Returns: a dict per micro-batch, for the log.
+    groups, reused if they require grad. Returns: a dict per group or micro-batch, for the log.
     """
-    if group.zero_std:
-        return []
-    size, losses = cfg.completions_per_forward or cfg.num_generations, []
-    for i in range(0, cfg.num_generations, size):
-        rows = slice(i, i + size)
-        completions = group.completions[rows]
-        reuse = scores is not None and scores.logps.requires_grad  # the group is one micro-batch
-        part = scores if reuse else vlm.score(group.prompt, completions, attention=False)
-        ref_logps = group.ref_logps[rows] if cfg.beta else None
-        batch = group.old_logps[rows], ref_logps, group.advantages[rows], completions.mask
-        loss, stats = reward.grpo_loss(part.logps, *batch, cfg.epsilon, cfg.beta, step_tokens)
-        scaler.scale(loss).backward()
-        losses.append(stats | {"loss": loss.item(), "tokens": completions.mask.sum().item()})
+    reuse = scores is not None and scores[0].logps.requires_grad
+    kept = [i for i, group in enumerate(groups) if not group.zero_std]
+    groups, losses = [groups[i] for i in kept], []
+    size = cfg.completions_per_forward or cfg.num_generations
+    for i in range(0, cfg.num_generations, size) if groups else ():
+        rows, total = slice(i, i + size), 0
+        batch = [g.prompt for g in groups], [g.completions[rows] for g in groups]
+        parts = [scores[k] for k in kept] if reuse else vlm.score_groups(*batch, attention=False)
+        for g, completions, part in zip(groups, batch[1], parts):
+            ref_logps = g.ref_logps[rows] if cfg.beta else None
+            fixed = g.old_logps[rows], ref_logps, g.advantages[rows], completions.mask
+            loss, stats = reward.grpo_loss(part.logps, *fixed, cfg.epsilon, cfg.beta, step_tokens)
+            losses.append(stats | {"loss": loss.item(), "tokens": completions.mask.sum().item()})
+            total = total + loss
+        scaler.scale(total).backward()
     return losses
 
 
@@ -227,8 +227,6 @@ def load_model(cfg):
     vlm = load_vlm(cfg.model_name_or_path, **settings)
     if cfg.adapter:
         vlm.load_adapter(cfg.adapter)
-    if vlm.core.num_parameters() < 1e7:
-        torch.set_num_threads(1)  # with tensors this small, threading only adds overhead
     return vlm
 
 

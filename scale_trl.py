@@ -7,7 +7,8 @@ import sys
 from dataclasses import replace
 from itertools import groupby
 
-from commands.parser import check_command_line
+from runtime.parser import check_command_line
+from runtime.signals import leave
 
 PROGRAM = "accelerate launch scale_trl.py"
 if __name__ == "__main__":  # before torch loads, as in sayo_mini.py
@@ -20,10 +21,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 import sayo_mini
 from checkpoint import RunDirectory
-from commands.run_folder import remove
 from config import InputError, parse_weights
 from data import Example, encode_example
 from reward import REWARDS
+from runtime.run_folder import remove
 from sources import epoch_index, load_datasets
 from sources.pretrained import choose_device
 from sources.trl import (
@@ -141,9 +142,8 @@ def train(cfg):
         run.atomic_write("adapter", vlm.model.save_pretrained)
         remove(run.folder / "samples.jsonl")  # TRL logs no samples
     print(f"the adapter is in {cfg.output_dir}/adapter, the log in {cfg.output_dir}/metrics.jsonl")
-    args.distributed_state.destroy_process_group()  # else a process may abort at exit
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(sayo_mini.main(train=train, program=PROGRAM))
+    leave(sayo_mini.main(train=train, program=PROGRAM))

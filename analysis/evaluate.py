@@ -7,11 +7,12 @@ from tqdm import tqdm
 
 import reward
 from analysis.html_report import pack_map
+from attention import Capture
 from config import InputError
 from data import encode_example, example_region
 from model import Completions
+from sources.packing import split_by_tokens
 
-QUESTIONS_PER_BATCH = 8  # held-out questions answered together
 EXAMPLES_IN_PICTURE = 4  # held-out examples whose maps go into look.png
 EXAMPLES_IN_REPORT = 8  # held-out examples whose maps go into report.html
 MAX_MAP_CHARACTERS = 70_000  # per answer; keeps report.html under 2 MB
@@ -34,24 +35,34 @@ class AttentionTrace:
         return self.attention[self.selected].mean(0)
 
 
-@torch.no_grad()
-def trace_attention(vlm, prompt, cfg, completion=None, selected=None):
-    """Measure where the model looks while it writes an answer.
-
-    Args: completion, Completions of one answer, by default the greedy one; selected (C,) bool, by
-    default the tokens that `reward.select_tokens` selects.
-    Returns: AttentionTrace. Raises: InputError if the model's output is not finite.
-    """
+def trace_attention(vlm, prompt, cfg, completion=None):
+    """Record where the model looks while it writes an answer. Args: completion, Completions of one
+    answer, by default the greedy one. Returns: AttentionTrace. Raises: InputError."""
     completion = completion or vlm.sample(prompt, 1, cfg.max_completion_length, temperature=0)
-    scores = vlm.score(prompt, completion)
-    if not (scores.logps.isfinite().all() and scores.attention.isfinite().all()):
-        advice = "try --no-load_in_4bit, a different --adapter, or --device cpu, which uses fp32"
-        raise InputError(f"the model's output is not finite (NaN or infinity): {advice}")
-    if selected is None:
-        selected = reward.select_tokens(scores.entropy, completion.mask, cfg.token_fraction)[0]
-    rows = scores.attention, scores.prompt_attention
-    attention = reward.align_attention(*rows, cfg.alignment)[0]  # (C, N)
-    return AttentionTrace(completion, attention.cpu(), scores.entropy[0].cpu(), selected.cpu())
+    return trace_answers(vlm, [prompt], cfg, [completion])[0]
+
+
+@torch.no_grad()
+def trace_answers(vlm, prompts, cfg, completions, selected=None):
+    """Record where the model looks while it writes some answers, in one forward pass.
+
+    Args: completions, Completions of one answer per prompt; selected, a list of (C,) bool, by
+    default the tokens that `reward.select_tokens` selects.
+    Returns: a list of AttentionTrace. Raises: InputError if the model's output is not finite.
+    """
+    traces = []
+    for i, scores in enumerate(vlm.score_groups(prompts, completions)):
+        if not (scores.logps.isfinite().all() and scores.attention.isfinite().all()):
+            advice = "try --no-load_in_4bit, a different --adapter, or --device cpu (fp32)"
+            raise InputError(f"the model's output is not finite (NaN or infinity): {advice}")
+        mask, rows = completions[i].mask, (scores.attention, scores.prompt_attention)
+        chosen = selected[i] if selected else None
+        if chosen is None:
+            chosen = reward.select_tokens(scores.entropy, mask, cfg.token_fraction)[0]
+        attention = reward.align_attention(*rows, cfg.alignment)[0]  # (C, N)
+        tensors = attention.cpu(), scores.entropy[0].cpu(), chosen.cpu()
+        traces.append(AttentionTrace(completions[i], *tensors))
+    return traces
 
 
 def evaluate(vlm, examples, cfg, name, before=None):
@@ -72,22 +83,45 @@ def evaluate(vlm, examples, cfg, name, before=None):
     - grid, map, page: data for look.png and report.html. map and page are None except for the
       first few examples
     """
-    results = []
-    answers = answer_in_batches(vlm, examples, cfg)
-    answers = tqdm(answers, f"evaluate {name}", total=len(examples))
-    for i, (example, prompt, completion) in enumerate(answers):
-        region = example_region(example, prompt.grid)
-        next_region = example_region(examples[(i + 1) % len(examples)], prompt.grid)
-        trace = fixed = trace_attention(vlm, prompt, cfg, completion)
-        if before:
-            fixed = trace_fixed_text(vlm, prompt, cfg, before[i])
-        results.append(
-            answer_fields(example, trace)
-            | localization_fields(trace.map, fixed.map, region, next_region)
-            | position_fields(trace, region)
-            | map_fields(vlm, prompt, trace, cfg, i)
-        )
+    results, limit = [], cfg.max_completion_length
+    pairs = ((x, encode_example(vlm, x, cfg)) for x in (examples[i] for i in range(len(examples))))
+    with tqdm(total=len(examples), desc=f"evaluate {name}") as bar:
+        for batch in split_by_tokens(pairs, lambda pair: len(pair[1].input_ids) + limit):
+            prompts = [prompt for _, prompt in batch]
+            answers = vlm.sample_groups(prompts, 1, limit, temperature=0)
+            traces = fixed = trace_answers(vlm, prompts, cfg, answers)
+            if before:
+                fixed = trace_fixed_text(vlm, prompts, cfg, before[len(results) :])
+            for (example, prompt), *pair in zip(batch, traces, fixed):
+                next_example = examples[(len(results) + 1) % len(examples)]
+                results.append(answer_row(vlm, example, next_example, prompt, *pair, cfg, results))
+                bar.update()
     return results
+
+
+def answer_row(vlm, example, next_example, prompt, trace, fixed, cfg, previous):
+    """The results of one answer, a dict; see `evaluate`."""
+    region, next_region = (example_region(x, prompt.grid) for x in (example, next_example))
+    return (
+        answer_fields(example, trace)
+        | localization_fields(trace.map, fixed.map, region, next_region)
+        | position_fields(trace, region)
+        | map_fields(vlm, prompt, trace, cfg, len(previous))
+    )
+
+
+@torch.no_grad()
+def attention_maps(vlm, prompt, completions):
+    """The attention to the image of every layer and head.
+
+    Returns: (L, H, G, C, N), and (L, H, N) of the prompt's last token. Keep G small.
+    """
+    text = vlm.core.config.text_config
+    layers, heads = range(text.num_hidden_layers), range(text.num_attention_heads)
+    capture = Capture(layers, heads, average_heads=False)
+    vlm._packed_forward([prompt], [completions.ids], capture)
+    maps = torch.stack([capture.maps[layer][0] for layer in layers])  # (L, H, 1 + G*C, N)
+    return maps[:, :, 1:].unflatten(2, completions.ids.shape), maps[:, :, 0]
 
 
 def are_results(content, count):
@@ -116,22 +150,14 @@ def are_results(content, count):
         return False
 
 
-def answer_in_batches(vlm, examples, cfg):
-    """Yield (example, Prompt, Completions of its greedy answer) for every example."""
-    for start in range(0, len(examples), QUESTIONS_PER_BATCH):
-        stop = min(start + QUESTIONS_PER_BATCH, len(examples))
-        batch = [examples[i] for i in range(start, stop)]
-        prompts = [encode_example(vlm, example, cfg) for example in batch]
-        answers = vlm.sample_groups(prompts, 1, cfg.max_completion_length, temperature=0)
-        yield from zip(batch, prompts, answers)
-
-
-def trace_fixed_text(vlm, prompt, cfg, result):
-    """The AttentionTrace of the answer in an earlier result, with the tokens selected then."""
-    ids = torch.tensor(result["ids"], device=vlm.device)
-    selected = torch.tensor(result["selected"], device=vlm.device)
-    completion = Completions(ids[None], torch.ones_like(selected)[None])
-    return trace_attention(vlm, prompt, cfg, completion, selected)
+def trace_fixed_text(vlm, prompts, cfg, results):
+    """The AttentionTraces of answers in earlier results, at the tokens selected then."""
+    completions, selected = [], []
+    for result in results[: len(prompts)]:
+        ids = torch.tensor(result["ids"], device=vlm.device)[None]
+        completions.append(Completions(ids, torch.ones_like(ids).bool()))
+        selected.append(torch.tensor(result["selected"], device=vlm.device))
+    return trace_answers(vlm, prompts, cfg, completions, selected)
 
 
 def answer_fields(example, trace):
@@ -180,7 +206,7 @@ def report_maps(vlm, prompt, trace, cfg):
     Layers are evenly spaced and include the last; long answers get fewer layers.
     Returns: a dict for JSON; `maps` is [layer][token] of `pack_map`.
     """
-    maps, prompt_maps = vlm.attention_maps(prompt, trace.completion)  # (L, H, 1, C, N), (L, H, N)
+    maps, prompt_maps = attention_maps(vlm, prompt, trace.completion)  # (L, H, 1, C, N), (L, H, N)
     rows = maps.mean(1)[:, 0], prompt_maps.mean(1)  # (L, C, N), (L, N)
     attention = reward.align_attention(*rows, cfg.alignment)  # (L, C, N)
     grid = tuple(min(MAX_GRID_SIDE, side) for side in prompt.grid)

@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import fmean
 
 from analysis.results_table import results_table
-from commands.run_folder import join_flags
-from commands.settings import FIELDS
+from runtime.run_folder import join_flags
+from runtime.settings import FIELDS
 
 # An attention value is stored as one of these 64 characters.
 LEVELS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"

@@ -193,7 +193,7 @@ def training_diagnostics(vlm, questions, cfg):
         settings = cfg.num_generations, cfg.max_completion_length, 1.0, generator
         completions = vlm.sample(prompt, *settings)
         with torch.no_grad():
-            group, _ = score_and_reward(vlm, example, prompt, completions, cfg)
+            (group,), _ = score_and_reward(vlm, [(example, prompt, completions)], cfg)
             ref_logps = vlm.score(prompt, completions, attention=False, reference=True).logps
         logps, mask = group.old_logps, completions.mask
         _, stats = reward.grpo_loss(logps, logps, ref_logps, group.advantages, mask)

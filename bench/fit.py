@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import sayo_mini
-from analysis.rehearsal import rehearse
+from analysis.predict_memory import rehearse
 from bench.doc_tables import RESULTS, ROOT, insert, machine, markdown_table, write_atomically
 from bench.memory import CAPS, QUESTION, SHAPES, C
 from bench.memory import POINTS as REAL_POINTS

@@ -64,22 +64,22 @@ def step_values(vlm, example, texts, cfg, advantages=None, loss_scale=1.0):
     """
     completions, greedy = texts
     prompt, real = encode_example(vlm, example, cfg), completions.mask
-    group, scores = sayo_mini.score_and_reward(vlm, example, prompt, completions, cfg)
+    (group,), scores = sayo_mini.score_and_reward(vlm, [(example, prompt, completions)], cfg)
     if advantages is not None:
         group.advantages, group.zero_std = advantages, False
         if group.ref_logps is None:
             group.ref_logps = group.old_logps
     scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale, enabled=loss_scale != 1)
-    sayo_mini.accumulate_gradient(vlm, group, cfg, real.sum().item(), scaler, scores)
+    sayo_mini.accumulate_gradient(vlm, [group], cfg, real.sum().item(), scaler, scores)
     trained = [p for p in vlm.model.parameters() if p.requires_grad]
     gradient = torch.cat([p.grad.flatten() for p in trained]) / loss_scale
     vlm.model.zero_grad()
     with torch.no_grad():
-        hidden = vlm._packed_forward(prompt, greedy, None)[0, len(prompt.input_ids) - 1 : -1]
-        most_likely = vlm._logits(hidden, 1.0).argmax(-1)
+        hidden, _ = vlm._packed_forward([prompt], [greedy.ids])
+        most_likely = vlm._logits(hidden[len(prompt.input_ids) - 1 : -1], 1.0).argmax(-1)
     return {
-        "logps": scores.logps.detach()[real],
-        "entropy": scores.entropy[real],
+        "logps": scores[0].logps.detach()[real],
+        "entropy": scores[0].entropy[real],
         "rewards": group.rewards["attention"],
         "advantages": group.advantages,
         "gradient": gradient,
@@ -99,6 +99,34 @@ def compare(reference, other):
         "gradient_norm_ratio": (b.norm() / a.norm()).item(),
         "greedy_differs": (reference["greedy"] != other["greedy"]).float().mean().item(),
     }
+
+
+@torch.no_grad()
+def compare_decoding(folder, examples, cfg, name):
+    """How far the distributions that tokens are drawn from (`sources/decoding.py`) are from those
+    that are scored, over sampled completions in one type. Returns: the largest difference of a
+    token's log-probability, and the mean total variation distance: the probability that the same
+    random number would draw a different token."""
+    vlm, largest, distances = load(folder, DTYPES[name], cfg), 0.0, []
+    for example in examples:
+        prompt, (completions, _) = encode_example(vlm, example, cfg), sample(vlm, example, cfg)
+        (G, C), P, drawn = completions.ids.shape, len(prompt.input_ids), []
+        hidden, caches, start = vlm._prefill([prompt], G)
+        decoder = vlm._decoder(caches, start, C)
+        for t in range(C):
+            drawn.append(vlm._logits(hidden, 1.0).log_softmax(-1))
+            hidden = decoder.step(completions.ids[:, t], t)
+        hidden, _ = vlm._packed_forward([prompt], [completions.ids])
+        own = hidden[P:].view(G, C, -1)
+        predictors = torch.cat([hidden[P - 1].expand(G, 1, -1), own[:, :-1]], 1)  # (G, C, D)
+        for row in range(G):
+            real = completions.mask[row]
+            a = torch.stack([logps[row] for logps in drawn])[real]  # (tokens, V)
+            b = vlm._logits(predictors[row], 1.0).log_softmax(-1)[real]
+            ids = completions.ids[row, real, None]
+            largest = max(largest, (a.gather(1, ids) - b.gather(1, ids)).abs().max().item())
+            distances += (0.5 * (a.exp() - b.exp()).abs().sum(-1)).tolist()
+    return {"logps_max": largest, "total_variation": fmean(distances)}
 
 
 def compare_steps(folder, examples, cfg):
@@ -158,6 +186,14 @@ def main():
     folder = make_model("30m", ROOT / args.models)
     question = make_question(load(folder, torch.float32, SMALL_CFG), 512)
     found["34M"] = compare_steps(folder, [question], SMALL_CFG)
+    found["decoding"] = {
+        f"{model}, {name}": compare_decoding(path, examples, cfg, name)
+        for model, path, examples, cfg in (
+            ("tiny", TINY, [scenes[i] for i in range(len(scenes))], CFG),
+            ("34M", folder, [question], SMALL_CFG),
+        )
+        for name in DTYPES
+    }
     if not args.steps_only:
         runs = ROOT / args.runs
         found["runs"] = {name: whole_run(name, runs / name) for name in DTYPES}

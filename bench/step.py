@@ -74,9 +74,10 @@ def capture_bytes(P, C, G, heads=8, kv_heads=4, head_dim=64):
     length = P + G * C
     query = torch.randn(1, heads, length, head_dim)
     key = torch.randn(1, kv_heads, length, head_dim)
-    capture = attention.Capture([0], list(range(heads)), torch.arange(P))
+    capture = attention.Capture([0], list(range(heads)))
+    group = attention.PackedGroup(P, G, C, torch.arange(P), None)
     with MemTracker() as tracker:
-        attention.image_attention(query, key, (P, G, C), capture, head_dim**-0.5)
+        attention.image_attention(query, key, group, capture, head_dim**-0.5)
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     return peak - query.nbytes - key.nbytes
 

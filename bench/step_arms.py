@@ -10,18 +10,20 @@ import os
 import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
 
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForImageTextToText, DynamicCache, TrainerCallback
+from transformers import AutoModelForImageTextToText, TrainerCallback
 
 import attention
 import model
 import sayo_mini
 from bench.shapes import make_question
 from config import Config
+from sources.decoding import Decoder
 from sources.pretrained import LORA_TARGETS
 
 LEARNING = dict(
@@ -111,9 +113,9 @@ class Timer:
 
 
 def count_forward_tokens(core):
-    """Count with hooks how many tokens pass through the language model and how many patches through
+    """Count how many tokens pass through the language model and how many patches through
     the vision tower. Recomputation for gradient checkpointing is not counted.
-    Returns: a dict that the hooks keep updating."""
+    Returns: a dict that is updated continuously."""
     counts = {"tokens": 0, "patches": 0}
 
     def count_tokens(module, args, kwargs):
@@ -122,6 +124,14 @@ def count_forward_tokens(core):
     def count_patches(module, args, kwargs):
         counts["patches"] += (args[0] if args else kwargs["hidden_states"]).shape[0]
 
+    def count_decoded(step):
+        def counted(decoder, token, t):
+            counts["tokens"] += len(token)
+            return step(decoder, token, t)
+
+        return counted
+
+    Decoder.step = count_decoded(Decoder.step)
     core.model.language_model.register_forward_pre_hook(count_tokens, with_kwargs=True)
     core.model.visual.register_forward_pre_hook(count_patches, with_kwargs=True)
     return counts
@@ -168,7 +178,7 @@ def run_ours(pipe, arm, folder, point, options):
     timer = Timer(vlm.device)
     timer.wrap(sayo_mini, "encode_example", "sample")
     timer.wrap(vlm, "sample_groups", "sample")
-    timer.wrap(vlm, "score", "score", when=lambda kwargs: kwargs.get("reference"))
+    timer.wrap(vlm, "score_groups", "score", when=lambda kwargs: kwargs.get("reference"))
     timer.wrap(attention, "image_attention", "capture")
     step = make_step(vlm, *point)
     for _ in serve_steps(pipe, timer, vlm.core, PeakMemory(vlm.device)):
@@ -203,27 +213,17 @@ def make_step(vlm, P, C, G, image_tokens=None, completions_per_forward=0):
 def repeat_prompt(vlm, G):
     """Imitate a trainer without a shared prompt: run the prompt and its image G times in every
     forward pass."""
-    vlm.completions_per_forward, shared_forward, cache = 1, vlm._forward, None
+    vlm.completions_per_forward, packed_forward = 1, vlm._packed_forward
 
-    def forward(prompt, ids, positions, **kwargs):
-        nonlocal cache
-        if prompt is None:  # decoding: every completion has its own cache
-            own = {vlm.cache_name: cache, "prompts": None}
-            return shared_forward(None, ids, positions, **(kwargs | own))
-        prompt.features = None  # the vision tower runs again
-        if not kwargs.get("use_cache"):
-            return shared_forward(prompt, ids, positions, **kwargs)
-        pixels, grid = prompt.pixel_values, prompt.image_grid_thw
-        prompt.pixel_values, prompt.image_grid_thw = pixels.repeat(G, 1), grid.repeat(G, 1)
-        ids, positions = ids.expand(G, -1), positions.expand(3, G, -1)
-        hidden, cache = shared_forward(prompt, ids, positions, **kwargs)
-        prompt.pixel_values, prompt.image_grid_thw = pixels, grid
-        single = DynamicCache()  # sample_groups expects one, but decoding does not use it
-        for index, layer in enumerate(cache.layers):
-            single.update(layer.keys[:1], layer.values[:1], index)
-        return hidden, single
+    def forward(prompts, *args, **kwargs):
+        for prompt in prompts:
+            prompt.features = None  # the vision tower runs again
+        return packed_forward(prompts, *args, **kwargs)
 
-    vlm._forward = forward
+    def prefill(prompts, G):
+        return shared_prefill([replace(prompts[0]) for _ in range(G)], 1)
+
+    shared_prefill, vlm._packed_forward, vlm._prefill = vlm._prefill, forward, prefill
 
 
 def run_trl(pipe, arm, folder, point, options):

@@ -1,16 +1,4 @@
-"""The command line, and one file per subcommand other than `train`."""
-
-import os
-import sys
-import warnings
-
-# Must be set before torch loads. Nothing is compiled, and the compiler takes a second to load.
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-# PEFT 0.21 uses the deprecated name.
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-# Tensors of many different lengths would fragment GPU memory. Supported only on Linux.
-if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+"""One file per subcommand other than `train`."""
 
 
 def run_subcommand(command, given, load_model, train_step):

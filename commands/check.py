@@ -7,9 +7,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from analysis.plots import overlay
-from config import InputError
+from config import Config, InputError
 from data import region_mask
-from sources.jsonl import JsonLines
+from sources import open_dataset
+from sources.dataset import read_file
 
 MAX_DRAWN = 9  # examples in the contact sheet
 THUMBNAIL, CAPTION, GAP, COLUMNS = 224, 72, 8, 3  # pixels, pixels, pixels, examples per row
@@ -17,14 +18,15 @@ CAPTION_LETTERS, CAPTION_LINES = 34, 4
 
 
 def check_dataset(dataset, allow_absolute_paths=False):
-    """Print counts, histograms and all problems of a .jsonl file, and draw its first examples.
+    """Print counts, histograms and all problems of a data file, and draw its first examples.
 
     Args: dataset, its path; allow_absolute_paths, whether images may be outside its folder.
     Returns: exit code 0, or 2 if there are problems. Raises: InputError if nothing can be read.
     """
     path, problems = Path(dataset), []
     try:
-        data = JsonLines(path, allow_absolute_paths, problems)
+        read_file(path)  # raises if it is not a readable file
+        data = open_dataset(str(path), Config(allow_absolute_paths=allow_absolute_paths), problems)
     except InputError as error:
         if not problems:  # the file itself is unreadable or empty
             raise

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from transformers import AutoConfig
 
-from analysis.rehearsal import image_grid, rehearse
-from commands.parser import build_config
+from analysis.predict_memory import image_grid, rehearse
 from config import TINY, Config, InputError, is_tiny
+from runtime.parser import build_config
 from sources.pretrained import SUPPORTED
 
 GB = 2**30

@@ -10,10 +10,10 @@ from safetensors import SafetensorError, safe_open
 import reward
 from analysis.evaluate import decode_tokens, trace_attention
 from analysis.plots import plot_answers
-from commands.parser import build_config
-from commands.settings import load_saved
 from config import InputError, is_tiny
 from data import Example, encode_example, example_region
+from runtime.parser import build_config
+from runtime.settings import load_saved
 from sources.dataset import region_errors, text_errors
 from sources.images import apply_exif_orientation, clip_box, image_errors, stored_size
 from sources.pretrained import adapter_settings

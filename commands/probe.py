@@ -7,12 +7,12 @@ import torch
 from tqdm import tqdm
 
 import reward
-from analysis.evaluate import trace_attention
+from analysis.evaluate import attention_maps, trace_attention
 from analysis.plots import plot_heatmap
-from commands.parser import build_config, run_config
-from commands.run_folder import check_folder
 from config import InputError
 from data import encode_example, example_region
+from runtime.parser import build_config, run_config
+from runtime.run_folder import check_folder
 from sources import load_datasets
 
 FOLDER = "runs/probe"  # not the folder of the default run
@@ -83,7 +83,7 @@ def measure_heads(vlm, examples, cfg):
 def layer_head_attention(vlm, prompt, completion, cfg):
     """The aligned attention of one answer, (L + 1, H + 1, C, N). The last layer and head are the
     means over all layers and heads."""
-    maps, prompt_maps = vlm.attention_maps(prompt, completion)  # (L, H, 1, C, N), (L, H, N)
+    maps, prompt_maps = attention_maps(vlm, prompt, completion)  # (L, H, 1, C, N), (L, H, N)
     attention = reward.align_attention(maps[:, :, 0], prompt_maps, cfg.alignment).cpu()
     for dim in (0, 1):
         attention = torch.cat([attention, attention.mean(dim, keepdim=True)], dim)

@@ -28,7 +28,7 @@ def load_datasets(cfg):
     names = [cfg.dataset] if Path(cfg.dataset).exists() else cfg.dataset.split("+")
     shares, splits = mix_shares(cfg.mix, names), []
     for name, share in zip(names, shares):
-        dataset = open_dataset(name, cfg)
+        dataset = open_dataset(name, cfg, [] if cfg.skip_bad_examples else None)
         print(*dataset.notes, sep="\n", end="\n" * bool(dataset.notes))
         splits.append(dataset.split(round(cfg.eval_examples * share)))
     if len(splits) == 1:
@@ -37,12 +37,12 @@ def load_datasets(cfg):
     return Mixture(train_sets, shares), ConcatDataset(eval_sets)
 
 
-def open_dataset(name, cfg):
-    """The data set called `name`. Raises: InputError.
+def open_dataset(name, cfg, problems=None):
+    """The data set called `name`, or in the file `name`. Args: problems, see `AnnotatedDataset`.
+    Raises: InputError.
 
     To add a format, write a reader in `sources/` and add a line here.
     """
-    problems = [] if cfg.skip_bad_examples else None
     if name == "gqa":
         from sources.gqa import Gqa
 

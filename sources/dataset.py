@@ -45,14 +45,14 @@ class AnnotatedDataset:
         class Csv(FileDataset):
             def __init__(self, path, allow_absolute_paths=False, problems=None):
                 super().__init__(path, Path(path).parent, allow_absolute_paths, problems)
-                lines = read_file(path).decode().splitlines(keepends=True)
+                lines = read_file(path).decode(errors="replace").splitlines(keepends=True)
                 for number, row in enumerate(csv.DictReader(lines), 1):
                     try:
-                        boxes = json.loads(row["boxes"])
-                    except (KeyError, TypeError, ValueError):
-                        self.reject(f"{path}: row {number}", "boxes are missing or not JSON")
+                        row["boxes"] = json.loads(row.get("boxes") or "null")
+                    except ValueError:
+                        self.reject(f"{path}: row {number}", "boxes are not JSON")
                     else:
-                        self.add(f"{path}: row {number}", row | {"boxes": boxes})
+                        self.add(f"{path}: row {number}", row)
                 self.finish()
     """
 

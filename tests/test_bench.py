@@ -13,8 +13,8 @@ import reward
 import sayo_mini
 from bench import ablation, ablation_arms, ablation_measure, ablation_report
 from bench.doc_tables import insert, marked
-from commands.parser import parse_config
 from config import TINY, Config
+from runtime.parser import parse_config
 from sources.scenes import Scenes
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 import reward
 import sayo_mini
 from analysis.evaluate import evaluate, trace_attention
-from commands.parser import parse_command_line, parse_config
 from commands.probe import (
     best_layer_and_heads,
     head_of_right_answers,
@@ -26,6 +25,7 @@ from commands.probe import (
 from config import TINY as PRESET
 from config import Config, parse_ints
 from data import region_mask
+from runtime.parser import parse_command_line, parse_config
 from sources.scenes import Scenes
 
 CFG = Config(**PRESET)
@@ -329,8 +329,9 @@ def test_help_lists_only_the_flags_that_a_command_uses(command, capsys):
         parse_command_line([command, "--help"])
     out = capsys.readouterr().out
     assert exit.value.code == 0
-    assert "--layers" in out and "--learning_rate" not in out
+    assert "--alignment" in out and "--learning_rate" not in out
     assert ("--eval_examples" in out) == (command == "probe")
+    assert ("--layers" in out) == (command == "look")  # probe measures all of them
 
 
 def test_a_flag_that_a_command_does_not_use_is_named():

@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from conftest import ask, load
 from transformers import Qwen3VLForConditionalGeneration
 
-from bench import memory, step
+from bench import launches, memory, step
 from bench.doc_tables import RESULTS, ROOT, marked
 from bench.shapes import CELL, make_model, make_question, model_config
 from bench.step_arms import repeat_prompt
@@ -271,3 +271,15 @@ def test_documents_show_the_committed_results():
     for name, text in memory.tables(cpu, cuda, predictions).items():
         assert marked(f"memory {name}", text) in cost, name
     assert marked("cost", step.readme_table(results)) in readme
+
+
+@pytest.mark.slow
+def test_decoded_token_launches_few_operations():
+    """Counted on meta tensors; docs/cost.md shows the table of bench/results/launches.json."""
+    counts = launches.count_all("2b", 128, (16, 16), 8, 64)
+    ours, before = (sum(counts[name].values()) for name in ("ours", "before"))
+    assert 800 < ours <= launches.GOAL < before
+    committed = json.loads((RESULTS / "launches.json").read_text())["counts"]
+    assert counts == committed
+    text = f"{launches.table(committed)}\n\n{launches.summary(committed)}"
+    assert marked("launches", text) in (ROOT / "docs" / "cost.md").read_text()

@@ -24,13 +24,14 @@ import model
 import reward
 import sayo_mini
 from bench.kill import COMPARED, PHASES, count, differences, kill_and_resume
-from commands import checkpoint_file, run_folder
 from config import Config, InputError
+from runtime import checkpoint_file, run_folder
 from sources.scenes import Scenes
 
 ROOT = Path(__file__).parent.parent
 
 FAST = "--device cpu --no-load_in_4bit --prompts_per_step 2 --num_generations 4".split()
+FAST += ["--completions_per_forward", "4"]  # one group per forward, as for large models
 FAST += "--eval_examples 1 --max_steps 4 --save_steps 1 --model_name_or_path".split() + [str(TINY)]
 
 
@@ -676,12 +677,12 @@ def limit_memory(monkeypatch, room):
     """
     original, sizes = model.Vlm._score, []
 
-    def _score(vlm, prompt, completions, attention):
+    def _score(vlm, prompts, completions, attention):
         if torch.is_grad_enabled():
-            sizes.append(len(completions.ids))
-            if len(completions.ids) > room and len(sizes) > 1:
+            sizes.append(sum(len(c.ids) for c in completions))
+            if sizes[-1] > room and len(sizes) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(vlm, prompt, completions, attention)
+        return original(vlm, prompts, completions, attention)
 
     monkeypatch.setattr(model.Vlm, "_score", _score)
     return sizes
@@ -698,6 +699,14 @@ def test_out_of_memory_halves_the_micro_batch(tmp_path, capsys, monkeypatch):
     assert config["completions_per_forward"] == 2
     # The failed attempt leaves no trace.
     assert not differences(tmp_path / "halves", tmp_path / "run")
+
+
+def test_out_of_memory_halves_the_number_of_packed_groups(tmp_path, capsys, monkeypatch):
+    """Two groups of four completions share a forward, until memory runs out."""
+    sizes = limit_memory(monkeypatch, room=4)
+    run(tmp_path / "run", "--temperature 2 --max_steps 2 --completions_per_forward 8")
+    assert sizes[0] == 8 and set(sizes[2:]) == {4}
+    assert "--completions_per_forward 4" in capsys.readouterr().out
 
 
 @pytest.mark.slow

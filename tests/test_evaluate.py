@@ -8,7 +8,7 @@ import torch
 from conftest import ask, load
 
 import reward
-from analysis.evaluate import evaluate, report_maps, trace_attention
+from analysis.evaluate import attention_maps, evaluate, report_maps, trace_attention
 from analysis.html_report import pack_map
 from config import TINY as PRESET
 from config import Config
@@ -23,7 +23,7 @@ CFG = Config(**PRESET)
 def test_score_averages_the_maps_of_its_layers_and_heads(layers, heads):
     vlm = load(layers=layers, heads=heads)
     prompt, completions = ask(vlm, G=2)
-    maps, prompt_maps = vlm.attention_maps(prompt, completions)
+    maps, prompt_maps = attention_maps(vlm, prompt, completions)
     G, C = completions.ids.shape
     assert maps.shape == (4, 4, G, C, 49) and prompt_maps.shape == (4, 4, 49)
     with torch.no_grad():
@@ -48,8 +48,8 @@ def test_report_gets_the_captured_attention():
 def test_batch_size_does_not_change_the_results(monkeypatch):
     """Compare batches of two, in which the fifth question is alone, with a single batch of five."""
     scenes, vlm, runs = Scenes("validation", 5), load(), []
-    for size in (2, 8):
-        monkeypatch.setattr("analysis.evaluate.QUESTIONS_PER_BATCH", size)
+    for tokens in (200, 4096):
+        monkeypatch.setattr("sources.packing.TOKENS_PER_FORWARD", tokens)
         results = evaluate(vlm, scenes, CFG, "before")
         runs.append([(row["id"], row["text"], row["ids"], row["auroc"]) for row in results])
     in_twos, at_once = runs

@@ -14,10 +14,16 @@ from conftest import load
 from transformers import AutoConfig
 
 import sayo_mini
-from analysis import rehearsal
+from analysis import predict_memory
 from analysis.evaluate import trace_attention
 from analysis.meta_memory import MetaMemory, meta_as_device
-from analysis.rehearsal import build_on_meta, image_grid, rehearse, rehearsed_example, rehearsed_vlm
+from analysis.predict_memory import (
+    build_on_meta,
+    image_grid,
+    rehearse,
+    rehearsed_example,
+    rehearsed_vlm,
+)
 from bench import fit as bench_fit
 from bench.doc_tables import RESULTS, ROOT, marked
 from bench.shapes import make_model, model_config
@@ -172,7 +178,7 @@ def test_rehearsing_only_the_last_tokens_takes_the_same_memory(small, monkeypatc
     """The peaks match those of decoding every token."""
     cfg = Config(**SMALL | {"max_completion_length": 40}, eval_examples=0)
     short = rehearse(small, cfg, sayo_mini.train_step, 20)
-    monkeypatch.setattr(rehearsal, "DECODED", 10**6)
+    monkeypatch.setattr(predict_memory, "DECODED", 10**6)
     whole = rehearse(small, cfg, sayo_mini.train_step, 20)
     for peaks in (short, whole):
         peaks["sampling"] -= peaks["loaded"]

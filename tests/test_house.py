@@ -21,7 +21,7 @@ MAX_LINES = {
     "checkpoint.py": 280,
     "scale_trl.py": 150,
 }
-FOLDERS = "sources", "analysis", "commands"
+FOLDERS = "sources", "analysis", "commands", "runtime"
 MAX_FUNCTION_LINES = 60
 MAX_README_LINES = 220
 MAX_README_CHARACTERS = 15_000
@@ -131,8 +131,8 @@ def test_reward_imports_only_torch():
 
 def test_config_and_parser_need_only_the_standard_library():
     assert outside_the_standard_library(loaded_with("config")) == set()
-    assert outside_the_standard_library(TOP_LEVEL_IMPORTS["commands"]) == set()
-    assert outside_the_standard_library(loaded_with("commands.parser")) <= set(MODULES)
+    assert outside_the_standard_library(TOP_LEVEL_IMPORTS["runtime"]) == set()
+    assert outside_the_standard_library(loaded_with("runtime.parser")) <= set(MODULES)
 
 
 def test_data_imports_neither_model_nor_transformers():

@@ -14,6 +14,7 @@ from transformers.utils import generic
 
 import attention
 import model
+from analysis.evaluate import attention_maps
 from config import InputError
 from model import Completions, load_vlm
 from sources.scenes import Scenes
@@ -179,7 +180,7 @@ def test_placeholders_are_neither_sampled_nor_scored():
         vlm.core.lm_head.weight[vlm.placeholders] += 1
     prompt, completions = ask(vlm, G=8, C=24, temperature=5.0)
     assert len(vlm.placeholders) == 4
-    assert not torch.isin(completions.ids, torch.tensor(vlm.placeholders)).any()
+    assert not torch.isin(completions.ids, vlm.placeholders).any()
     scores = vlm.score(prompt, completions)
     assert scores.entropy.isfinite().all() and scores.logps[completions.mask].isfinite().all()
 
@@ -213,7 +214,7 @@ def test_captured_attention_equals_eager(folder, layers, heads, checkpointing):
 def test_attention_maps_of_every_layer_and_head_equal_eager(folder):
     vlm = load(folder, layers=(-1,), heads=(0,))  # the maps do not depend on this choice
     prompt, completions = ask(vlm)
-    maps, prompt_maps = vlm.attention_maps(prompt, completions)  # (L, H, G, C, N), (L, H, N)
+    maps, prompt_maps = attention_maps(vlm, prompt, completions)  # (L, H, G, C, N), (L, H, N)
     vlm.core.set_attn_implementation("eager")
     P, image = len(prompt.input_ids), prompt.image_positions
     with torch.no_grad():
@@ -299,14 +300,14 @@ def test_attention_memory_does_not_grow_with_the_square_of_the_packed_length():
     """
     P, G, C, D = 100, 20, 100, 4
     query, key = torch.randn(1, 2, P + G * C, D), torch.randn(1, 1, P + G * C, D)
-    capture = attention.Capture([0], [0, 1], torch.arange(10))
+    mask = torch.ones(1, 1, C, P + C, dtype=torch.bool).tril(P)
+    group = attention.PackedGroup(P, G, C, torch.arange(10), mask)
     with LargestTensor() as largest:
-        attention.image_attention(query, key, (P, G, C), capture, 0.5)
+        attention.image_attention(query, key, group, attention.Capture([0], [0, 1]), 0.5)
     assert largest.numel == (1 + G * C) * (P + C)
     layer = SimpleNamespace(layer_idx=0, scaling=0.5, is_causal=True, num_key_value_groups=2)
-    mask = torch.ones(1, 1, C, P + C, dtype=torch.bool).tril(P)
     with LargestTensor() as largest, torch.no_grad():
-        attention.sayo_attention(layer, query, key, key, mask, packed=(P, G, C), scaling=0.5)
+        attention.sayo_attention(layer, query, key, key, mask, packed=[group], scaling=0.5)
     assert largest.numel < 100_000
 
 

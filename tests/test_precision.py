@@ -15,7 +15,7 @@ import model
 import sayo_mini
 from analysis.metrics import json_row
 from bench.precision import CFG, compare_steps
-from commands.parser import build_config
+from runtime.parser import build_config
 from sources.scenes import Scenes
 
 FAST = "--device cpu --no-load_in_4bit --prompts_per_step 2 --num_generations 4".split()
@@ -256,7 +256,7 @@ def assert_one_line(capfd, word):
 
 def test_nan_during_training_stops_after_ten_skipped_updates(tmp_path, monkeypatch, capfd):
     """Each skipped step is logged with its samples as JSON, and no half-written file remains."""
-    nan_after_calls(monkeypatch, 60)  # in the second or third step
+    nan_after_calls(monkeypatch, 6)  # in the second or third step
     run(tmp_path, "--max_steps 30 --eval_examples 0", expect=2)
     assert "10 in a row" in assert_one_line(capfd, "non-finite")
     rows, samples = read_log(tmp_path), read_log(tmp_path, "samples.jsonl")
@@ -271,7 +271,7 @@ def test_nan_during_training_stops_after_ten_skipped_updates(tmp_path, monkeypat
 def test_run_with_skipped_updates_ends_with_a_report(tmp_path, monkeypatch):
     """All completions and therefore all rewards are equal in the skipped steps, but the NaN
     log-probabilities still skip the update."""
-    nan_after_calls(monkeypatch, 60, module="norm")  # in the second or third step
+    nan_after_calls(monkeypatch, 6, module="norm")  # in the second or third step
     run(tmp_path, "--max_steps 4 --eval_examples 0")
     skipped = [row["skipped_updates"] for row in read_log(tmp_path)]
     assert skipped[0] == 0 and skipped[-1] == 1

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import sayo_mini
-from commands.errors import one_line_errors
 from config import InputError
 from model import load_vlm
+from runtime.errors import one_line_errors
 from sources import pretrained
 from sources.packages import import_problem
 from sources.pretrained import choose_device
@@ -366,7 +366,7 @@ def test_other_runtime_errors_keep_their_traceback():
 def test_expandable_segments_are_used_unless_the_user_sets_the_allocator(given, expected):
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     env = {k: v for k, v in os.environ.items() if k not in names} | given
-    code = "import commands, os; print(os.environ.get('PYTORCH_ALLOC_CONF'))"
+    code = "import runtime, os; print(os.environ.get('PYTORCH_ALLOC_CONF'))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
     assert found.stdout.decode().strip() == str(expected if sys.platform == "linux" else None)
 

@@ -25,10 +25,10 @@ from trl import GRPOTrainer
 
 import sayo_mini
 import scale_trl
-from commands.parser import parse_config
 from config import InputError
 from data import encode_example
 from model import Completions, Vlm
+from runtime.parser import parse_config
 from sayo_mini import train_step
 from sources import epoch_index, load_datasets
 
@@ -148,9 +148,9 @@ def test_one_step_equals_that_of_sayo_mini(tmp_path, monkeypatch, qwen2_5, case)
     examples = [train_set[i] for i in indices]
     original = sayo_mini.score_and_reward
 
-    def score_and_reward(vlm, example, prompt, completions, cfg):
-        sampled.append(completions)
-        return original(vlm, example, prompt, completions, cfg)
+    def score_and_reward(vlm, rollouts, cfg):
+        sampled.extend(completions for *_, completions in rollouts)
+        return original(vlm, rollouts, cfg)
 
     monkeypatch.setattr(sayo_mini, "score_and_reward", score_and_reward)
     optimizer = torch.optim.SGD(trainable_parameters(vlm).values(), lr=0)

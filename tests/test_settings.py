@@ -14,10 +14,10 @@ from conftest import TINY
 
 import sayo_mini
 from analysis.html_report import settings_command
-from commands import run_folder
-from commands.parser import GROUPS, USUAL, build_config, parse_command_line, parse_config
-from commands.settings import FIELDS, load_saved, stored_settings
 from config import Config, InputError, is_tiny
+from runtime import run_folder
+from runtime.parser import GROUPS, USUAL, build_config, parse_command_line, parse_config
+from runtime.settings import FIELDS, load_saved, stored_settings
 from sources import load_datasets
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +55,7 @@ def test_a_number_out_of_range_is_refused_before_anything_is_loaded(flags):
 
 
 def test_ranges_are_checked_without_importing_torch():
-    code = "import sys; from commands.parser import check_command_line as c\n"
+    code = "import sys; from runtime.parser import check_command_line as c\n"
     code += "try: c(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
     command = [sys.executable, "-c", code, "--beta", "-1"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -22,10 +22,10 @@ from transformers import AutoModelForImageTextToText
 import reward
 import sayo_mini
 from analysis.alarms import ALARMS
-from commands.parser import parse_config
 from config import TINY as PRESET
 from config import Config
 from model import Completions
+from runtime.parser import parse_config
 from sayo_mini import learning_rate, train_step
 from sources import epoch_index, load_datasets
 from sources.scenes import Scenes
@@ -120,6 +120,15 @@ def record_forward_tokens(vlm):
         lambda module, args, kwargs, out: counts.append(out.shape[0] * out.shape[1]),
         with_kwargs=True,
     )
+    original = vlm._decoder
+
+    def decoder(*args):
+        decoder = original(*args)
+        step = decoder.step
+        decoder.step = lambda token, t: counts.append(len(token)) or step(token, t)
+        return decoder
+
+    vlm._decoder = decoder
     return counts
 
 
@@ -130,9 +139,10 @@ def test_forward_tokens_of_a_step(tmp_path, monkeypatch, beta, forwards):
     packed_lengths = []
     original = sayo_mini.score_and_reward
 
-    def score_and_reward(vlm, example, prompt, completions, cfg):
-        packed_lengths.append(len(prompt.input_ids) + completions.ids.numel())
-        return original(vlm, example, prompt, completions, cfg)
+    def score_and_reward(vlm, rollouts, cfg):
+        lengths = [len(prompt.input_ids) + c.ids.numel() for _, prompt, c in rollouts]
+        packed_lengths.extend(lengths)
+        return original(vlm, rollouts, cfg)
 
     monkeypatch.setattr(sayo_mini, "score_and_reward", score_and_reward)
     vlm = load()

@@ -1,4 +1,4 @@
-"""Handling of user errors (exit code 2), Ctrl-C (130), and running out of GPU memory."""
+"""Exit codes and one-line messages: user and GPU errors (2), Ctrl-C outside training (130)."""
 
 import re
 import sys
@@ -7,12 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from tqdm import tqdm
 
-from checkpoint import resume_command
-from commands.parser import parse_command_line
-from commands.signals import handle_signals, interrupt, signals_to_stop
 from config import Config, InputError
+from runtime.parser import parse_command_line
+from runtime.run_folder import resume_command
+from runtime.signals import handle_signals, interrupt, signals_to_stop
 
 MEMORY_FLAGS = "--completions_per_forward, --prompts_per_step, --max_pixels or --num_generations"
 # Messages of CUDA libraries that cannot allocate memory.
@@ -61,17 +60,3 @@ def next_step(argv, program):
     if command == "train" and (folder / "config.json").exists():
         return f"continue with: {resume_command(folder, program)}"
     return "nothing was saved"
-
-
-def halve_micro_batch(vlm, cfg, run):
-    """Halve the micro-batch after running out of GPU memory, once per process. Returns: False if it
-    was done before, is impossible, or if updates of the step may already have been applied."""
-    size = cfg.completions_per_forward or cfg.num_generations
-    if run.memory_reduced or size == 1 or cfg.num_iterations > 1:
-        return False
-    run.memory_reduced = True
-    vlm.completions_per_forward = cfg.completions_per_forward = size // 2
-    run.write_config(cfg)  # a resumed run keeps it
-    change = f"retrying the step with --completions_per_forward {size // 2}"
-    tqdm.write(f"step {run.step + 1}: out of GPU memory; {change}")
-    return True

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 
-from commands.run_folder import check_folder, holds_run
-from commands.settings import FIELDS, check_resumed, check_settings, load_saved
-from commands.signals import leave_quietly_on_ctrl_c
 from config import TINY, Config, InputError, is_tiny, parse_weights
+from runtime.run_folder import check_folder, holds_run
+from runtime.settings import FIELDS, check_resumed, check_settings, load_saved
+from runtime.signals import leave_quietly_on_ctrl_c
 
 PROGRAM = "python sayo_mini.py"
 GROUPS = {  # groups of --help: title -> first setting; a group ends where the next one begins
@@ -47,15 +47,19 @@ COMMANDS = {
     "fit": "predict the GPU memory of a run, and which cards it fits on; needs no GPU",
 }
 MODEL = "model_name_or_path load_in_4bit lora_r lora_alpha adapter max_pixels device"
-ANSWER = "instruction max_completion_length token_fraction alignment layers heads"
+ANSWER = "instruction max_completion_length token_fraction alignment"
 DATA = "dataset data_dir mix skip_bad_examples allow_absolute_paths"
 USED = {  # the settings that a command uses; train and fit use all of them
-    "look": f"{MODEL} {ANSWER}".split(),
+    "look": f"{MODEL} {ANSWER} layers heads".split(),
     "probe": f"{DATA} {MODEL} {ANSWER} seed eval_examples output_dir resume".split(),
 }
 HELP = {  # (command, setting) -> help and default that differ from those of training
     ("look", "adapter"): ("compare the model before training and with this adapter", "none"),
+    ("look", "layers"): ("layers whose mean attention is drawn: all, or as 2,3", "-1; tiny: 3"),
+    ("look", "heads"): ("heads of those layers: all, or as 0,3", "all; tiny: 2"),
+    ("look", "token_fraction"): ("fraction of tokens in the map, highest entropy first", "0.3"),
     ("probe", "adapter"): ("probe the model with this adapter", "none"),
+    ("probe", "token_fraction"): ("fraction of tokens in a map, highest entropy first", "0.3"),
     ("probe", "eval_examples"): ("training questions to measure on", "64"),
     ("probe", "output_dir"): ("folder for probe.png", "runs/probe"),
     ("probe", "resume"): ("use the settings of the run in output_dir", "False"),

@@ -3,7 +3,28 @@
 import os
 import signal
 import stat
+import sys
 from contextlib import contextmanager
+
+
+class Stopped(Exception):
+    """Raised on Ctrl-C, SIGTERM or SIGHUP, before any update of the step."""
+
+
+@contextmanager
+def stop_signals():
+    """Append signals to the yielded list, which the loop checks between groups. A second Ctrl-C
+    ends the program immediately."""
+    stop = []
+
+    def handler(number, frame):
+        if stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        mute_lost_terminal()
+        stop.append(number)
+
+    with handle_signals(signals_to_stop(), handler):
+        yield stop
 
 
 @contextmanager
@@ -39,6 +60,13 @@ def mute_lost_terminal():
                 os.dup2(os.open(os.devnull, os.O_WRONLY), number)
         except OSError:  # already closed
             pass
+
+
+def leave(code):
+    """End the process without destructors: those of torch.distributed's threads can abort it."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def leave_quietly_on_ctrl_c():

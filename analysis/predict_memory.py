@@ -12,16 +12,17 @@ from PIL import Image
 from torch.nn import Linear
 from transformers import AutoModelForImageTextToText
 
-from analysis.evaluate import QUESTIONS_PER_BATCH, evaluate
+from analysis.evaluate import evaluate
 from analysis.meta_memory import MetaMemory, meta_as_device
 from config import parse_ints
 from data import Example
 from model import Prompt, Vlm
+from sources.decoding import Decoder
 from sources.pretrained import add_lora
 
 META = torch.device("meta")
 DECODED = 3  # tokens; other tokens cost the same, apart from the cache length
-TRACED = 2  # held-out answers; the rest of a batch costs the same
+TRACED = 2  # answers shown in the report; the others cost the same
 UNUSED = 10  # a token id without special meaning
 
 
@@ -34,13 +35,22 @@ class Tokens:
         return ""
 
 
+class LastTokens(Decoder):
+    """Decodes as if `skipped` tokens had been decoded before."""
+
+    skipped = 0
+
+    def step(self, token, t):
+        return super().step(token, t + self.skipped)
+
+
 class RehearsedVlm(Vlm):
     """A Vlm without data. Its prompts have `text_tokens` and an image of `grid` = (rows, cols)."""
 
     def __init__(self, memory, text_tokens, grid, *args):
         super().__init__(*args)
         self.memory, self.text_tokens, self.grid = memory, text_tokens, grid
-        self.in_evaluation, self.traced, self.skipped = False, 0, 0
+        self.in_evaluation, self.traced = False, 0
         self.stop_ids = torch.tensor([1], device=self.device)  # never sampled, see MetaMemory
 
     def enter(self, phase):
@@ -76,23 +86,22 @@ class RehearsedVlm(Vlm):
         mask = torch.ones(shape, dtype=torch.bool, device=self.device)
         return [replace(c, ids=ids, mask=mask) for c in completions]
 
-    def _decode_step(self, token, position, prompt_caches, own_cache):
-        hidden = super()._decode_step(token, position, prompt_caches, own_cache)
-        for layer in own_cache.layers if self.skipped else ():
-            B, heads, length, size = layer.keys.shape
-            shape = B, heads, length + self.skipped, size
-            layer.keys, layer.values = (layer.keys.new_empty(shape) for _ in "kv")
-        self.skipped = 0
-        return hidden
+    def _decoder(self, prompt_caches, start, max_tokens):
+        decoder = LastTokens(self.core, prompt_caches, start, max_tokens + self.skipped)
+        decoder.skipped = self.skipped
+        return decoder
 
-    def score(self, prompt, completions, attention=True, reference=False):
+    def score_groups(self, prompts, completions, attention=True, reference=False):
         training = torch.is_grad_enabled() and not attention
-        if self.in_evaluation:
+        self.enter("update" if training else "scoring")
+        return super().score_groups(prompts, completions, attention, reference)
+
+    def _packed_forward(self, prompts, ids, capture=None, **kwargs):
+        if self.in_evaluation and capture and not capture.average_heads:  # maps for the report
             self.traced += 1
             if self.traced > TRACED:
                 raise Enough
-        self.enter("update" if training else "scoring")
-        return super().score(prompt, completions, attention, reference)
+        return super()._packed_forward(prompts, ids, capture, **kwargs)
 
 
 class Enough(Exception):
@@ -180,14 +189,14 @@ def rehearse(config, cfg, train_step, text_tokens, dtype=torch.bfloat16, kernels
         if kernels == "cuda":
             memory.enter("update")
             make_moments(optimizer, params)
-        examples = [rehearsed_example(vlm)] * max(cfg.prompts_per_step, QUESTIONS_PER_BATCH)
+        examples = [rehearsed_example(vlm)] * max(cfg.prompts_per_step, cfg.eval_examples)
         step = vlm, examples[: cfg.prompts_per_step], cfg, optimizer, None
         train_step(*step, scaler=UpdatePhase(memory))
         if cfg.eval_examples and kernels == "cuda":
             vlm.in_evaluation = True
             memory.enter("evaluation")
             with redirect_stderr(io.StringIO()), suppress(Enough):  # no progress bar
-                evaluate(vlm, examples[: min(cfg.eval_examples, QUESTIONS_PER_BATCH)], cfg, "")
+                evaluate(vlm, examples[: cfg.eval_examples], cfg, "")
     return memory.peaks | peaks
 
 

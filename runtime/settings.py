@@ -7,8 +7,8 @@ import operator
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from commands.run_folder import CHECKPOINTS, checkpoint_settings, holds_run
 from config import ROOT, Config, InputError, parse_ints, parse_weights
+from runtime.run_folder import CHECKPOINTS, checkpoint_settings, holds_run
 
 FIELDS = {f.name: f for f in fields(Config)}
 IGNORED = ("probe", "made_with")  # keys of config.json that are no settings; probe: of old versions

@@ -1,0 +1,111 @@
+"""Decoding with few operations per token. Skip this file on a first reading.
+
+The time to decode a token depends on the number of operations more than on their size. `Decoder`
+runs the language model's own weights for one new token per completion, without PEFT's wrappers and
+casts, and writes keys and values into buffers of the final length. tests/test_decoding.py compares
+it with transformers.
+"""
+
+import torch
+from torch.nn.functional import embedding, rms_norm
+
+from attention import decode_attention
+
+
+class LoraLinears:
+    """Linear layers with the same input: x W^T + b + (x A^T) (scale B)^T, in the type of x."""
+
+    def __init__(self, modules, dtype):
+        self.layers, self.A, self.B, self.ranks = [], None, [], []
+        down = []
+        for module in modules:
+            self.layers.append(getattr(module, "base_layer", module))
+            for name in () if getattr(module, "disable_adapters", True) else module.active_adapters:
+                down.append(module.lora_A[name].weight)
+                up = module.lora_B[name].weight * module.scaling[name]
+                self.B.append(up.to(dtype).T)  # (r, out)
+                self.ranks.append(len(down[-1]))
+        if down:
+            self.A = torch.cat(down).to(dtype).T  # (in, all r)
+
+    def __call__(self, x):
+        outputs = [layer(x) for layer in self.layers]
+        if self.A is not None:
+            inner = (x @ self.A).split(self.ranks, -1)
+            for out, low, B in zip(outputs, inner, self.B):
+                out.addmm_(low, B)
+        return outputs
+
+
+class DecoderLayer:
+    """One layer of a Qwen2.5-VL or Qwen3-VL, with the keys and values of its completions."""
+
+    def __init__(self, layer, prompt, rows, length, dtype):
+        self.attention, self.mlp, self.prompt = layer.self_attn, layer.mlp, prompt
+        self.norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.qkv = linears(self.attention, "q_proj k_proj v_proj", dtype)
+        self.out = linears(self.attention, "o_proj", dtype)
+        self.gate_up = linears(self.mlp, "gate_proj up_proj", dtype)
+        self.down = linears(self.mlp, "down_proj", dtype)
+        self.qk_norms = [getattr(self.attention, name, None) for name in ("q_norm", "k_norm")]
+        B, kv_heads, _, D = prompt.keys.shape
+        shape = B, kv_heads, rows // B, length, D
+        self.keys, self.values = (
+            torch.empty(shape, dtype=dtype, device=prompt.keys.device) for _ in "kv"
+        )
+
+    def step(self, x, cos, sin, t):
+        """Run token t of every completion. Args: x (B*G, hidden size); cos and sin (B*G, 1, D)."""
+        B, kv_heads, G, _, D = self.keys.shape
+        q, k, v = self.qkv(normalize(x, self.norms[0]))
+        q, k = (
+            normalize(each.view(len(x), -1, D), norm) for each, norm in zip((q, k), self.qk_norms)
+        )
+        heads, qk = q.shape[1], torch.cat([q, k], 1)
+        qk = (qk * cos).addcmul_(qk.roll(D // 2, -1), sin)  # rotary embedding
+        q, k = qk.split([heads, kv_heads], 1)
+        self.keys[..., t, :] = k.view(B, G, kv_heads, D).transpose(1, 2)
+        self.values[..., t, :] = v.view(B, G, kv_heads, D).transpose(1, 2)
+        q = q.view(B, G, kv_heads, -1, D).transpose(1, 2)  # (B, kv_heads, G, h, D)
+        keys, values = self.keys[..., : t + 1, :], self.values[..., : t + 1, :]
+        out = decode_attention(q, keys, values, self.prompt, self.attention.scaling)
+        x = self.out(out.transpose(1, 2).reshape(len(x), -1))[0].add_(x)
+        gate, up = self.gate_up(normalize(x, self.norms[1]))
+        return self.down(self.mlp.act_fn(gate).mul_(up))[0].add_(x)
+
+
+class Decoder:
+    """The language model of `core`, for G completions of each of B prompts.
+
+    Args: core, the transformers model with LoRA in place; prompts, a PromptCache per layer; start
+    (B*G,), the position of every completion's first token; length, of the longest completion.
+    """
+
+    def __init__(self, core, prompts, start, length):
+        self.core = core.model.language_model
+        dtype, device = core.lm_head.weight.dtype, start.device
+        layers = zip(self.core.layers, prompts)
+        self.layers = [DecoderLayer(*each, len(start), length, dtype) for each in layers]
+        positions = (start[:, None] + torch.arange(length, device=device)).expand(3, -1, -1)
+        tables = self.core.rotary_emb(prompts[0].keys, positions)
+        # The three axes of M-RoPE agree in text; Qwen2.5-VL returns a table for each.
+        cos, sin = (table[0] if table.dim() == 4 else table for table in tables)  # (B*G, length, D)
+        sign = torch.ones_like(sin)
+        sign[..., : sin.shape[-1] // 2] = -1  # x rolled by D / 2, with this sign, is rotate_half(x)
+        self.cos, self.sin = (table.unsqueeze(2).unbind(1) for table in (cos, sin * sign))
+
+    def step(self, token, t):
+        """Feed token t (B*G,) of every completion. Returns: hidden states (B*G, hidden size)."""
+        x = embedding(token, self.core.embed_tokens.weight)
+        for layer in self.layers:
+            x = layer.step(x, self.cos[t], self.sin[t], t)
+        return normalize(x, self.core.norm)
+
+
+def linears(parent, names, dtype):
+    return LoraLinears([getattr(parent, name) for name in names.split()], dtype)
+
+
+def normalize(x, norm):
+    """RMSNorm as one operation; None, as in Qwen2.5-VL's heads, changes nothing."""
+    return x if norm is None else rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
