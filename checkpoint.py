@@ -67,7 +67,7 @@ class RunDirectory:
             yield
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
-            advice = run_folder.how_to_go_on(error, self.folder)
+            advice = run_folder.write_error_advice(error, self.folder)
             message = f"cannot write {what} to --output_dir {self.folder}: {reason}; {advice}"
             raise InputError(message) from None
 

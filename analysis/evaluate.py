@@ -92,21 +92,23 @@ def evaluate(vlm, examples, cfg, name, before=None):
             traces = fixed = trace_answers(vlm, prompts, cfg, answers)
             if before:
                 fixed = trace_fixed_text(vlm, prompts, cfg, before[len(results) :])
-            for (example, prompt), *pair in zip(batch, traces, fixed):
-                next_example = examples[(len(results) + 1) % len(examples)]
-                results.append(answer_row(vlm, example, next_example, prompt, *pair, cfg, results))
+            after_batch = examples[(len(results) + len(batch)) % len(examples)]
+            following = [example for example, _ in batch[1:]] + [after_batch]
+            for (example, prompt), next_example, *pair in zip(batch, following, traces, fixed):
+                regions = [example_region(x, prompt.grid) for x in (example, next_example)]
+                results.append(answer_row(vlm, example, prompt, regions, *pair, cfg, len(results)))
                 bar.update()
     return results
 
 
-def answer_row(vlm, example, next_example, prompt, trace, fixed, cfg, previous):
-    """The results of one answer, a dict; see `evaluate`."""
-    region, next_region = (example_region(x, prompt.grid) for x in (example, next_example))
+def answer_row(vlm, example, prompt, regions, trace, fixed, cfg, index):
+    """The results of one answer, a dict; see `evaluate`. Args: regions, its own and the next one's;
+    fixed, the trace of the fixed text; index, of the example."""
     return (
         answer_fields(example, trace)
-        | localization_fields(trace.map, fixed.map, region, next_region)
-        | position_fields(trace, region)
-        | map_fields(vlm, prompt, trace, cfg, len(previous))
+        | localization_fields(trace.map, fixed.map, *regions)
+        | position_fields(trace, regions[0])
+        | map_fields(vlm, prompt, trace, cfg, index)
     )
 
 

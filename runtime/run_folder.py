@@ -142,7 +142,7 @@ def check_folder(folder):
 # --- writing ---
 
 
-def how_to_go_on(error, folder):
+def write_error_advice(error, folder):
     """Advice for a failure to write. Args: error, an OSError or a SafetensorError."""
     if not os.path.exists(folder / "config.json"):
         return "use a different --output_dir"

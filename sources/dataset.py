@@ -40,20 +40,7 @@ class AnnotatedDataset:
     To add a format, write a subclass and add a line to `sources.open_dataset`. Its `__init__` calls
     `add` for each row, or `reject` if the row cannot be parsed, and finally `finish`. Use
     `FileDataset` as the base class if images are files, otherwise define `open_image` as well.
-    A complete CSV reader:
-
-        class Csv(FileDataset):
-            def __init__(self, path, allow_absolute_paths=False, problems=None):
-                super().__init__(path, Path(path).parent, allow_absolute_paths, problems)
-                lines = read_file(path).decode(errors="replace").splitlines(keepends=True)
-                for number, row in enumerate(csv.DictReader(lines), 1):
-                    try:
-                        row["boxes"] = json.loads(row.get("boxes") or "null")
-                    except ValueError:
-                        self.reject(f"{path}: row {number}", "boxes are not JSON")
-                    else:
-                        self.add(f"{path}: row {number}", row)
-                self.finish()
+    docs/extending.md has a complete CSV reader.
     """
 
     def __init__(self, name, problems=None):

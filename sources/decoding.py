@@ -1,9 +1,8 @@
 """Decoding with few operations per token. Skip this file on a first reading.
 
-The time to decode a token depends on the number of operations more than on their size. `Decoder`
-runs the language model's own weights for one new token per completion, without PEFT's wrappers and
-casts, and writes keys and values into buffers of the final length. tests/test_decoding.py compares
-it with transformers.
+A decoded token needs many small operations. `Decoder` runs the language model's own weights for one
+new token per completion, without PEFT's wrappers and casts, and writes keys and values into buffers
+of the final length. tests/test_decoding.py compares it with transformers.
 """
 
 import torch

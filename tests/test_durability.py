@@ -808,9 +808,9 @@ def test_advice_fits_the_failure(tmp_path):
         (errno.EROFS, "make the folder writable, then run"),
         (errno.EACCES, "make the folder writable, then run"),
     ):
-        advice = run_folder.how_to_go_on(OSError(number, ""), tmp_path)
+        advice = run_folder.write_error_advice(OSError(number, ""), tmp_path)
         assert words in advice and "--resume" in advice
-    advice = run_folder.how_to_go_on(OSError(errno.EACCES, ""), tmp_path / "new")
+    advice = run_folder.write_error_advice(OSError(errno.EACCES, ""), tmp_path / "new")
     assert "use a different --output_dir" in advice
 
 

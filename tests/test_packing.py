@@ -8,6 +8,7 @@ from conftest import TINY, ask, load
 
 import model
 import sayo_mini
+from config import Config
 from model import Completions
 from sources.packing import split_by_tokens
 from sources.scenes import Scenes
@@ -138,3 +139,32 @@ def test_checking_rarely_whether_all_are_done_changes_nothing(monkeypatch, tempe
         found.append(completions)
     assert torch.equal(found[0].ids, found[1].ids) and torch.equal(found[0].mask, found[1].mask)
     assert found[0].texts == found[1].texts
+
+
+def test_a_packed_group_of_equal_rewards_is_left_out():
+    """The first of two groups is skipped, so the gradient is that of the second alone."""
+    vlm = load()
+    cfg = Config(num_generations=4, completions_per_forward=8, beta=0.0, format_lengths="1,20")
+    scenes = Scenes("validation", 2)
+    rollouts = [(scenes[i], *ask(vlm, i)) for i in range(2)]
+    gradients = []
+    for chosen in (rollouts, rollouts[1:]):
+        groups, scores = sayo_mini.score_and_reward(vlm, chosen, cfg)
+        groups[0].zero_std = len(groups) == 2
+        assert not groups[-1].zero_std
+        scaler = sayo_mini.NO_LOSS_SCALE
+        losses = sayo_mini.accumulate_gradient(vlm, groups, cfg, 100, scaler, scores)
+        assert len(losses) == 1
+        parameters = [p for p in vlm.model.parameters() if p.requires_grad]
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        vlm.model.zero_grad()
+    assert gradients[1].abs().max() > 1e-3
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
+
+
+def test_sampling_goes_on_until_every_completion_ends():
+    vlm = load()
+    _, completions = ask(vlm, G=16, C=20, temperature=3.0)
+    lengths = completions.mask.sum(1)
+    assert len(set(lengths.tolist())) > 1
+    assert (completions.finished | (lengths == 20)).all()

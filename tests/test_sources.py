@@ -8,7 +8,6 @@ import math
 import os
 import re
 import sys
-import textwrap
 import types
 from pathlib import Path
 
@@ -21,7 +20,6 @@ import sayo_mini
 from commands.check import check_dataset
 from config import InputError
 from data import region_mask
-from sources.dataset import AnnotatedDataset, FileDataset, read_file
 from sources.gqa import Gqa
 from sources.images import apply_exif_orientation
 from sources.jsonl import JsonLines
@@ -462,11 +460,10 @@ def test_an_error_of_the_image_processor_names_the_example(tmp_path, capfd, monk
 # --- a new format
 
 
-def test_the_csv_reader_in_the_docstring_works(folder):
-    """The docstring of `AnnotatedDataset` contains a complete CSV reader, which this test runs."""
-    source = AnnotatedDataset.__doc__[AnnotatedDataset.__doc__.index("        class Csv") :]
-    names = dict(FileDataset=FileDataset, Path=Path, csv=csv, json=json, read_file=read_file)
-    exec(textwrap.dedent(source), names)
+def test_the_csv_reader_in_extending_rejects_bad_rows_and_files(folder):
+    text = (HERE / "docs" / "extending.md").read_text()
+    names = {}
+    exec(text[text.index("# sources/csv_file.py") :].split("```")[0], names)
     path = folder / "set.csv"
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, [*GOOD, "source"], restval="extra column")
@@ -483,6 +480,9 @@ def test_the_csv_reader_in_the_docstring_works(folder):
     assert data[1].boxes == GOOD["boxes"] and data[1].image.size == (64, 48)
     with pytest.raises(InputError, match="nowhere.csv"):
         names["Csv"](folder / "nowhere.csv")
+    path.write_bytes("image,question\ncafé.png,what?".encode("latin-1"))
+    with pytest.raises(InputError, match="not in UTF-8"):
+        names["Csv"](path)
 
 
 # --- the check command
