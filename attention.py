@@ -2,8 +2,8 @@
 recorded.
 
 `sayo_attention` runs in every layer, on top of transformers' own SDPA. A completion attends to its
-prompt and to itself, never to other completions: time and memory grow with G * C * (P + C), not
-with the square of the packed length.
+prompt and to itself, never to other completions: beyond the prompt's own attention, time and memory
+grow with G * C * (P + C), not with the square of the packed length.
 """
 
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ class Capture:
 
 @dataclass
 class PromptCache:
-    """One layer's keys and values of B prompts, stored once regardless of how many completions."""
+    """One layer's keys and values of B prompts, stored once, however many completions."""
 
     keys: torch.Tensor  # (B, H_kv, P, D), shorter prompts padded on the right
     values: torch.Tensor  # (B, H_kv, P, D)
@@ -66,7 +66,7 @@ def group_attention(layer, group, query, key, value, **kwargs):
     Returns: (1, S, H, D)."""
     P, G, C = group.P, group.G, group.C
 
-    def completions(x):
+    def completions(x):  # H: the heads of x, query heads or key heads
         return x[0, :, P:].unflatten(1, (G, C)).transpose(0, 1)  # (G, H, C, D)
 
     def with_prompt(x):

@@ -42,7 +42,7 @@ class Config:
         may_change=True,
         choices=["auto", "cuda", "cpu"],
     )
-    deterministic: bool = flag(False, "use slower CUDA kernels that resume bit-identically")
+    deterministic: bool = flag(False, "use slower, deterministic CUDA kernels, for exact resume")
     # data
     dataset: str = flag(
         "scenes", "scenes (generated), a .jsonl file, gqa, refocus; + joins several"
@@ -66,7 +66,7 @@ class Config:
     prompts_per_step: int = flag(4, "questions per optimizer step", minimum=1)
     completions_per_forward: int = flag(
         0,
-        "micro-batch: below G saves memory, above G packs groups; 0: G",
+        "micro-batch: below G saves memory, above G packs groups; 0 means G",
         may_change=True,
         minimum=0,
     )
@@ -85,7 +85,7 @@ class Config:
     seed: int = flag(0, "seed of all randomness", minimum=0, maximum=2**63 - 1)
     # reward
     reward_weights: str = flag(
-        "attention=1,format=1,accuracy=0", "name=weight pairs; all are logged"
+        "attention=1,format=1,accuracy=0", "name=weight pairs; all rewards are logged"
     )
     token_fraction: float = flag(
         0.3, "fraction of tokens that count, highest entropy first", above=0, maximum=1
@@ -95,8 +95,8 @@ class Config:
         "attention row of a token: its own, or the predicting one",
         choices=["query", "predict"],
     )
-    layers: str = flag("-1", "layers whose attention counts: all, or as 2,3 or --layers=-2,-1")
-    heads: str = flag("all", "heads of those layers: all, or as 0,3")
+    layers: str = flag("-1", "layers whose attention counts: all, 2,3 or --layers=-2,-1")
+    heads: str = flag("all", "heads of those layers: all, or 0,3")
     format_lengths: str = flag("60,100", "min,max tokens that earn the full format reward")
     # evaluation
     eval_examples: int = flag(64, "held-out questions of each evaluation; 0 skips it", minimum=0)

@@ -23,10 +23,8 @@ from sources.pretrained import (
     resolve_indices,
 )
 
-LOGITS_PER_CHUNK = 2**24  # floats: 64 MiB, about 110 tokens of Qwen's vocabulary
-CHECK_DONE = {
-    "cuda": 8
-}  # tokens between checks whether all completions end: each waits for the GPU
+LOGITS_PER_CHUNK = 2**24  # floats, 64 MiB: the logits of about 110 tokens with Qwen's vocabulary
+CHECK_DONE = {"cuda": 8}  # tokens between checks for the end of all completions: each waits
 
 
 @dataclass
@@ -74,7 +72,7 @@ class Vlm:
         self.model, self.tokenizer, self.image_processor = model, tokenizer, processor
         self.core = model.get_base_model()  # the transformers model under PEFT, LoRA in place
         self.device = self.core.device
-        self.dtype = self.core.lm_head.weight.dtype  # of the computation; 4-bit weights have none
+        self.dtype = self.core.lm_head.weight.dtype  # to compute in; 4-bit weights hide it
         # transformers 5.24 renames past_key_values, the argument and the output, to cache.
         known = inspect.signature(type(self.core.model).forward).parameters
         self.cache_name = "cache" if "cache" in known else "past_key_values"
@@ -103,7 +101,7 @@ class Vlm:
         """Lay out an image and a question by the model's chat template.
 
         The template's one image placeholder is repeated N times, N = prod(image_grid_thw) /
-        merge_size^2, which makes the positions explicit. Prompts are never truncated.
+        merge_size^2, so that every image token has a place. Prompts are never truncated.
         Returns: Prompt. Raises: InputError if the question contains an image placeholder.
         """
         pixels = self.image_processor(images=[image.convert("RGB")], return_tensors="pt")
@@ -143,7 +141,7 @@ class Vlm:
             if temperature == 0:
                 token = logits.argmax(-1)
             else:
-                p = logits.softmax(-1)  # drawn as torch.multinomial does, which crashes on NaN
+                p = logits.softmax(-1)  # torch.multinomial's draw, but safe with NaN
                 token = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
             ids.append(token.masked_fill(done, self.pad_id))
             live.append(~done)
@@ -158,9 +156,9 @@ class Vlm:
     def _prefill(self, prompts, G):
         """Run every prompt once. Returns: the hidden states (B*G, D) that predict the first tokens,
         the prompts' caches, and the positions (B*G,) of the first tokens."""
-        hidden, caches, none = [], [], torch.empty(0, 0, dtype=torch.long, device=self.device)
+        hidden, caches, nothing = [], [], torch.empty(0, 0, dtype=torch.long, device=self.device)
         for batch in split_by_tokens(prompts, lambda prompt: len(prompt.input_ids)):
-            states, cache = self._packed_forward(batch, [none] * len(batch), use_cache=True)
+            states, cache = self._packed_forward(batch, [nothing] * len(batch), use_cache=True)
             lengths = [len(p.input_ids) for p in batch]
             caches.append((cache, lengths))
             hidden += [h[-1].expand(G, -1) for h in states.split(lengths)]
@@ -227,7 +225,7 @@ class Vlm:
     def _packed_forward(self, prompts, ids, capture=None, **kwargs):
         """Run `[prompt | c_1 | ... | c_G]` of several groups as one sequence. Args: ids (G, C) of
         every group. Returns: hidden states (S, D) of the last layer, and the cache."""
-        # transformers checkpoints only in train mode and caches only without; nothing uses dropout.
+        # transformers checkpoints only in train mode, and caches only outside it.
         self.model.train(self.gradient_checkpointing and torch.is_grad_enabled())
         tokens, positions, packed = [], [], []
         for prompt, (G, C), completions in zip(prompts, (x.shape for x in ids), ids):
@@ -281,8 +279,8 @@ def load_vlm(
     heads=None,
     dtype=None,
 ):
-    """Load a Qwen2.5-VL or Qwen3-VL from the hub or a folder, in 4 bits, frozen except for
-    LoRA on the language model's linear layers.
+    """Load a Qwen2.5-VL or Qwen3-VL from the hub or a folder, frozen except for LoRA on the
+    language model's linear layers, which are quantized to 4 bits by default.
 
     Args: device, by default CUDA if available; max_pixels, images are scaled down to this area;
     completions_per_forward, 0 for a whole group; layers and heads whose attention `score`
@@ -294,7 +292,7 @@ def load_vlm(
         least = min(processor.size["shortest_edge"], max_pixels // 2)  # must be below the limit
         processor.size = {"shortest_edge": least, "longest_edge": max_pixels}
     if model.num_parameters() < 1e7:
-        torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors gain from two
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more threads do not help
     model = add_lora(model, lora_r, lora_alpha)
     settings = layers, heads, completions_per_forward, gradient_checkpointing
     return Vlm(model, tokenizer, processor, *settings)

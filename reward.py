@@ -1,7 +1,7 @@
 """The math of SAYO and GRPO as pure functions of tensors and text. `REWARDS` lists the rewards.
 
 Shapes: G completions of one prompt, C completion tokens (padded on the right, `mask` is true on
-real ones), N image tokens. [code] marks what the official code does differently.
+real ones), N image tokens.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ def select_tokens(entropy, mask, fraction=0.3):
 
     Args: entropy (G, C) in nats; mask (G, C) bool; fraction of each completion's own n real tokens.
     Returns: bool (G, C), true on max(1, floor(fraction * n)) real tokens of each row. Ties go to
-    the earlier token. Nothing is selected in an empty row. [code] counts and selects padding.
+    the earlier token. Nothing is selected in an empty row. The official code counts padding.
     """
     entropy = _fp32(entropy, mask=mask)
     count = mask.sum(1, keepdim=True)  # (G, 1)
@@ -55,7 +55,7 @@ def attention_reward(attention, region, selected, eps=1e-8):
     """SAYO's reward r_v = tanh(log((a + eps) / (v + eps))): does the model look at the region?
 
     `a` is the mean attention from the selected tokens to image tokens in the region, `v` to all
-    image tokens: a ratio of means. With rho = a / v, r_v = (rho^2 - 1) / (rho^2 + 1).
+    image tokens. With rho = (a + eps) / (v + eps), r_v = (rho^2 - 1) / (rho^2 + 1).
 
     Args: attention (G, C, N), mean over heads and layers; region (N,) bool; selected (G, C) bool.
     Returns: (G,) in [-1, 1]; 0 for uniform attention, -1 if nothing is selected: 0 would let empty
@@ -87,7 +87,7 @@ def find_answer(text):
 
 def format_reward(text, n_tokens, shortest=60, longest=100):
     """0 unless there is exactly one well-formed answer. Then 0.6 * n / shortest for n < shortest
-    tokens, 0.6 * longest / n for n > longest, else 1: the official code's rule. Returns: float."""
+    tokens, 0.6 * longest / n for n > longest, else 1, as in the official code. Returns: float."""
     if find_answer(text) is None:
         return 0.0
     if n_tokens < shortest:

@@ -33,7 +33,7 @@ from runtime.out_of_memory import halve_micro_batch
 from runtime.signals import Stopped, stop_signals
 from sources import load_datasets, step_examples
 
-SAMPLED_AT_ONCE = 64  # completions: up to this many, decoding more at once costs little time
+SAMPLED_AT_ONCE = 64  # completions; up to about this many, each extra one costs little time
 NO_LOSS_SCALE = torch.amp.GradScaler(enabled=False)
 
 
@@ -104,7 +104,7 @@ def score_and_reward(vlm, rollouts, cfg):
         rewards, inputs = compute_rewards(vlm, *rollout, part, cfg)
         total = sum(w * rewards[name] for name, w in parse_weights(cfg.reward_weights).items())
         mask, old_logps = rollout[-1].mask, part.logps.detach()
-        finite = old_logps[mask].isfinite().all().item()  # if not, `update` skips it
+        finite = old_logps[mask].isfinite().all().item()  # if not, `update` skips the step
         zero_std = finite and total.std().item() < 1e-6  # equal up to rounding
         values = rewards, total, reward.group_advantages(total), zero_std, old_logps
         groups.append(Group(*rollout, *values, attention_metrics(part.entropy, mask, inputs)))
@@ -173,7 +173,7 @@ def update(optimizer, scaler, losses, cfg):
 
 def train(cfg):
     """One run, from loading the model to the report. Returns the exit code."""
-    torch.manual_seed(cfg.seed)  # initializes LoRA; everything later draws from `generator`
+    torch.manual_seed(cfg.seed)  # for LoRA's initial weights; sampling draws from `generator`
     train_set, eval_set = load_datasets(cfg)
     vlm = load_model(cfg)
     generator = torch.Generator(vlm.device).manual_seed(cfg.seed)
@@ -183,7 +183,7 @@ def train(cfg):
     scaler = torch.amp.GradScaler(vlm.device.type, 2**10, enabled=vlm.dtype == torch.float16)
     run = RunDirectory(cfg, params, optimizer, generator, scaler)
     before = run.read_json("before.json", lambda content: are_results(content, len(eval_set)))
-    compare = cfg.adapter and not cfg.max_steps  # no training: the base model beside the adapter
+    compare = cfg.adapter and not cfg.max_steps  # no training: base model against adapter
     with vlm.model.disable_adapter() if compare else nullcontext():
         before = before or run.write_json("before.json", evaluate(vlm, eval_set, cfg, "before"))
     warned = set()
@@ -221,8 +221,8 @@ def train(cfg):
 
 def load_model(cfg):
     """The model that a Config describes."""
-    same = "load_in_4bit lora_r lora_alpha device max_pixels gradient_checkpointing"
-    settings = {name: getattr(cfg, name) for name in [*same.split(), "completions_per_forward"]}
+    names = "load_in_4bit lora_r lora_alpha device max_pixels gradient_checkpointing"
+    settings = {name: getattr(cfg, name) for name in [*names.split(), "completions_per_forward"]}
     settings |= {"layers": parse_ints(cfg.layers), "heads": parse_ints(cfg.heads)}
     vlm = load_vlm(cfg.model_name_or_path, **settings)
     if cfg.adapter:

@@ -38,7 +38,7 @@ def check_settings(settings):
     parsed = {name: parse(name, settings[name]) for name in FORMS if name in settings}
     if "format_lengths" in parsed:
         lengths = parsed["format_lengths"] or []
-        if len(lengths) != 2 or not 0 <= lengths[0] <= lengths[1]:
+        if len(lengths) != 2 or not 0 <= lengths[0] <= lengths[1] or lengths[1] == 0:
             raise wrong_form("format_lengths", settings["format_lengths"])
     if "reward_weights" in parsed:
         check_weights(settings["reward_weights"], parsed["reward_weights"])

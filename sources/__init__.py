@@ -41,7 +41,7 @@ def open_dataset(name, cfg, problems=None):
     """The data set called `name`, or in the file `name`. Args: problems, see `AnnotatedDataset`.
     Raises: InputError.
 
-    To add a format, write a reader in `sources/` and add a line here.
+    To add a format, write a reader in `sources/` and add it here, see docs/extending.md.
     """
     if name == "gqa":
         from sources.gqa import Gqa

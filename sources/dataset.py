@@ -37,7 +37,7 @@ class AnnotatedDataset:
     Args: name, for messages; problems, None or a list. With None, the first bad row raises
     InputError. With a list, bad rows are skipped, and a line for each problem is appended to it.
 
-    To add a format, write a subclass and add a line to `sources.open_dataset`. Its `__init__` calls
+    To add a format, write a subclass and add it to `sources.open_dataset`. Its `__init__` calls
     `add` for each row, or `reject` if the row cannot be parsed, and finally `finish`. Use
     `FileDataset` as the base class if images are files, otherwise define `open_image` as well.
     docs/extending.md has a complete CSV reader.

@@ -481,7 +481,10 @@ def test_the_csv_reader_in_extending_rejects_bad_rows_and_files(folder):
     with pytest.raises(InputError, match="nowhere.csv"):
         names["Csv"](folder / "nowhere.csv")
     path.write_bytes("image,question\ncafé.png,what?".encode("latin-1"))
-    with pytest.raises(InputError, match="not in UTF-8"):
+    with pytest.raises(InputError, match="not a CSV file in UTF-8"):
+        names["Csv"](path)
+    path.write_text('image,question\n"' + "x" * 200_000)  # a quote that is never closed
+    with pytest.raises(InputError, match="not a CSV file in UTF-8"):
         names["Csv"](path)
 
 
