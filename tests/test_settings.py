@@ -37,7 +37,8 @@ OUT_OF_RANGE = (
 --token_fraction 2|--token_fraction 0|--beta -1|--beta inf|--beta nan|--epsilon 5|--epsilon 0
 --lora_alpha 0|--lora_alpha -32|--lora_r 0|--format_lengths 100,60|--format_lengths -1,5
 --format_lengths 0,0|--learning_rate -1|--learning_rate nan|--learning_rate inf
---warmup_steps -1|--weight_decay -1|--seed 99999999999999999999|--seed -1|--mix 0.8,0.2|--mix 1 --dataset mine.jsonl
+--warmup_steps -1|--weight_decay -1
+--seed 99999999999999999999|--seed -1|--mix 0.8,0.2|--mix 1 --dataset mine.jsonl
 --reward_weights attention=0,format=0|--reward_weights attention=nan|--max_grad_norm nan
 --reward_weights attention=1,attention=2|--temperature inf|--max_steps 1.5|--max_steps 1e400
 """.replace("\n", "|")
