@@ -43,6 +43,7 @@ class Config:
         choices=["auto", "cuda", "cpu"],
     )
     deterministic: bool = flag(False, "use slower, deterministic CUDA kernels, for exact resume")
+    cuda_graph: bool = flag(False, "sample with a CUDA graph; untested on a GPU", may_change=True)
     # data
     dataset: str = flag(
         "scenes", "scenes (generated), a .jsonl file, gqa, refocus; + joins several"

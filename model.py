@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import Capture, PackedGroup
 from config import InputError
-from sources.decoding import Decoder
+from sources.decoding import Decoder, GraphDecoder
 from sources.packing import image_features, split_by_tokens, stack_prompts
 from sources.pretrained import (
     add_lora,
@@ -67,6 +67,8 @@ class Scores:
 
 class Vlm:
     """A Qwen2.5-VL or Qwen3-VL with LoRA; created by `load_vlm`. `.model` is the PEFT model."""
+
+    cuda_graph = False  # decode with `GraphDecoder`
 
     def __init__(self, model, tokenizer, processor, layers, heads, per_forward, checkpointing):
         self.model, self.tokenizer, self.image_processor = model, tokenizer, processor
@@ -167,7 +169,7 @@ class Vlm:
         return torch.cat(hidden), stack_prompts(caches), start
 
     def _decoder(self, *args):
-        return Decoder(self.core, *args)
+        return (GraphDecoder if self.cuda_graph else Decoder)(self.core, *args)
 
     def _completions(self, ids, mask, done, temperature):
         longest = mask.sum(1).max()  # other groups may be longer

@@ -225,6 +225,7 @@ def load_model(cfg):
     settings = {name: getattr(cfg, name) for name in [*names.split(), "completions_per_forward"]}
     settings |= {"layers": parse_ints(cfg.layers), "heads": parse_ints(cfg.heads)}
     vlm = load_vlm(cfg.model_name_or_path, **settings)
+    vlm.cuda_graph = cfg.cuda_graph
     if cfg.adapter:
         vlm.load_adapter(cfg.adapter)
     return vlm

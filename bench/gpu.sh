@@ -16,12 +16,13 @@
 #            predicted and the measured memory of a small shape)
 #   memory   peak memory of the shapes of 2B, 4B and 8B, also with capped memory (not with --small)
 #   step     one optimizer step of this program and of TRL
+#   graph    two points of the same, decoded with a CUDA graph (not with --small)
 #   kill     twenty kills: a resumed run must equal an uninterrupted one
 #   train    the default run of the checkpoint
 set -u
 cd "$(dirname "$0")/.."
 output=${OUTPUT:-runs/gpu} model=${MODEL:-Qwen/Qwen3-VL-2B-Instruct} failed=""
-parts=${PARTS:-tests fit memory step kill train}
+parts=${PARTS:-tests fit memory step graph kill train}
 
 part() { # name, command
   [[ " $parts " == *" $1 "* ]] || return 0
@@ -44,6 +45,8 @@ else
   part fit python sayo_mini.py fit --model_name_or_path "$model"
   part memory python bench/memory.py --results "$output/results"
   part step python bench/step.py --shape 2b --results "$output/results/step.json"
+  part graph python bench/step.py --shape 2b --cuda_graph --arms ours trl --points 512,64,8 \
+    128,110,4 --results "$output/results/step_cuda_graph.json"
   part kill python bench/kill.py --kills 20 --device cuda --results "$output/results"
   part train python sayo_mini.py --model_name_or_path "$model" --output_dir "$output/run"
 fi

@@ -85,6 +85,8 @@ def capture_bytes(P, C, G, heads=8, kv_heads=4, head_dim=64):
 def plan(args):
     """What to measure: a list of (part of the study, point, arms, rounds, options)."""
     options = {"device": args.device, "load_in_4bit": True, "gradient_checkpointing": True}
+    if args.cuda_graph:
+        options["cuda_graph"] = True
     if args.points:
         points = [tuple(int(n) for n in text.split(",")) for text in args.points]
         return [("point", point, args.arms, args.rounds, options) for point in points]
@@ -269,6 +271,7 @@ def parse_args():
     add("--shape", default="30m", choices=TEXT, help="shape of the random model (default: 30m)")
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=cuda, help="default: cuda if available, else cpu")
+    add("--cuda_graph", action="store_true", help="ours decodes with a CUDA graph")
     add("--models", default="runs/bench", help="folder of the random models (default: runs/bench)")
     add("--results", help="file; default: step.json in bench/results, or in --models with --points")
     add("--report", action="store_true", help="only rewrite the tables")

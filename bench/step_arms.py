@@ -173,6 +173,7 @@ def serve_steps(pipe, timer, core, memory):
 def run_ours(pipe, arm, folder, point, options):
     settings = {"load_in_4bit", "device", "gradient_checkpointing", "layers"} & set(options)
     vlm = model.load_vlm(folder, **{name: options[name] for name in settings})
+    vlm.cuda_graph = options.get("cuda_graph", False)
     if arm == "naive":
         repeat_prompt(vlm, point[2])
     timer = Timer(vlm.device)

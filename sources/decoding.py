@@ -2,11 +2,12 @@
 
 A decoded token needs many small operations. `Decoder` runs the language model's own weights for one
 new token per completion, without PEFT's wrappers and casts, and writes keys and values into buffers
-of the final length. tests/test_decoding.py compares it with transformers.
+of the final length. `GraphDecoder` runs the same step as a CUDA graph. tests/test_decoding.py
+compares both with transformers.
 """
 
 import torch
-from torch.nn.functional import embedding, rms_norm
+from torch.nn.functional import embedding, pad, rms_norm
 
 from attention import decode_attention
 
@@ -50,11 +51,13 @@ class DecoderLayer:
         B, kv_heads, _, D = prompt.keys.shape
         shape = B, kv_heads, rows // B, length, D
         self.keys, self.values = (
-            torch.empty(shape, dtype=dtype, device=prompt.keys.device) for _ in "kv"
+            torch.zeros(shape, dtype=dtype, device=prompt.keys.device) for _ in "kv"
         )
 
-    def step(self, x, cos, sin, t):
-        """Run token t of every completion. Args: x (B*G, hidden size); cos and sin (B*G, 1, D)."""
+    def step(self, x, cos, sin, t, length, hidden):
+        """Run token t of every completion. Args: x (B*G, hidden size); cos and sin (B*G, 1, D);
+        t, as a slice or an index (1,); length, how many tokens of the buffers are attended to;
+        hidden, see `decode_attention`."""
         B, kv_heads, G, _, D = self.keys.shape
         q, k, v = self.qkv(normalize(x, self.norms[0]))
         q, k = (
@@ -63,11 +66,11 @@ class DecoderLayer:
         heads, qk = q.shape[1], torch.cat([q, k], 1)
         qk = (qk * cos).addcmul_(qk.roll(D // 2, -1), sin)  # rotary embedding
         q, k = qk.split([heads, kv_heads], 1)
-        self.keys[..., t, :] = k.view(B, G, kv_heads, D).transpose(1, 2)
-        self.values[..., t, :] = v.view(B, G, kv_heads, D).transpose(1, 2)
+        self.keys[:, :, :, t] = k.view(B, G, kv_heads, 1, D).transpose(1, 2)
+        self.values[:, :, :, t] = v.view(B, G, kv_heads, 1, D).transpose(1, 2)
         q = q.view(B, G, kv_heads, -1, D).transpose(1, 2)  # (B, kv_heads, G, h, D)
-        keys, values = self.keys[..., : t + 1, :], self.values[..., : t + 1, :]
-        out = decode_attention(q, keys, values, self.prompt, self.attention.scaling)
+        own = self.keys[..., :length, :], self.values[..., :length, :]
+        out = decode_attention(q, *own, self.prompt, self.attention.scaling, hidden)
         x = self.out(out.transpose(1, 2).reshape(len(x), -1))[0].add_(x)
         gate, up = self.gate_up(normalize(x, self.norms[1]))
         return self.down(self.mlp.act_fn(gate).mul_(up))[0].add_(x)
@@ -92,13 +95,62 @@ class Decoder:
         sign = torch.ones_like(sin)
         sign[..., : sin.shape[-1] // 2] = -1  # x rolled by D / 2, with this sign, is rotate_half(x)
         self.cos, self.sin = (table.unsqueeze(2).unbind(1) for table in (cos, sin * sign))
+        self.P, self.length, self.hidden = prompts[0].keys.shape[2], length, None
+        if prompts[0].padding is not None:
+            self.hidden = pad(prompts[0].padding, (0, length))  # (B, P + length)
 
     def step(self, token, t):
         """Feed token t (B*G,) of every completion. Returns: hidden states (B*G, hidden size)."""
+        hidden = None if self.hidden is None else self.hidden[:, : self.P + t + 1]
+        return self.run(token, self.cos[t], self.sin[t], slice(t, t + 1), t + 1, hidden)
+
+    def run(self, token, *args):
         x = embedding(token, self.core.embed_tokens.weight)
         for layer in self.layers:
-            x = layer.step(x, self.cos[t], self.sin[t], t)
+            x = layer.step(x, *args)
         return normalize(x, self.core.norm)
+
+
+class GraphDecoder(Decoder):
+    """A Decoder whose step is recorded as a CUDA graph: one launch per token instead of hundreds.
+
+    All shapes are fixed: a token attends to the whole buffers, and later tokens are hidden. Never
+    run on a GPU yet. On a CPU the same step runs without a graph, for the tests.
+    """
+
+    def __init__(self, core, prompts, start, length):
+        super().__init__(core, prompts, start, length)
+        self.token, self.t, self.graph = torch.zeros_like(start), torch.zeros_like(start[:1]), None
+        self.cos, self.sin = torch.stack(self.cos), torch.stack(self.sin)  # (length, B*G, 1, D)
+        if self.hidden is None:
+            self.hidden = torch.zeros(1, self.P + length, dtype=torch.bool, device=start.device)
+        self.places = torch.arange(-self.P, length, device=start.device)
+
+    def step(self, token, t):
+        self.token.copy_(token)
+        self.t.fill_(t)
+        if token.is_cuda and not self.graph:
+            self.record()
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.fixed_step()
+        return self.output
+
+    def fixed_step(self):
+        cos, sin = (table.index_select(0, self.t)[0] for table in (self.cos, self.sin))
+        hidden = self.hidden | (self.places > self.t)
+        self.output = self.run(self.token, cos, sin, self.t, self.length, hidden)
+
+    def record(self):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # a first run, in which libraries allocate their memory
+            self.fixed_step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.fixed_step()
 
 
 def linears(parent, names, dtype):

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from conftest import TINY, ask, load
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention import PromptCache
 from model import Completions
-from sources.decoding import Decoder
+from sources.decoding import Decoder, GraphDecoder
 from sources.scenes import Scenes
 
 
@@ -106,3 +107,50 @@ def test_buffers_have_their_final_length_from_the_start():
     assert [layer.keys.data_ptr() for layer in decoder.layers] == before
     assert decoder.layers[0].keys.shape[3] == 20
     assert isinstance(decoder, Decoder) and isinstance(caches[0], PromptCache)
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+@torch.no_grad()
+def test_the_fixed_step_of_a_cuda_graph_equals_the_ordinary_step(folder, prompts):
+    """On a CPU the step runs without a graph, but with the same fixed shapes."""
+    vlm = load(folder, load_in_4bit=True)
+    completions = random_completions(vlm)
+    asked = [ask(vlm)[0], vlm.encode(Scenes("validation", 1)[0].image, "dot ?")][:prompts]
+    ordinary = decoded_logps(vlm, asked, [completions] * prompts)
+    vlm.cuda_graph = True
+    fixed = decoded_logps(vlm, asked, [completions] * prompts)
+    torch.testing.assert_close(fixed, ordinary, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_cuda_graph_samples_the_same_completions():
+    vlm, samples = load(), []
+    prompt = ask(vlm)[0]
+    for vlm.cuda_graph in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        samples.append(vlm.sample(prompt, 8, 20, 1.0, generator))
+    assert torch.equal(samples[0].ids, samples[1].ids)
+
+
+@torch.no_grad()
+def test_no_shape_and_no_address_changes_between_the_steps_of_a_cuda_graph():
+    """A graph replays the recorded operations on the recorded addresses."""
+    vlm, shapes = load(), []
+    _, caches, start = vlm._prefill([ask(vlm)[0]], 4)
+    decoder = GraphDecoder(vlm.core, caches, start, 20)
+    inputs = [decoder.token, decoder.t, decoder.cos, decoder.layers[0].keys]
+    addresses = [tensor.data_ptr() for tensor in inputs]
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            shapes[-1].append((str(function), getattr(out, "shape", None)))
+            return out
+
+    for t in range(3):
+        shapes.append([])
+        with Shapes():
+            decoder.step(torch.full((4,), 7), t)
+    assert shapes[0] == shapes[1] == shapes[2] and len(shapes[0]) > 100
+    assert not any("_local_scalar_dense" in name for name, _ in shapes[0])  # waits for the GPU
+    assert [tensor.data_ptr() for tensor in inputs] == addresses
