@@ -1,7 +1,5 @@
 """The math of SAYO and GRPO as pure functions of tensors and text. `REWARDS` lists the rewards.
-
-Shapes: G completions of one prompt, C completion tokens (padded on the right, `mask` is true on
-real ones), N image tokens.
+G completions of one prompt, C tokens (padded on the right; `mask` marks real ones), N image tokens.
 """
 
 from dataclasses import dataclass
@@ -19,7 +17,6 @@ def _fp32(values, **masks):
 
 def select_tokens(entropy, mask, fraction=0.3):
     """Select the tokens at which the model is least certain: the paper's top 30 % by entropy.
-
     Args: entropy (G, C) in nats; mask (G, C) bool; fraction of each completion's own n real tokens.
     Returns: bool (G, C), true on max(1, floor(fraction * n)) real tokens of each row. Ties go to
     the earlier token. Nothing is selected in an empty row. The official code counts padding.
@@ -38,7 +35,6 @@ def align_attention(attention, prompt_row, alignment="query"):
     The entropy of token j is the uncertainty *before* it is written. "query", the paper's reading,
     uses the row whose query is token j; that row predicts token j + 1. "predict" uses the row that
     predicts token j. Its query is token j - 1, or the prompt's last token for the first token.
-
     Args: attention (..., C, N), row j has token j as its query; prompt_row (..., N), the row of the
     prompt's last token. Returns: (..., C, N). Raises: ValueError for an unknown alignment.
     """
@@ -46,8 +42,7 @@ def align_attention(attention, prompt_row, alignment="query"):
         return attention
     if alignment != "predict":
         raise ValueError(f"alignment {alignment!r}: choose query or predict")
-    *lead, _, N = attention.shape
-    first = prompt_row.unsqueeze(-2).expand(*lead, 1, N)
+    first = prompt_row.unsqueeze(-2).expand_as(attention[..., :1, :])
     return torch.cat([first, attention[..., :-1, :]], dim=-2)
 
 
@@ -56,7 +51,6 @@ def attention_reward(attention, region, selected, eps=1e-8):
 
     `a` is the mean attention from the selected tokens to image tokens in the region, `v` to all
     image tokens. With rho = (a + eps) / (v + eps), r_v = (rho^2 - 1) / (rho^2 + 1).
-
     Args: attention (G, C, N), mean over heads and layers; region (N,) bool; selected (G, C) bool.
     Returns: (G,) in [-1, 1]; 0 for uniform attention, -1 if nothing is selected: 0 would let empty
     completions avoid the penalty. Raises: ValueError for an empty region or wrong shapes.
@@ -99,22 +93,17 @@ def accuracy_reward(text, answer):
     """1.0 if the one well-formed answer equals `answer`, ignoring case, spacing and trailing
     punctuation; else 0.0. SAYO itself does not use this reward."""
     found = find_answer(text)
-    return float(found is not None and _normalize(found) == _normalize(answer))
-
-
-def _normalize(answer):
-    return " ".join(answer.casefold().split()).rstrip(" .!?,;:")
+    given, right = (" ".join((x or "").casefold().split()) for x in (found, answer))
+    return float(found is not None and given.rstrip(" .!?,;:") == right.rstrip(" .!?,;:"))
 
 
 def group_advantages(rewards, eps=1e-4):
     """GRPO advantages (r - mean) / (std + eps) of a group, with Bessel's correction as in TRL.
-    Args: rewards (G,). Returns: (G,), exactly 0 for equal rewards. Raises: ValueError for G < 2.
-    """
+    Args: rewards (G,). Returns: (G,), exactly 0 if all are equal. Raises: ValueError if G < 2."""
     if len(rewards) < 2:
         raise ValueError("a group of one has no advantage: num_generations must be at least 2")
     rewards = _fp32(rewards)
-    # Equal rewards can differ from their mean in the last bit.
-    if rewards.eq(rewards[0]).all():
+    if rewards.eq(rewards[0]).all():  # they may differ from their mean in the last bit
         return torch.zeros_like(rewards)
     return (rewards - rewards.mean()) / (rewards.std() + eps)
 
@@ -126,7 +115,6 @@ def grpo_loss(
 
     Sum over real tokens of -min(ratio * A, clip(ratio) * A) + beta * k3, divided by `denominator`.
     ratio = exp(logp - old_logp), KL estimate k3 = exp(d) - d - 1, d = ref_logp - logp.
-
     Args: logps (G, C) with gradient; old_logps (G, C) of the sampling policy; ref_logps (G, C), or
     None for no KL; advantages (G,); mask (G, C) bool; denominator, by default mask.sum(); with
     gradient accumulation, the tokens of the whole step. Log-ratios are clamped to +-20 to keep exp
@@ -151,7 +139,6 @@ def grpo_loss(
 
 def localization(attention, region):
     """How well one attention map finds the region. Chance levels are in parentheses.
-
     Args: attention (N,), region (N,) bool. Returns floats: `auroc`, the probability that a cell
     inside gets more attention than one outside, ties count half (0.5; NaN if all are inside);
     `mass_over_area`, rho (1); `pointing`, whether the highest cell is inside, averaged over ties
@@ -168,6 +155,19 @@ def localization(attention, region):
         "tas": ((1 + torch.tanh(rho.log())) / 2).item(),
         "image_mass": attention.sum().item(),
     }
+
+
+def early_and_late(attention, region, selected):
+    """Whether one answer looks at the region early, and late: [bool, bool].
+
+    The paper finds that early looks go wrong and are rarely corrected. Early is the mean map of the
+    first third of the selected tokens, late that of the last third, at least one token each. On the
+    region means mass / area above 1. Args: attention (C, N); region (N,) and selected (C,) bool.
+    """
+    chosen = attention[selected]  # (n, N)
+    third = -(-len(chosen) // 3)
+    looks = torch.stack([chosen[:third], chosen[len(chosen) - third :]])  # (2, third, N)
+    return (attention_ratio(looks, region, selected.new_ones(2, third)) > 1).tolist()
 
 
 @dataclass

@@ -74,6 +74,8 @@ def evaluate(vlm, examples, cfg, name, before=None):
     - id; text, ids and selected of the answer; correct (0 or 1); length in tokens
     - area, the region's fraction of the image, and the scores of `reward.localization` for the
       mean map of the selected tokens: auroc, mass_over_area, pointing, tas, image_mass
+    - early and late (0 or 1), whether the first and the last look find the region, see
+      `reward.early_and_late`; permuted_early and permuted_late, with the *next* example's region
     - permuted_auroc: the same map scored with the *next* example's region. A map that fits any
       region as well as its own reflects a positional habit, not a search
     - fixed_auroc, fixed_mass_over_area, ...: the same scores on fixed text. The model is fed the
@@ -107,6 +109,7 @@ def answer_row(vlm, example, prompt, regions, trace, fixed, cfg, index):
     return (
         answer_fields(example, trace)
         | localization_fields(trace.map, fixed.map, *regions)
+        | look_fields(trace, *regions)
         | position_fields(trace, regions[0])
         | map_fields(vlm, prompt, trace, cfg, index)
     )
@@ -184,6 +187,14 @@ def localization_fields(attention, fixed_attention, region, next_region):
         "permuted_auroc": reward.localization(attention, next_region)["auroc"],
         **{f"fixed_{name}": score for name, score in fixed_scores.items()},
     }
+
+
+def look_fields(trace, region, next_region):
+    own, other = (
+        reward.early_and_late(trace.attention, box, trace.selected) for box in (region, next_region)
+    )
+    names = "early", "late", "permuted_early", "permuted_late"
+    return dict(zip(names, map(float, own + other)))
 
 
 def position_fields(trace, region):

@@ -3,6 +3,7 @@
 import math
 from statistics import fmean, stdev
 
+PROPORTIONS = "correct", "early", "late"  # every value is 0 or 1
 # The largest possible value of a metric, if it is not 1. The smallest is always 0.
 LARGEST = {"mass_over_area": math.inf, "fixed_mass_over_area": math.inf, "length": math.inf}
 
@@ -23,12 +24,13 @@ def results_table(before, after):
         ("  TAS", "tas", "0.500"),
         ("the same on fixed text, AUROC", "fixed_auroc", "0.500"),
         ("  mass / area", "fixed_mass_over_area", "1.000"),
+        *look_metrics(before, after),
         ("attention to the whole image", "image_mass", ""),
         ("answer length, tokens", "length", ""),
     ]
     rows = []
     for title, key, chance in metrics:
-        options = dict(proportion=key == "correct", largest=LARGEST.get(key, 1.0))
+        options = dict(proportion=key in PROPORTIONS, largest=LARGEST.get(key, 1.0))
         cells = [
             confidence_interval([result[key] for result in results], **options)
             for results in (before, after)
@@ -41,7 +43,44 @@ def results_table(before, after):
         lines.append("no confidence interval for one example: use --eval_examples 2 or more")
     if any("-" in row for row in rows):
         lines.append("-: the AUROC is undefined if the region covers the whole image")
-    return "\n".join(lines)
+    return "\n".join([*lines, *looks_table(before, after)])
+
+
+def have_looks(*results):
+    """Runs of earlier versions did not record early and late looks."""
+    return all("early" in row for rows in results for row in rows)
+
+
+def look_metrics(before, after):
+    """The rows for early and late looks. Chance: how often they find the next example's region."""
+    if not have_looks(before, after):
+        return []
+    chance = {name: fmean(r[f"permuted_{name}"] for r in before) for name in ("early", "late")}
+    return [
+        ("early look on the region", "early", f"{chance['early']:.3f}"),
+        ("late look on the region", "late", f"{chance['late']:.3f}"),
+    ]
+
+
+def looks_table(before, after):
+    """The 2 x 2 of early and late looks, as lines of text: for each combination, the number of
+    answers and their accuracy; and how many wrong early looks are corrected."""
+    if not have_looks(before, after):
+        return []
+    lines = ["", f"{'early look, late look':32}{'before':>25}{'after':>25}"]
+    for early, late in ((1, 1), (0, 1), (1, 0), (0, 0)):
+        cells = []
+        for results in (before, after):
+            kept = [r["correct"] for r in results if (r["early"], r["late"]) == (early, late)]
+            right = f", {fmean(kept):.0%} right" if kept else ""
+            cells.append(f"{len(kept)} answers{right}")
+        title = ", ".join("on the region" if look else "off" for look in (early, late))
+        lines.append(f"{title:32}{cells[0]:>25}{cells[1]:>25}")
+    cells = []
+    for results in (before, after):
+        wrong = [r["late"] for r in results if not r["early"]]
+        cells.append(f"{sum(wrong):.0f} of {len(wrong)}")
+    return [*lines, f"{'wrong early looks corrected':32}{cells[0]:>25}{cells[1]:>25}"]
 
 
 def confidence_interval(values, proportion=False, largest=1.0):

@@ -128,6 +128,9 @@ def describe_answer(vlm, example, cfg, caption):
         scores = reward.localization(trace.map, region)
         auroc, ratio = scores["auroc"], scores["mass_over_area"]
         print(f"  r_v {r_v:.3f}, AUROC {auroc:.3f}, mass / area {ratio:.2f}")
+        looks = reward.early_and_late(trace.attention, region, trace.selected)
+        early, late = ("on" if look else "off" for look in looks)
+        print(f"  early look: {early} the region; late look: {late}")
     return {
         "caption": caption,
         "map": trace.map.tolist(),
