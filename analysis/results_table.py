@@ -67,13 +67,12 @@ def looks_table(before, after):
     answers and their accuracy; and how many wrong early looks are corrected."""
     if not have_looks(before, after):
         return []
-    lines = ["", f"{'early look, late look':32}{'before':>25}{'after':>25}"]
+    lines = ["", f"{'answers by early, late look':32}{'before':>25}{'after':>25}"]
     for early, late in ((1, 1), (0, 1), (1, 0), (0, 0)):
         cells = []
         for results in (before, after):
             kept = [r["correct"] for r in results if (r["early"], r["late"]) == (early, late)]
-            right = f", {fmean(kept):.0%} right" if kept else ""
-            cells.append(f"{len(kept)} answers{right}")
+            cells.append(f"{len(kept)}" + (f" ({fmean(kept):.0%} right)" if kept else ""))
         title = ", ".join("on the region" if look else "off" for look in (early, late))
         lines.append(f"{title:32}{cells[0]:>25}{cells[1]:>25}")
     cells = []

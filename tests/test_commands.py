@@ -194,6 +194,9 @@ def test_look_answers_scores_and_draws(tmp_path, capsys, photo):
     auroc = reward.localization(trace.map, region)["auroc"]
     assert f"answer: {trace.completion.texts[0]}" in out
     assert f"r_v {r_v:.3f}, AUROC {auroc:.3f}" in out
+    looks = reward.early_and_late(trace.attention, region, trace.selected)
+    early, late = ("on" if look else "off" for look in looks)
+    assert f"early look: {early} the region; late look: {late}\n" in out
     assert Image.open(output).width == 448 + 2 * 16
 
 
@@ -213,7 +216,8 @@ def test_look_with_an_adapter_compares_before_and_after(tmp_path, capsys, photo,
 
 def test_look_without_a_box_scores_nothing(tmp_path, capsys, photo):
     assert sayo_mini.main([*photo[0], "--output", str(tmp_path / "out.png")]) == 0
-    assert "r_v" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "r_v" not in out and "early look" not in out
 
 
 def test_all_boxes_count_and_may_extend_beyond_the_image(tmp_path, capsys, photo):

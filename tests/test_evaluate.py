@@ -77,6 +77,10 @@ def test_maps_are_scored_against_the_next_box_and_on_fixed_text():
         attention = torch.tensor(row["map"])
         assert row["auroc"] == reward.localization(attention, region)["auroc"]
         assert row["permuted_auroc"] == reward.localization(attention, next_region)["auroc"]
+        trace = trace_attention(vlm, prompt, cfg)
+        for prefix, box in (("", region), ("permuted_", next_region)):
+            looks = reward.early_and_late(trace.attention, box, trace.selected)
+            assert [row[f"{prefix}early"], row[f"{prefix}late"]] == looks
         ids = torch.tensor([before[i]["ids"]])
         with torch.no_grad():
             scores = vlm.score(prompt, Completions(ids, torch.ones_like(ids).bool()))

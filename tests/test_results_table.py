@@ -69,3 +69,31 @@ def test_one_example_shows_its_numbers_and_why_there_is_no_interval():
     *lines, reason, dash = results_table(results, results).splitlines()
     assert "1.000" in lines[1] and "[" not in "".join(lines)
     assert "--eval_examples" in reason and "whole image" in dash
+
+
+def with_looks(correct, early, late):
+    looks = {"early": early, "late": late, "permuted_early": 0.0, "permuted_late": 1.0}
+    return make_result(correct, 0.5) | looks
+
+
+def test_looks_are_counted_with_their_accuracy():
+    before = [with_looks(*row) for row in [(1.0, 1, 1), (0.0, 1, 0), (0.0, 0, 0), (1.0, 0, 1)]]
+    after = [with_looks(*row) for row in [(1.0, 1, 1), (0.0, 1, 1), (1.0, 1, 1), (0.0, 0, 0)]]
+    lines = results_table(before, after).splitlines()
+    rows = {line[:32].strip(): line[32:].split() for line in lines}
+    assert (
+        rows["early look on the region"][0] == "0.500"
+        and rows["early look on the region"][3] == "0.750"
+    )
+    assert rows["early look on the region"][-1] == "0.000"
+    assert rows["late look on the region"][-1] == "1.000"
+    assert " ".join(rows["on the region, on the region"]) == "1 (100% right) 3 (67% right)"
+    assert " ".join(rows["off, on the region"]) == "1 (100% right) 0"
+    assert " ".join(rows["on the region, off"]) == "1 (0% right) 0"
+    assert " ".join(rows["off, off"]) == "1 (0% right) 1 (0% right)"
+    assert " ".join(rows["wrong early looks corrected"]) == "1 of 2 0 of 1"
+
+
+def test_results_of_earlier_versions_have_no_looks():
+    text = results_table([make_result(0.0, 0.4)] * 2, [with_looks(1.0, 1, 1)] * 2)
+    assert "look" not in text

@@ -143,6 +143,37 @@ def test_unknown_alignment_is_refused():
         reward.align_attention(ATTENTION, PROMPT_ROW, "sideways")
 
 
+# --- early_and_late ---
+
+
+def looks(rows, region, selected):
+    return reward.early_and_late(torch.tensor(rows), bools(*region), bools(*selected))
+
+
+def test_early_and_late_looks_by_hand():
+    on, off = [0.4, 0.1, 0.1, 0.0], [0.1, 0.3, 0.1, 0.1]  # cell 0: 0.4 / 0.15, and 0.1 / 0.15
+    region = [1, 0, 0, 0]
+    assert looks([on, off], region, [1, 1]) == [True, False]
+    assert looks([off, on, on], region, [1, 1, 1]) == [False, True]
+    assert looks([off, on, off], region, [0, 1, 0]) == [True, True]  # one token is both looks
+    assert looks([off, on, off, on], region, [0, 1, 1, 0]) == [True, False]
+    # Four tokens: two each, (0.4 + 0.1) / 2 = 0.25 above 0.15. Off and off: 0.1.
+    assert looks([on, off, off, off], region, [1, 1, 1, 1]) == [True, False]
+    # Seven tokens: three each. 0.4 + 0 + 0 and 0.4 + 0.1 + 0.1 against 3 * 0.15 = 0.45.
+    never = [0.0, 0.3, 0.2, 0.1]
+    rows = [on, never, never, on, on, off, off]
+    assert looks(rows, region, [1] * 7) == [False, True]
+    even = [0.1, 0.1, 0.1, 0.1]  # a uniform look is not on the region
+    assert looks([even], region, [1]) == [False, False]
+
+
+def test_looks_in_16_bits_and_with_masks_that_are_not_bool():
+    rows = torch.tensor([[0.4, 0.1], [0.1, 0.4]], dtype=torch.bfloat16)
+    assert reward.early_and_late(rows, bools(1, 0), bools(1, 1)) == [True, False]
+    with pytest.raises(ValueError, match="must be bool"):
+        reward.early_and_late(rows, torch.tensor([1, 0]), bools(1, 1))
+
+
 # --- attention_reward, attention_ratio ---
 
 
