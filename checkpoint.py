@@ -8,7 +8,9 @@ import os
 import shutil
 import time
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from safetensors import SafetensorError
@@ -37,7 +39,8 @@ class RunDirectory:
         self.scaler = scaler  # a GradScaler
         self.step = 0
         self.saved_step = None  # step of the newest checkpoint
-        self.skipped_in_a_row = 0
+        self.history = []  # the rows of metrics.jsonl
+        self.best = None  # (share of right samples, step, {name: weights}), for --keep_best
         self.memory_reduced = False
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # only read if deterministic
         torch.use_deterministic_algorithms(cfg.deterministic)
@@ -131,7 +134,7 @@ class RunDirectory:
                 raise InputError(f"{path}:{number} is damaged: repair or remove it") from None
             kept.append(line)
             steps.add(row["step"])
-            self.count_skipped(row)
+            self.history += [row] if name == "metrics.jsonl" else []
         if steps != set(range(1, self.step + 1)):
             advice = "restore it, or start again with a new --output_dir"
             raise InputError(f"{path} lacks steps up to the checkpoint, {self.step}: {advice}")
@@ -145,8 +148,12 @@ class RunDirectory:
             text = "".join(json.dumps({"step": self.step} | row) + "\n" for row in rows)
             with self.writing(name), open(self.folder / name, "ab") as file:
                 file.write(text.encode())
-        self.count_skipped(metrics)
-        skipped = self.skipped_in_a_row
+        self.history.append({"step": self.step} | metrics)
+        every, last = self.settings["save_steps"], self.settings["max_steps"]
+        if self.settings["keep_best"] and (self.step % every == 0 or self.step == last):
+            self.update_best(self.history[-every:])
+        updates = reversed(self.history)
+        skipped = sum(1 for _ in takewhile(lambda row: row.get("skipped_updates"), updates))
         if skipped:
             reason = f"non-finite loss or gradient ({skipped} in a row)"
             tqdm.write(f"step {self.step}: skipped update: {reason}")
@@ -155,9 +162,21 @@ class RunDirectory:
             advice = "lower --learning_rate or try --no-load_in_4bit, with a new --output_dir"
             raise InputError(f"stopped after step {self.step}: {reason}; {advice}")
 
-    def count_skipped(self, row):
-        if "skipped_updates" in row:  # a row of metrics, not of samples
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if row["skipped_updates"] else 0
+    def update_best(self, rows):
+        """Remember the adapter if the samples of these last steps were right more often than those
+        of any earlier ones."""
+        score = fmean(row["rewards/accuracy/mean"] for row in rows)
+        if self.best is None or score > self.best[0]:
+            weights = {name: p.detach().cpu().clone() for name, p in self.params.items()}
+            self.best = score, self.step, weights
+
+    def use_best(self):
+        """With --keep_best, put the best adapter back into the model, once training has ended."""
+        if self.best:
+            score, step, weights = self.best
+            for name, p in self.params.items():
+                p.data.copy_(weights[name])
+            print(f"kept the adapter of step {step}: {score:.0%} of its recent samples were right")
 
     @contextmanager
     def roll_back_on_interrupt(self):
@@ -186,6 +205,10 @@ class RunDirectory:
         for name, p in self.params.items():
             tensors |= {f"{name}|{k}": v.cpu() for k, v in self.optimizer.state[p].items()}
             tensors[f"{name}|value"] = p.detach().cpu()
+        if self.best:
+            score, step, weights = self.best
+            tensors["best"] = torch.tensor([score, step], dtype=torch.float64)
+            tensors |= {f"{name}|best": weight for name, weight in weights.items()}
         if scale := self.scaler.state_dict():  # empty unless the model computes in fp16
             tensors["loss_scale"] = torch.tensor([scale["scale"], scale["_growth_tracker"]])
         newest, previous = (self.folder / name for name in CHECKPOINTS)
@@ -236,6 +259,10 @@ class RunDirectory:
             scale, count = tensors.pop("loss_scale").tolist()
             changes = {"scale": scale, "_growth_tracker": int(count)}
             self.scaler.load_state_dict(self.scaler.state_dict() | changes)
+        if "best" in tensors:
+            score, step = tensors.pop("best").tolist()
+            weights = {name: tensors.pop(f"{name}|best") for name in self.params}
+            self.best = score, int(step), weights
         for key, tensor in tensors.items():
             name, what = key.split("|")
             p = self.params[name]

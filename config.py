@@ -106,6 +106,7 @@ class Config:
         "runs/sayo", "folder for logs, checkpoints, adapter and report", may_change=True
     )
     save_steps: int = flag(20, "steps between checkpoints", may_change=True, minimum=1)
+    keep_best: bool = flag(False, "end with the adapter of the steps with the most right samples")
     resume: bool = flag(False, "continue the run in output_dir with its settings", may_change=True)
 
 

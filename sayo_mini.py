@@ -212,6 +212,7 @@ def train(cfg):
         write_report(run, eval_set)
         print(f"stopped after step {run.step}; continue with: {resume_command(cfg.output_dir)}")
         return 130
+    run.use_best()
     run.atomic_write("adapter", vlm.model.save_pretrained)
     after = run.write_json("after.json", evaluate(vlm, eval_set, cfg, "after", before))
     write_report(run, eval_set, before, after)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 import checkpoint
 import model
@@ -940,3 +940,45 @@ def test_code_in_a_model_folder_is_not_run(tmp_path, monkeypatch, file):
     flags = ["--max_steps", "0", "--model_name_or_path", str(folder)]
     sayo_mini.main([*FAST, *flags, "--output_dir", str(tmp_path / "run")])
     assert not canary.exists()
+
+
+# --- --keep_best ---
+
+
+def adapter_weights(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_keep_best_ends_with_the_adapter_of_the_best_steps(tmp_path, monkeypatch, capfd):
+    """After steps 2, 4 and 5, the last two steps are compared by their right samples."""
+    shares, seen, log = [0.2, 0.4, 0.6, 0.5, 0.1], [], checkpoint.RunDirectory.log
+
+    def log_and_remember(self, metrics, samples):
+        share = {"rewards/accuracy/mean": shares[self.step]}
+        seen.append([p.detach().clone() for p in self.params.values()])
+        log(self, metrics | share, samples)
+
+    monkeypatch.setattr(checkpoint.RunDirectory, "log", log_and_remember)
+    flags = "--max_steps 5 --save_steps 2 --learning_rate 1e-3 --warmup_steps 0"
+    run(tmp_path / "best", f"{flags} --keep_best")
+    assert "kept the adapter of step 4: 55% of its recent samples" in capfd.readouterr().out
+    kept = adapter_weights(tmp_path / "best").values()
+    assert sorted(w.sum().item() for w in kept) == sorted(w.sum().item() for w in seen[3])
+    assert [w.sum() for w in seen[3]] != [w.sum() for w in seen[4]]
+    run(tmp_path / "last", flags)
+    last = adapter_weights(tmp_path / "last").values()
+    assert sorted(w.sum().item() for w in last) == sorted(w.sum().item() for w in seen[4])
+
+
+def test_the_best_adapter_survives_an_interruption(tmp_path):
+    """Its weights are in the checkpoint, so it never comes from a step that was lost."""
+    flags = "--keep_best --save_steps 2 --max_steps 6 --learning_rate 1e-3 --warmup_steps 0"
+    run(tmp_path / "whole", flags)
+    run(tmp_path / "run", flags)
+    (tmp_path / "run" / "checkpoint.safetensors").unlink()  # step 6; step 4 is left
+    for name in ("adapter/adapter_model.safetensors", "after.json"):
+        (tmp_path / "run" / name).unlink()
+    resume(tmp_path / "run")
+    assert not differences(tmp_path / "whole", tmp_path / "run")
+    resume(tmp_path / "run")  # a finished run
+    assert not differences(tmp_path / "whole", tmp_path / "run")
