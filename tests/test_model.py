@@ -14,6 +14,7 @@ from transformers.utils import generic
 
 import attention
 import model
+import reward
 from analysis.evaluate import attention_maps
 from config import InputError
 from model import Completions, load_vlm
@@ -485,3 +486,26 @@ def test_only_lora_in_the_language_model_is_trainable(folder):
 def test_nonexistent_layers_and_heads_are_refused(layers, heads, message):
     with pytest.raises(InputError, match=message):
         load_vlm(TINY, load_in_4bit=False, layers=layers, heads=heads, device="cpu")
+
+
+def test_a_prefix_that_the_whole_group_shares_gets_no_gradient():
+    """The advantages of a group sum to 0. So a look that is the same in all completions, because
+    their text is the same up to there, can earn no advantage."""
+    vlm = load()
+    prompt, completions = ask(vlm, G=4)
+    ids = completions.ids.clone()
+    ids[:, :4] = ids[0, :4]
+    same_length = torch.ones_like(ids, dtype=torch.bool)
+    group = Completions(ids, same_length, completions.texts)
+    first, rest = same_length.clone(), same_length.clone()
+    first[:, 4:], rest[:, :4] = False, False
+    norms = []
+    for mask in (first, rest):
+        logps = vlm.score(prompt, group, attention=False).logps
+        advantages = reward.group_advantages(torch.tensor([0.9, 0.1, 0.2, 0.4]))
+        loss, _ = reward.grpo_loss(logps, logps.detach(), None, advantages, mask, beta=0)
+        vlm.model.zero_grad()
+        loss.backward()
+        gradients = [p.grad.flatten() for p in vlm.model.parameters() if p.requires_grad]
+        norms.append(torch.cat(gradients).norm().item())
+    assert norms[0] < 1e-5 * norms[1]
