@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention import PromptCache
 from model import Completions
-from sources.decoding import Decoder, GraphDecoder
+from sources.decoding import Decoder, GraphDecoder, unnest
 from sources.scenes import Scenes
 
 
@@ -154,3 +154,13 @@ def test_no_shape_and_no_address_changes_between_the_steps_of_a_cuda_graph():
     assert shapes[0] == shapes[1] == shapes[2] and len(shapes[0]) > 100
     assert not any("_local_scalar_dense" in name for name, _ in shapes[0])  # waits for the GPU
     assert [tensor.data_ptr() for tensor in inputs] == addresses
+
+
+@torch.no_grad()
+def test_scales_that_are_dequantized_once_change_no_bit():
+    vlm = load(load_in_4bit=True)
+    layer = vlm.core.model.language_model.layers[0].mlp.gate_proj.base_layer
+    x = torch.randn(5, layer.in_features)
+    assert unnest(layer) is not layer and torch.equal(unnest(layer)(x), layer(x))
+    full_precision = load().core.model.language_model.layers[0].mlp.gate_proj.base_layer
+    assert unnest(full_precision) is full_precision

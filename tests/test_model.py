@@ -96,8 +96,8 @@ def test_chunked_projection_gives_the_same_scores(monkeypatch):
     whole = vlm.score(prompt, completions)
     monkeypatch.setattr(model, "LOGITS_PER_CHUNK", 64 * 5)  # five rows of logits at a time
     parts = vlm.score(prompt, completions)
-    torch.testing.assert_close(parts.logps, whole.logps, atol=1e-6, rtol=0)
-    torch.testing.assert_close(parts.entropy, whole.entropy, atol=1e-6, rtol=0)
+    torch.testing.assert_close(parts.logps, whole.logps, atol=5e-6, rtol=0)
+    torch.testing.assert_close(parts.entropy, whole.entropy, atol=5e-6, rtol=0)
 
 
 def test_only_one_chunk_of_logits_exists_at_a_time(monkeypatch):
