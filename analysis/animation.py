@@ -21,12 +21,12 @@ from analysis.plots import (
 
 MAX_BYTES, MAX_HEIGHT, PANEL_WIDTH = 1_000_000, 460, 400  # two panels are 800 pixels wide
 # (most frames with words, colors): the first that keeps the file below MAX_BYTES is used.
-ATTEMPTS = (48, 128), (24, 128), (12, 64), (6, 32)
-MARGIN, BAR, QUESTION, CAPTION, TEXT, BAND, NOTE = 12, 66, 30, 28, 27, 42, 22  # pixels
+ATTEMPTS = (48, 256), (24, 64), (12, 64), (6, 32)
+MARGIN, BAR, QUESTION, CAPTION, TEXT, BAND = 12, 84, 32, 28, 27, 42  # pixels
 MAX_LINES = 3  # of an answer; a longer one scrolls
 MARKED = "#ffd23f"  # behind the current word
 START, END = "start", "end"  # the moments before the first word and after the last
-NOTES = {START: "the box is the region of the answer", END: "mean of the underlined words"}
+NOTES = {START: "box: region of the answer", END: "mean of the underlined words"}
 
 
 def choose_question(before, after):
@@ -52,7 +52,7 @@ def plot_animation(example, answers, path):
 
     Args: example, a data.Example; answers, one or two dicts with `caption`; `words`, what each
     token adds to the text (C strings); `maps` (C, N), the attention of each token; `grid`;
-    `selected` (C,) bool; and, if the ground truth is known, `correct`. All maps have one scale.
+    `selected` (C,) bool; and, if the ground truth is known, `correct`. See `color_scale`.
     """
     for most, colors in ATTEMPTS:
         moments = list_moments([answer["words"] for answer in answers], most)
@@ -94,7 +94,7 @@ def plan(example, answers):
     words = [lay_out(answer["words"], load_font(21), inside) for answer in answers]
     lines = min(MAX_LINES, 1 + max(line for each in words for line, _, _ in each))
     top = MARGIN + QUESTION * len(question) + CAPTION
-    below = 8 + TEXT * lines + BAND * is_judged(answers) + NOTE + MARGIN
+    below = 8 + TEXT * lines + BAND * is_judged(answers) + MARGIN
     picture = fit(example.image, (inside - BAR, MAX_HEIGHT - top - below)).size
     return Layout(question, words, lines, top, picture, (width, top + picture[1] + below))
 
@@ -107,8 +107,7 @@ def draw_frames(example, answers, moments):
     """The frames as RGB images. Arguments as in `plot_animation`; moments, see `list_moments`."""
     layout = plan(example, answers)
     example = resize(example, layout.picture)  # once, because a photo can be large
-    highest = max(max(row) for answer in answers for row in answer["maps"])
-    frames = []
+    highest, frames = color_scale(answers), []
     for moment in moments:
         frame = Image.new("RGB", layout.size, "white")
         draw = ImageDraw.Draw(frame)
@@ -121,6 +120,12 @@ def draw_frames(example, answers, moments):
     return frames
 
 
+def color_scale(answers):
+    """The attention with the brightest color: the largest of the mean maps. A single word often
+    reaches several times as much, and a scale up to that would leave most frames dark."""
+    return max(max(mean_map(answer["maps"], answer["selected"])) for answer in answers)
+
+
 def resize(example, size):
     """The example with its image resized to `size` = (width, height), and its boxes."""
     scales = [new / old for new, old in zip(size, example.image.size)] * 2
@@ -131,11 +136,16 @@ def resize(example, size):
 def draw_panel(frame, number, example, answer, layout, highest, at):
     """Draw the panel of an answer. Args: at, START, END or the index of the current token."""
     draw, left = ImageDraw.Draw(frame), PANEL_WIDTH * number + MARGIN
-    draw.text((left, layout.top - CAPTION + 2), answer["caption"], "black", load_font(20))
+    y, caption, title = layout.top - 6, answer["caption"], load_font(20)
+    draw.text((left, y), caption, "black", title, anchor="ls")
+    if at != START or example.boxes:
+        x = left + (title.getlength(f"{caption}  ") if caption else 0)
+        note = NOTES.get(at, "attention at the marked word")
+        draw.text((x, y), note, "#555555", load_font(16), anchor="ls")
     frame.paste(draw_picture(example, answer, layout, highest, at), (left, layout.top))
     if at != START:
         corner = left + layout.picture[0] + 8, layout.top
-        draw_color_bar(frame, *corner, layout.picture[1], highest)
+        draw_color_bar(frame, *corner, layout.picture[1], highest, clipped=at != END)
     y = layout.top + layout.picture[1] + 8
     if at != START:
         draw_words(draw, left, y, answer, layout.words[number], layout.lines, at)
@@ -143,10 +153,6 @@ def draw_panel(frame, number, example, answer, layout, highest, at):
     if at == END and "correct" in answer:
         corners = left, y + 4, left + PANEL_WIDTH - 2 * MARGIN, y + BAND - 4
         draw_band(draw, corners, *verdict(answer["correct"], example.answer), load_font(21))
-    note = NOTES.get(at, "attention at the marked word")
-    if at != START or example.boxes:
-        y = layout.size[1] - MARGIN - NOTE
-        draw.text((left, y + 4), note, "#555555", load_font(16))
 
 
 def draw_picture(example, answer, layout, highest, at):
@@ -183,7 +189,7 @@ def encode(frames, colors):
     strip = Image.new("RGB", (frames[0].width, frames[0].height * len(frames)))
     for i, frame in enumerate(frames):
         strip.paste(frame, (0, frame.height * i))
-    palette = strip.quantize(colors)
+    palette = strip.quantize(colors, Image.Quantize.FASTOCTREE)
     first, *rest = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     word = min(700, max(200, 10_000 // len(frames)))  # milliseconds
     durations = [1500, *[word] * (len(frames) - 2), 4000]

@@ -1,5 +1,6 @@
 """Plots of attention: over an image, before and after training, and per layer and head."""
 
+from bisect import bisect_right
 from functools import cache
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
@@ -44,14 +45,14 @@ def draw_boxes(picture, boxes, image_size):
     original image; image_size, its (width, height)."""
     draw, scales = ImageDraw.Draw(picture), [a / b for a, b in zip(picture.size, image_size)]
     for box in boxes:
-        for inset, color in zip((0, 2), BOX_COLORS):
+        for inset, width, color in ((0, 2, BOX_COLORS[0]), (2, 3, BOX_COLORS[1])):
             corners = []
             for low, high, scale, side in zip(box[:2], box[2:], scales, picture.size):
                 # A box that reaches the edge of the image must stay visible.
-                end = min(round(high * scale) + 3, side - 1) - inset
-                corners.append((min(max(0, round(low * scale) - 4) + inset, end), end))
+                end = min(round(high * scale) + 4, side - 1) - inset
+                corners.append((min(max(0, round(low * scale) - 5) + inset, end), end))
             (x1, x2), (y1, y2) = corners
-            draw.rectangle((x1, y1, x2, y2), outline=color, width=2)
+            draw.rectangle((x1, y1, x2, y2), outline=color, width=width)
 
 
 def show_boxes(image, boxes, size):
@@ -64,11 +65,11 @@ def show_boxes(image, boxes, size):
 def heat(attention, grid, size, highest=None):
     """An attention map in colors. Args: attention (N,), a number per cell of `grid` = (rows, cols);
     size, (width, height) in pixels; highest, the attention with the brightest color, by default the
-    largest. The square root makes weak attention visible. Returns: RGB with hard cell edges."""
+    largest. The scale is linear, as in the reward. Returns: an RGB image with hard cell edges."""
     highest = max(max(attention) if highest is None else highest, 1e-12)
     rows, cols = grid
     levels = Image.new("L", (cols, rows))
-    levels.putdata([round(255 * min(1.0, max(0.0, a / highest)) ** 0.5) for a in attention])
+    levels.putdata([round(255 * min(1.0, max(0.0, a / highest))) for a in attention])
     levels = levels.resize(size, Image.Resampling.NEAREST)
     levels.putpalette(COLOR_TABLE)
     return levels.convert("RGB")
@@ -88,19 +89,16 @@ def overlay(image, attention, grid, boxes=(), size=(336, 336), highest=None):
     return picture
 
 
-def draw_color_bar(sheet, left, top, height, highest, size=16):
+def draw_color_bar(sheet, left, top, height, highest, clipped=False):
     """Draw the colors of `overlay` on a gray image, and the attention per cell that they stand for.
-
-    Args: highest, see `heat`; size, of the font in pixels. The width is about 4 * size.
-    """
-    draw, font, steps = ImageDraw.Draw(sheet), load_font(size), 64
-    # Undoes the square root of `heat`, so that the bar's colors are evenly spaced.
-    values = [highest * (1 - i / (steps - 1)) ** 2 for i in range(steps)]
-    bar = overlay(Image.new("RGB", (size, height), "gray"), values, (steps, 1), size=(size, height))
-    sheet.paste(bar, (left, top))
-    for part, anchor in ((0, "lt"), (0.5, "lm"), (1, "lb")):
-        text = percent(highest * (1 - part) ** 2)
-        draw.text((left + size + 5, top + part * height), text, "black", font, anchor=anchor)
+    Args: highest, see `heat`; clipped, whether a cell may have more. The bar is 80 pixels wide."""
+    draw, font, width, steps = ImageDraw.Draw(sheet), load_font(15), 16, 64
+    values = [highest * (1 - i / (steps - 1)) for i in range(steps)]
+    gray = Image.new("RGB", (width, height), "gray")
+    sheet.paste(overlay(gray, values, (steps, 1), size=gray.size), (left, top))
+    for part, anchor in ((0, "la"), (0.5, "lm"), (1, "ls")):
+        text = percent(highest * (1 - part)) + ("\nor more" if clipped and not part else "")
+        draw.text((left + width + 5, top + part * height), text, "black", font, anchor=anchor)
 
 
 def percent(share):
@@ -115,9 +113,9 @@ def shorten(text, font, width):
     """The text, cut to `width` pixels and marked with three dots if it is longer."""
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(f"{text}...") > width:
-        text = text[:-1]
-    return f"{text.rstrip()}..."
+    lengths = range(len(text) + 1)
+    kept = bisect_right(lengths, width, key=lambda n: font.getlength(f"{text[:n]}...")) - 1
+    return f"{text[: max(0, kept)].rstrip()}..."
 
 
 def lay_out(words, font, width):
@@ -197,7 +195,7 @@ def draw_row(example, answers, side=380, gap=16):
         columns.append((answer["caption"], picture, answer["text"], *judged))
     texts = [wrap(column[2], font, side, 3) for column in columns]
     top, depth = gap + 30, 10 + line * max(map(len, texts))  # depth: of the text under a picture
-    width = len(columns) * (side + gap) + gap + 64
+    width = len(columns) * (side + gap) + gap + 72
     height = top + plain.height + depth + band + gap
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -226,7 +224,7 @@ def plot_answers(image, boxes, answers, path):
     in nats and `selected` (C,); path, the output file.
     """
     size, gap = 448, 16
-    sheet = Image.new("RGB", (len(answers) * (size + gap) + gap + 64, 4 * size), "white")
+    sheet = Image.new("RGB", (len(answers) * (size + gap) + gap + 72, 4 * size), "white")
     bottom, highest = 0, max(max(answer["map"]) for answer in answers)
     for n, answer in enumerate(answers):
         left = gap + n * (size + gap)

@@ -20,6 +20,7 @@ from analysis.animation import (
     PANEL_WIDTH,
     START,
     choose_question,
+    color_scale,
     draw_frames,
     list_moments,
     mean_map,
@@ -48,7 +49,7 @@ def make_answer(shift, correct=None, words=WORDS, grid=(7, 7), caption="before t
         [0.5 if c == (3 * i + shift) % cells else 0.01 for c in range(cells)]
         for i in range(len(words))
     ]
-    selected = [i in (1, 3) for i in range(len(words))]
+    selected = [i % 3 == 0 for i in range(len(words))]
     answer = dict(caption=caption, words=words, maps=maps, grid=grid, selected=selected)
     return answer if correct is None else answer | {"correct": correct}
 
@@ -93,6 +94,13 @@ def test_the_question_that_is_shown(before, after, chosen):
 # --- the frames ---
 
 
+def test_the_mean_map_uses_only_the_selected_words():
+    maps = [[1.0, 0.0], [9.0, 9.0], [0.5, 0.5]]
+    assert mean_map(maps, [True, False, True]) == [0.75, 0.25]
+    answers = [dict(maps=maps, selected=chosen) for chosen in ([1, 0, 1], [0, 0, 1])]
+    assert color_scale(answers) == 0.75  # one scale for all answers
+
+
 def test_a_frame_per_word_and_what_it_shows(tmp_path):
     """Compare the pictures in the file with the maps of the words."""
     example, path = PICTURES[0], tmp_path / "x.gif"
@@ -105,17 +113,17 @@ def test_a_frame_per_word_and_what_it_shows(tmp_path):
     layout = plan(example, answers)
     for number, answer in enumerate(answers):
         plain = show_boxes(example.image, example.boxes, layout.picture)
-        assert largest_difference(crop_picture(frames[0], layout, number), plain) < 24
+        assert largest_difference(crop_picture(frames[0], layout, number), plain) < 48
         shown = [answer["maps"][i] for i in visible] + [
             mean_map(answer["maps"], answer["selected"])
         ]
-        settings = answer["grid"], example.boxes, layout.picture, 0.5
+        settings = answer["grid"], example.boxes, layout.picture, color_scale(answers)
         expected = [overlay(example.image, attention, *settings) for attention in shown]
         for i, frame in enumerate(frames[1:]):
             picture = crop_picture(frame, layout, number)
             differences = [largest_difference(picture, each) for each in expected]
             # The palette changes colors slightly, another map changes a cell completely.
-            assert differences[i] < 40 and min(differences) == differences[i], differences
+            assert differences[i] < 48 and min(differences) == differences[i], differences
             assert all(d > 80 for k, d in enumerate(differences) if k != i)
 
 
@@ -286,7 +294,7 @@ def test_a_run_writes_the_animation_and_the_still(tmp_path):
     words = [[w for w in x[chosen]["by_word"]["words"] if w.strip()] for x in (before, after)]
     assert len(frames) == max(map(len, words)) + 2
     still = Image.open(tmp_path / "before_after.png")
-    assert still.width > 2.4 * still.height
+    assert still.width > 2.2 * still.height
 
 
 def test_a_resumed_run_writes_the_same_files(tmp_path):
@@ -348,12 +356,16 @@ def test_look_draws_the_map_of_the_answer(tmp_path):
     vlm = load(layers=parse_ints(CFG.layers), heads=parse_ints(CFG.heads))
     prompt = vlm.encode(PICTURES[0].image, PICTURES[0].question)
     with vlm.model.disable_adapter():
-        attention = trace_attention(vlm, prompt, CFG).attention
-    layout = plan(PICTURES[0], [make_answer(0, words=["x"] * 13)])
-    for i in range(5):  # the brightest cell of a frame is the one with the most attention
-        picture = crop_picture(frames[1 + i], layout, 0).resize((7, 7), Image.Resampling.BOX)
-        row = list(picture.convert("L").tobytes())
-        assert row.index(max(row)) == attention[i].argmax().item()
+        trace = trace_attention(vlm, prompt, CFG)
+    answer = make_answer(0, words=written_words(vlm, trace.completion))
+    answer |= {"maps": trace.attention.tolist(), "selected": trace.selected.tolist()}
+    layout = plan(PICTURES[0], [answer])
+    settings = (7, 7), (), layout.picture, color_scale([answer])
+    expected = [overlay(PICTURES[0].image, row, *settings) for row in answer["maps"]]
+    for i in range(len(frames) - 2):
+        picture = crop_picture(frames[1 + i], layout, 0)
+        differences = [largest_difference(picture, each) for each in expected]
+        assert differences[i] < 48 and min(differences) == differences[i], differences
 
 
 def test_a_wrong_suffix_is_refused(tmp_path, capsys, monkeypatch):

@@ -34,7 +34,7 @@ def test_the_color_map_is_inferno():
     inferno = matplotlib.colormaps["inferno"]
     for level in range(256):
         expected = [255 * v for v in inferno(level)[:3]]
-        assert COLOR_TABLE[3 * level : 3 * level + 3] == pytest.approx(expected, abs=6)
+        assert COLOR_TABLE[3 * level : 3 * level + 3] == pytest.approx(expected, abs=9)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_hot_cell_lights_only_its_own_pixels(size, grid, cell):
 
 @pytest.mark.parametrize("color", ["black", "gray", "yellow", "white"])
 def test_more_attention_is_also_brighter_in_grayscale(color):
-    attention = [0.0, 0.01, 0.1, 0.3, 0.6, 1.0]
+    attention = [0.0, 0.1, 0.2, 0.4, 0.7, 1.0]
     picture = overlay(Image.new("RGB", (60, 10), color), attention, (1, 6), size=(60, 10))
     gray = [picture.convert("L").getpixel((5 + 10 * i, 5)) for i in range(6)]
     assert gray == sorted(gray) and len(set(gray)) == 6
@@ -70,6 +70,14 @@ def test_two_maps_with_one_scale_can_be_compared():
     assert weak[0] == weak[1] and strong[0] != strong[1]
 
 
+def test_colors_are_linear_and_end_at_the_scale():
+    image = Image.new("RGB", (40, 10))
+    picture = overlay(image, [0.0, 0.2, 0.4, 0.6], (1, 4), size=(40, 10), highest=0.4)
+    found = [picture.getpixel((5 + 10 * i, 5)) for i in range(4)]
+    expected = [tuple(COLOR_TABLE[3 * level : 3 * level + 3]) for level in (0, 128, 255, 255)]
+    assert found == expected
+
+
 @pytest.mark.parametrize("value", [0.0, 0.5])
 def test_a_uniform_or_empty_map_is_no_error(value):
     picture = overlay(Image.new("RGB", (20, 20)), [value] * 4, (2, 2), size=(20, 20))
@@ -79,7 +87,7 @@ def test_a_uniform_or_empty_map_is_no_error(value):
 def test_the_color_bar_has_the_colors_of_the_overlay():
     sheet = Image.new("RGB", (80, 200), "white")
     draw_color_bar(sheet, 0, 0, 200, highest=0.4)
-    for y, attention in ((1, 0.4), (100, 0.1), (198, 0.0)):
+    for y, attention in ((1, 0.4), (100, 0.2), (198, 0.0)):
         cell = overlay(
             Image.new("RGB", (9, 9), "gray"), [attention], (1, 1), size=(9, 9), highest=0.4
         )
@@ -98,7 +106,7 @@ def test_the_box_is_drawn_around_its_place(map):
         picture = show_boxes(image, boxes, (200, 200))
     assert picture.size == (200, 100)
     outer, inner = (find_color(picture, color) for color in BOX_COLORS)
-    assert outer == (36, 16, 124, 84) and inner == (38, 18, 122, 82)
+    assert outer == (35, 15, 125, 85) and inner == (37, 17, 123, 83)
     inside = picture.crop((40, 20, 120, 80))
     assert len(inside.getcolors()) == 1  # the line covers nothing of the region
 
@@ -127,7 +135,7 @@ def test_fit_keeps_the_shape():
 
 def test_words_stay_inside_the_lines_and_keep_their_spaces():
     font, words = load_font(20), ["The", " dot", "\n", "on", "the", " un", "likely", "", " x" * 99]
-    placed = lay_out(words, font, 120)
+    placed = lay_out(words, font, 150)
     assert [word for _, _, word in placed][:8] == [
         "The",
         "dot",
@@ -140,7 +148,7 @@ def test_words_stay_inside_the_lines_and_keep_their_spaces():
     ]
     assert placed[-1][2].endswith("...")
     for line, x, word in placed:
-        assert x + font.getlength(word) <= 120 + 1e-3
+        assert x + font.getlength(word) <= 150 + 1e-3
     space = font.getlength(" ")
     assert placed[1][:2] == (0, pytest.approx(font.getlength("The") + space))  # after a space
     assert placed[4][1] == pytest.approx(placed[3][1] + font.getlength("on"))  # no space between
