@@ -8,6 +8,7 @@ from statistics import fmean
 from PIL import Image, ImageDraw
 
 from analysis.plots import (
+    COLOR_BAR_WIDTH,
     draw_band,
     draw_color_bar,
     fit,
@@ -22,7 +23,7 @@ from analysis.plots import (
 MAX_BYTES, MAX_HEIGHT, PANEL_WIDTH = 1_000_000, 460, 400  # two panels are 800 pixels wide
 # (most frames with words, colors): the first that keeps the file below MAX_BYTES is used.
 ATTEMPTS = (48, 256), (24, 64), (12, 64), (6, 32)
-MARGIN, BAR, QUESTION, CAPTION, TEXT, BAND = 12, 84, 32, 28, 27, 42  # pixels
+MARGIN, QUESTION, CAPTION, TEXT, BAND = 12, 32, 28, 27, 42  # pixels
 MAX_LINES = 3  # of an answer; a longer one scrolls
 MARKED = "#ffd23f"  # behind the current word
 START, END = "start", "end"  # the moments before the first word and after the last
@@ -95,7 +96,7 @@ def plan(example, answers):
     lines = min(MAX_LINES, 1 + max(line for each in words for line, _, _ in each))
     top = MARGIN + QUESTION * len(question) + CAPTION
     below = 8 + TEXT * lines + BAND * is_judged(answers) + MARGIN
-    picture = fit(example.image, (inside - BAR, MAX_HEIGHT - top - below)).size
+    picture = fit(example.image, (inside - COLOR_BAR_WIDTH, MAX_HEIGHT - top - below)).size
     return Layout(question, words, lines, top, picture, (width, top + picture[1] + below))
 
 

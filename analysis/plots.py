@@ -11,6 +11,7 @@ INFERNO = "000004 160b39 420a68 6a176e 932667 bc3754 dd513a f37819 fca50a f6d746
 BOX_COLORS = "white", "#00d5ff"  # outer and inner line; inferno has no cyan
 RIGHT, WRONG, NEUTRAL = "#00765a", "#b34700", "#444444"  # green and red that color-blind people see
 DARKEN = 0.4  # brightness of the image under a map
+COLOR_BAR_WIDTH = 80  # pixels, labels included
 
 
 def color_table():
@@ -91,7 +92,7 @@ def overlay(image, attention, grid, boxes=(), size=(336, 336), highest=None):
 
 def draw_color_bar(sheet, left, top, height, highest, clipped=False):
     """Draw the colors of `overlay` on a gray image, and the attention per cell that they stand for.
-    Args: highest, see `heat`; clipped, whether a cell may have more. The bar is 80 pixels wide."""
+    Args: highest, see `heat`; clipped, whether a cell may have more."""
     draw, font, width, steps = ImageDraw.Draw(sheet), load_font(15), 16, 64
     values = [highest * (1 - i / (steps - 1)) for i in range(steps)]
     gray = Image.new("RGB", (width, height), "gray")
@@ -195,7 +196,7 @@ def draw_row(example, answers, side=380, gap=16):
         columns.append((answer["caption"], picture, answer["text"], *judged))
     texts = [wrap(column[2], font, side, 3) for column in columns]
     top, depth = gap + 30, 10 + line * max(map(len, texts))  # depth: of the text under a picture
-    width = len(columns) * (side + gap) + gap + 72
+    width = len(columns) * (side + gap) + gap + COLOR_BAR_WIDTH
     height = top + plain.height + depth + band + gap
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -224,7 +225,9 @@ def plot_answers(image, boxes, answers, path):
     in nats and `selected` (C,); path, the output file.
     """
     size, gap = 448, 16
-    sheet = Image.new("RGB", (len(answers) * (size + gap) + gap + 72, 4 * size), "white")
+    sheet = Image.new(
+        "RGB", (len(answers) * (size + gap) + gap + COLOR_BAR_WIDTH, 4 * size), "white"
+    )
     bottom, highest = 0, max(max(answer["map"]) for answer in answers)
     for n, answer in enumerate(answers):
         left = gap + n * (size + gap)
