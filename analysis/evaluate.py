@@ -1,12 +1,14 @@
 """Evaluation: greedy answers to held-out questions, and where the model looks while it answers."""
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from tqdm import tqdm
 
 import reward
-from analysis.html_report import pack_map
+from analysis.html_report import LEVELS, pack_map
 from attention import Capture
 from config import InputError
 from data import encode_example, example_region
@@ -15,7 +17,7 @@ from sources.packing import split_by_tokens
 
 EXAMPLES_IN_PICTURE = 4  # held-out examples whose maps go into look.png
 EXAMPLES_IN_REPORT = 8  # held-out examples whose maps go into report.html
-MAX_MAP_CHARACTERS = 70_000  # per answer; keeps report.html under 2 MB
+MAX_MAP_CHARACTERS = 70_000  # per answer in report.html, which stays under 2 MB, and in look.gif
 MAX_LAYERS = 6  # per answer in report.html
 MAX_GRID_SIDE = 12  # cells per side of a map in report.html
 
@@ -84,6 +86,7 @@ def evaluate(vlm, examples, cfg, name, before=None):
     - to_region, to_image: the attention of each token, (C,)
     - grid, map, page: data for look.png and report.html. map and page are None except for the
       first few examples
+    - by_word: data for look.gif, see `word_maps`
     """
     results, limit = [], cfg.max_completion_length
     pairs = ((x, encode_example(vlm, x, cfg)) for x in (examples[i] for i in range(len(examples))))
@@ -136,6 +139,17 @@ def are_results(content, count):
     scores += "correct", "length", "area", "permuted_auroc", *(f"fixed_{name}" for name in scores)
     numbers = int, float
 
+    def is_by_word(by_word, length):
+        rows, cols = by_word["grid"]
+        return (
+            len(by_word["words"]) == len(by_word["maps"]) == length
+            and all(isinstance(word, str) for word in by_word["words"])
+            and min(rows, cols) > 0
+            and all(0 <= largest <= 1 for largest, _ in by_word["maps"])
+            and all(len(levels) == rows * cols for _, levels in by_word["maps"])
+            and all(set(levels) <= set(LEVELS) for _, levels in by_word["maps"])
+        )
+
     def is_result(row):
         cells = row["grid"][0] * row["grid"][1]
         attention, page = row["map"] or [0] * cells, row["page"] or {}
@@ -147,11 +161,13 @@ def are_results(content, count):
             and len(attention) == cells
             and all(type(v) in numbers for v in attention)
             and isinstance(page, dict)
+            # Results of earlier versions lack it.
+            and ("by_word" not in row or is_by_word(row["by_word"], row["length"]))
         )
 
     try:
         return len(content) == count and all(map(is_result, content))
-    except (TypeError, KeyError, IndexError, AttributeError):
+    except (TypeError, ValueError, LookupError, AttributeError):
         return False
 
 
@@ -209,6 +225,7 @@ def map_fields(vlm, prompt, trace, cfg, index):
         "grid": prompt.grid,
         "map": trace.map.tolist() if index < EXAMPLES_IN_PICTURE else None,
         "page": report_maps(vlm, prompt, trace, cfg) if index < EXAMPLES_IN_REPORT else None,
+        "by_word": word_maps(vlm, prompt, trace),
     }
 
 
@@ -235,6 +252,30 @@ def report_maps(vlm, prompt, trace, cfg):
         "layers": layers,
         "maps": [[pack_map(attention) for attention in layer] for layer in shown.tolist()],
     }
+
+
+def word_maps(vlm, prompt, trace):
+    """Data of one answer for look.gif: what each token adds to the text, and its map.
+
+    The map is the one that the reward uses: aligned, mean over the Vlm's layers and heads. Maps of
+    long answers are pooled, so that an answer has at most MAX_MAP_CHARACTERS cells.
+    Returns: a dict for JSON: `words` (C strings), `grid`, `maps` (C of `pack_map`).
+    """
+    side = max(1, math.isqrt(MAX_MAP_CHARACTERS // len(trace.entropy)))
+    grid = tuple(min(side, cells) for cells in prompt.grid)
+    maps = trace.attention.unflatten(-1, prompt.grid)  # (C, rows, cols)
+    maps = torch.nn.functional.adaptive_avg_pool2d(maps, grid).flatten(1)
+    words = written_words(vlm, trace.completion)
+    return {"words": words, "grid": grid, "maps": [pack_map(row) for row in maps.tolist()]}
+
+
+def written_words(vlm, completion):
+    """What each token adds to the text of an answer, a list of C strings. Joined, they are the
+    text. A token without text, such as the end of turn, adds an empty string."""
+    ids, text = completion.ids[0].tolist(), completion.texts[0]
+    decode = vlm.tokenizer.decode
+    ends = [len(decode(ids[:i], skip_special_tokens=True)) for i in range(len(ids) + 1)]
+    return [text[start:end] for start, end in pairwise(ends)]
 
 
 def decode_tokens(vlm, completion):

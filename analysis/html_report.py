@@ -126,6 +126,12 @@ def pack_map(attention):
     return [round(largest, 5), "".join(LEVELS[level] for level in levels)]
 
 
+def unpack_map(packed):
+    """The attention map (N,) in a result of `pack_map`, to the nearest level."""
+    largest, levels = packed
+    return [largest * (LEVELS.index(level) / 63) ** 2 for level in levels]
+
+
 def metric_charts(steps):
     """The training curves of all logged rewards and of CURVES, as a list of SVGs.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from analysis.plots import overlay
+from analysis.plots import show_boxes
 from config import Config, InputError
 from data import region_mask
 from sources import open_dataset
@@ -61,7 +61,7 @@ def measure_examples(data, problems):
         areas.append(100 * region.float().mean().item())
         words.append(len(example.question.split()))
         if len(thumbnails) < MAX_DRAWN:
-            picture = overlay(example.image, [0], (1, 1), example.boxes, size=THUMBNAIL)
+            picture = show_boxes(example.image, example.boxes, (THUMBNAIL, THUMBNAIL))
             thumbnails.append((picture, caption(example)))
     return areas, words, thumbnails
 

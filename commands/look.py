@@ -8,7 +8,8 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 import reward
-from analysis.evaluate import decode_tokens, trace_attention
+from analysis.animation import plot_animation
+from analysis.evaluate import decode_tokens, trace_attention, written_words
 from analysis.plots import plot_answers
 from config import InputError, is_tiny
 from data import Example, encode_example, example_region
@@ -22,7 +23,8 @@ from sources.scenes import Scenes
 
 def run_look(given, load_model):
     """Answer the question, print the answer and its scores, and draw the attention. With an
-    adapter, answer both without and with it, using the settings of the run that trained it.
+    adapter, answer both without and with it, using the settings of the run that trained it. If the
+    output ends in .gif, it is an animation.
 
     Args: given, a dict of flags: `image`, `question`, `output`, and optionally `box` (a list),
     `adapter` and fields of Config; load_model, a function from Config to Vlm.
@@ -47,7 +49,10 @@ def run_look(given, load_model):
         vlm.load_adapter(adapter)
         answers.append(describe_answer(vlm, example, cfg, "after training"))
     try:
-        plot_answers(example.image, example.boxes, answers, output)
+        if Path(output).suffix.lower() == ".gif":
+            plot_animation(example, answers, output)
+        else:
+            plot_answers(example.image, example.boxes, answers, output)
     except (OSError, ValueError) as error:
         raise InputError(f"--output {output}: {error}") from None
     print(f"wrote {output}")
@@ -58,7 +63,7 @@ def check_output(output):
     """Raises: InputError if no image can be written to `output`."""
     path, formats = Path(output), Image.registered_extensions()
     if formats.get(path.suffix.lower()) not in Image.SAVE:
-        raise InputError(f"--output {output}: must end in .png, .jpg or a similar extension")
+        raise InputError(f"--output {output}: must end in .png, .gif or a similar extension")
     target = path if path.exists() else path.parent
     if path.is_dir() or not target.exists():
         problem = "is a folder" if path.is_dir() else f"the folder {path.parent} does not exist"
@@ -117,7 +122,7 @@ def warn_of_unknown(vlm, example):
 
 def describe_answer(vlm, example, cfg, caption):
     """Answer greedily and print the answer, with scores if the example has a box.
-    Returns: a dict for `plot_answers`."""
+    Returns: a dict for `plot_answers` and `plot_animation`."""
     prompt = encode_example(vlm, example, cfg)
     region = example_region(example, prompt.grid) if example.boxes else None
     trace = trace_attention(vlm, prompt, cfg)
@@ -136,6 +141,8 @@ def describe_answer(vlm, example, cfg, caption):
         "map": trace.map.tolist(),
         "grid": prompt.grid,
         "tokens": decode_tokens(vlm, trace.completion),
+        "words": written_words(vlm, trace.completion),
+        "maps": trace.attention.tolist(),
         "entropy": trace.entropy.tolist(),
         "selected": trace.selected.tolist(),
     }

@@ -113,7 +113,8 @@ def make_parser(command, program):
         parser.add_argument("--question", required=True, help="question about the image")
         box_help = "region in pixels, drawn and scored; can be repeated (--box=-9,... if negative)"
         parser.add_argument("--box", action="append", metavar="x1,y1,x2,y2", help=box_help)
-        parser.add_argument("--output", default="look.png", help="output image (default: look.png)")
+        output_help = "output image; .gif makes an animation (default: look.png)"
+        parser.add_argument("--output", default="look.png", help=output_help)
     if command == "fit":
         tokens_help = "tokens of the question, instruction and chat template (default: 128)"
         parser.add_argument("--prompt_tokens", type=whole_number, metavar="X", help=tokens_help)

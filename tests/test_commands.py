@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import reward
 import sayo_mini
 from analysis.evaluate import evaluate, trace_attention
+from analysis.plots import COLOR_BAR_WIDTH
 from commands.probe import (
     best_layer_and_heads,
     head_of_right_answers,
@@ -197,7 +198,7 @@ def test_look_answers_scores_and_draws(tmp_path, capsys, photo):
     looks = reward.early_and_late(trace.attention, region, trace.selected)
     early, late = ("on" if look else "off" for look in looks)
     assert f"early look: {early} the region; late look: {late}\n" in out
-    assert Image.open(output).width == 448 + 2 * 16
+    assert Image.open(output).width == 448 + 2 * 16 + COLOR_BAR_WIDTH
 
 
 def test_look_with_an_adapter_compares_before_and_after(tmp_path, capsys, photo, adapter):
@@ -211,7 +212,7 @@ def test_look_with_an_adapter_compares_before_and_after(tmp_path, capsys, photo,
         out.split(f"{when} training: ")[1].split("(", 1)[0] for when in ("before", "after")
     )
     assert before.split("r_v")[1] != after.split("r_v")[1]
-    assert Image.open(output).width == 2 * 448 + 3 * 16
+    assert Image.open(output).width == 2 * 448 + 3 * 16 + COLOR_BAR_WIDTH
 
 
 def test_look_without_a_box_scores_nothing(tmp_path, capsys, photo):

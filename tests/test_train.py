@@ -381,6 +381,7 @@ def test_files_of_a_run(tmp_path):
     run(folder, "--max_steps 2")
     names = "config.json metrics.jsonl samples.jsonl before.json after.json look.png report.html"
     names += " response.svg checkpoint.safetensors adapter timing.jsonl lock"
+    names += " look.gif before_after.png"
     assert {path.name for path in folder.iterdir()} == set(names.split())
     assert json.loads((folder / "config.json").read_text())["num_generations"] == 4
     assert len(read_log(folder, "samples.jsonl")) == 2 * 2 * 4
