@@ -1,6 +1,7 @@
 """Evaluation: greedy answers to held-out questions, and where the model looks while it answers."""
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from tqdm import tqdm
@@ -145,9 +146,9 @@ def are_results(content, count):
         return (
             all(isinstance(text, str) for text in words)
             and all(looks) == any(looks)
-            and all(type(row[name]) in numbers for name in LOOKS if name in row)
+            and all(row[name] in (0, 1) for name in ("correct", *LOOKS) if name in row)
             and ("small_map" not in row or is_packed(row["small_map"], small_grid(row["grid"])))
-            and all(type(row[name]) in numbers for name in scores)
+            and all(type(row[name]) in numbers and abs(row[name]) != inf for name in scores)
             and all(len(row[name]) == row["length"] for name in per_token)
             and all(type(v) in (*numbers, bool) for name in per_token for v in row[name])
             and len(attention) == cells

@@ -9,7 +9,7 @@ from analysis.html_report import MAX_GRID_SIDE, pack_map, pack_maps
 
 # Characters per answer, which keep report.html under 2 MB: for all answers, and for the few whose
 # heads are shown.
-REWARD_CHARACTERS, LAYER_CHARACTERS, HEAD_CHARACTERS = 16_000, 22_000, 30_000
+REWARD_CHARACTERS, LAYER_CHARACTERS, HEAD_CHARACTERS = 16_000, 29_000, 30_000
 MAX_LAYERS = 6
 LAYER_SIDE, HEAD_SIDES = 8, (8, 4)  # cells per side, at most
 

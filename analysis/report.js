@@ -201,7 +201,8 @@ function drawHeads(answer) {
       context.strokeRect(x + 1, y + 1, width, height + 4);
     }
   });
-  describeHead(answer, head === null ? layout.indices[0] : head);
+  const { auroc } = result.heads, best = auroc ? auroc.indexOf(Math.max(...auroc)) : 0;
+  describeHead(answer, head === null ? best : head);
 }
 
 function describeHead(answer, head) {  // the line below the grid of heads

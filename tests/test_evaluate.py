@@ -132,6 +132,9 @@ def test_damaged_results_are_recognized():
         {"question": 1},
         {"answer": None},
         {"early": "1"},
+        {"late": float("nan")},
+        {"correct": float("inf")},
+        {"image_mass": -float("inf")},
     ):
         assert not are_results([rows[0] | change, rows[1]], 2), change
     assert not are_results([{k: v for k, v in rows[0].items() if k != "permuted_late"}], 1)

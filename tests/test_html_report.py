@@ -330,6 +330,9 @@ def bright_heads(page, head_at):
 def test_all_heads_show_the_word_and_one_can_be_shown_large(page):
     summary = page.get_by_text("all layers and heads").first
     summary.click()
+    page.wait_for_function("answers[0].headNote.textContent")
+    status = page.locator("details p").nth(1)
+    assert status.inner_text().startswith("layer 1, head 1: AUROC 0.90. Only the 2 of 4 heads")
     tokens_of(page).nth(1).hover()
     # Head 0 has cell 4 + i and head 3 cell i; heads 1 and 2 show their mean map, fainter.
     found = [bright_heads(page, n) for n in range(4)]
@@ -344,7 +347,9 @@ def test_all_heads_show_the_word_and_one_can_be_shown_large(page):
     size = canvas.first.bounding_box()
     canvas.first.click(position={"x": size["width"] * 0.25, "y": size["height"] * 0.25})
     assert list(lit(page)) == [2] and "layer 1, head 1" in note.inner_text()
-    assert "AUROC 0.90, shown large" in page.locator("details p").nth(1).inner_text()
+    assert "AUROC 0.90, shown large" in status.inner_text()
+    canvas.first.hover(position={"x": size["width"] * 0.75, "y": size["height"] * 0.25})
+    assert status.inner_text().startswith("layer 0, head 0: AUROC 0.60.")
     page.keyboard.press("ArrowDown")
     assert list(lit(page)) == [1] and "mean over the underlined words" in note.inner_text()
     page.keyboard.press("Escape")
@@ -420,6 +425,11 @@ def test_the_page_shows_its_data_and_fits_a_phone(page):
     )
 
 
+def test_the_first_map_is_that_of_the_underlined_word_with_the_brightest_cell(page):
+    result = "{selected: [true, false, true], rewarded: {maps: [[0.1], [0.9], [0.3]]}}"
+    assert page.evaluate(f"initialWord({result})") == 2
+
+
 def test_image_and_words_are_side_by_side_on_a_wide_screen(open_report):
     page = open_report([BEFORE], [AFTER], viewport={"width": 1280, "height": 800})
     for figure in page.locator("figure").all():
@@ -467,7 +477,7 @@ def large_page(with_heads):
 def test_a_long_run_of_a_large_model_stays_under_two_megabytes(tmp_path):
     """Noise images, four with heads, and a thousand questions with long answers."""
     with_heads, without = large_page(True), large_page(False)
-    assert len(with_heads["heads"]["kept"]) >= 10 and len(with_heads["layers"]) >= 3
+    assert len(with_heads["heads"]["kept"]) >= 10 and len(with_heads["layers"]) == 4
     results = [
         BEFORE
         | {
