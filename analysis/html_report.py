@@ -49,7 +49,7 @@ def render_report(folder, examples):
         "total": len(before or []),
         "examples": example_data(examples, before, after),
     }
-    page = {
+    parts = {
         "STATUS": html.escape(
             f"{Path(config['model_name_or_path']).name}, {config['dataset']}: {status}"
         ),
@@ -62,7 +62,7 @@ def render_report(folder, examples):
         "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
         "SCRIPT": read_asset("report.js"),
     }
-    page = fill_template("report_template.html", page)
+    page = fill_template("report_template.html", parts)
     return {"report.html": page, "response.svg": stack_charts(charts)}
 
 

@@ -407,7 +407,8 @@ function addExample(example) {
 }
 
 function addQuestion([question, truth, results], index) {
-  const row = addElement(addElement(byId("questions"), "li"), "div");
+  const item = addElement(byId("questions"), "li"), row = addElement(item, "div");
+  item.value = index + 1;  // filters do not renumber
   const title = addElement(row, "span", question + (truth ? ` (${truth}) ` : " "));
   if (data.examples.some(example => example.index === index))
     addElement(title, "a", "maps").href = `#example-${index}`;
@@ -454,6 +455,7 @@ function addFilters() {
       const same = lookOf(button) === JSON.stringify(lookFilter);
       lookFilter = same ? null : JSON.parse(lookOf(button));
       filter();
+      if (lookFilter) byId("held-out").scrollIntoView();
     });
   byId("show-all").addEventListener("click", () => {
     lookFilter = null;
