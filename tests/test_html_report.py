@@ -379,6 +379,8 @@ def test_the_looks_are_counted_and_filter_the_questions(page):
     assert questions(page) == [0, 1] and looks.nth(2).get_attribute("aria-pressed") == "true"
     assert page.inner_text("#count") == "2 of 3 questions, 1 with maps"
     assert page.locator("#count").evaluate("e => Math.round(e.getBoundingClientRect().top)") < 200
+    looks.nth(3).click()
+    assert questions(page) == []
     looks.nth(1).click()
     assert questions(page) == [2] and page.locator(".example").is_hidden()
     looks.nth(1).click()  # a second click shows all
