@@ -3,12 +3,14 @@
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 
 import torch
 from tqdm import tqdm
 
 import reward
-from analysis.html_report import LEVELS, pack_map
+from analysis import page_maps
+from analysis.html_report import LEVELS, is_packed, pack_map, small_grid
 from attention import Capture
 from config import InputError
 from data import encode_example, example_region
@@ -17,9 +19,9 @@ from sources.packing import split_by_tokens
 
 EXAMPLES_IN_PICTURE = 4  # held-out examples whose maps go into look.png
 EXAMPLES_IN_REPORT = 8  # held-out examples whose maps go into report.html
-MAX_MAP_CHARACTERS = 70_000  # per answer in report.html, which stays under 2 MB, and in look.gif
-MAX_LAYERS = 6  # per answer in report.html
-MAX_GRID_SIDE = 12  # cells per side of a map in report.html
+EXAMPLES_WITH_HEADS = 4  # held-out examples whose maps of every head go into report.html
+MAX_MAP_CHARACTERS = 70_000  # per answer in look.gif
+LOOKS = "early", "late", "permuted_early", "permuted_late"  # see `reward.early_and_late`
 
 
 @dataclass
@@ -73,7 +75,8 @@ def evaluate(vlm, examples, cfg, name, before=None):
     Args: examples, a data set; name, for the progress bar; before, the results of an earlier
     evaluation of the same examples, or None.
     Returns: a list of dicts for JSON, one per example, with the keys
-    - id; text, ids and selected of the answer; correct (0 or 1); length in tokens
+    - id, question, answer, of the example
+    - text, ids and selected of the answer; correct (0 or 1); length in tokens
     - area, the region's fraction of the image, and the scores of `reward.localization` for the
       mean map of the selected tokens: auroc, mass_over_area, pointing, tas, image_mass
     - early and late (0 or 1), whether the first and the last look find the region, see
@@ -84,8 +87,8 @@ def evaluate(vlm, examples, cfg, name, before=None):
       answers of `before` and measured at the tokens selected then. The wording is the same before
       and after, so only changes in attention count. Without `before` they equal the scores above
     - to_region, to_image: the attention of each token, (C,)
-    - grid, map, page: data for look.png and report.html. map and page are None except for the
-      first few examples
+    - grid, small_map, map, page: data for look.png and report.html; small_map is the mean map of
+      the selected tokens, see `page_maps`. map and page are None except for the first few examples
     - by_word: data for look.gif, see `word_maps`
     """
     results, limit = [], cfg.max_completion_length
@@ -114,7 +117,7 @@ def answer_row(vlm, example, prompt, regions, trace, fixed, cfg, index):
         | localization_fields(trace.map, fixed.map, *regions)
         | look_fields(trace, *regions)
         | position_fields(trace, regions[0])
-        | map_fields(vlm, prompt, trace, cfg, index)
+        | map_fields(vlm, prompt, regions[0], trace, cfg, index)
     )
 
 
@@ -153,9 +156,14 @@ def are_results(content, count):
     def is_result(row):
         cells = row["grid"][0] * row["grid"][1]
         attention, page = row["map"] or [0] * cells, row["page"] or {}
+        words = row["text"], row.get("question", ""), row.get("answer", "")
+        looks = [name in row for name in LOOKS]  # earlier versions have none, nor small_map
         return (
-            isinstance(row["text"], str)
-            and all(type(row[name]) in numbers for name in scores)
+            all(isinstance(text, str) for text in words)
+            and all(looks) == any(looks)
+            and all(row[name] in (0, 1) for name in ("correct", *LOOKS) if name in row)
+            and ("small_map" not in row or is_packed(row["small_map"], small_grid(row["grid"])))
+            and all(type(row[name]) in numbers and abs(row[name]) != inf for name in scores)
             and all(len(row[name]) == row["length"] for name in per_token)
             and all(type(v) in (*numbers, bool) for name in per_token for v in row[name])
             and len(attention) == cells
@@ -185,6 +193,8 @@ def answer_fields(example, trace):
     text = trace.completion.texts[0]
     return {
         "id": example.id,
+        "question": example.question,
+        "answer": example.answer,
         "text": text,
         "ids": trace.completion.ids[0].tolist(),
         "selected": trace.selected.tolist(),
@@ -209,8 +219,7 @@ def look_fields(trace, region, next_region):
     own, other = (
         reward.early_and_late(trace.attention, box, trace.selected) for box in (region, next_region)
     )
-    names = "early", "late", "permuted_early", "permuted_late"
-    return dict(zip(names, map(float, own + other)))
+    return dict(zip(LOOKS, map(float, own + other)))
 
 
 def position_fields(trace, region):
@@ -220,38 +229,34 @@ def position_fields(trace, region):
     }
 
 
-def map_fields(vlm, prompt, trace, cfg, index):
+def map_fields(vlm, prompt, region, trace, cfg, index):
+    heads = index < EXAMPLES_WITH_HEADS
+    shown = index < EXAMPLES_IN_REPORT
     return {
         "grid": prompt.grid,
         "map": trace.map.tolist() if index < EXAMPLES_IN_PICTURE else None,
-        "page": report_maps(vlm, prompt, trace, cfg) if index < EXAMPLES_IN_REPORT else None,
+        "small_map": page_maps.small_map(trace.map, prompt.grid),
+        "page": report_maps(vlm, prompt, region, trace, cfg, heads) if shown else None,
         "by_word": word_maps(vlm, prompt, trace),
     }
 
 
-def report_maps(vlm, prompt, trace, cfg):
-    """Data of one answer for report.html: its tokens, and a map per token and layer.
-
-    A map is averaged over all heads of a layer and pooled to at most MAX_GRID_SIDE cells per side.
-    Layers are evenly spaced and include the last; long answers get fewer layers.
-    Returns: a dict for JSON; `maps` is [layer][token] of `pack_map`.
-    """
+def report_maps(vlm, prompt, region, trace, cfg, heads=True):
+    """Data of one answer for report.html, a dict for JSON: its tokens, and their maps in the layers
+    and heads of the reward, in some layers, and, with `heads`, in every head. See `page_maps`."""
     maps, prompt_maps = attention_maps(vlm, prompt, trace.completion)  # (L, H, 1, C, N), (L, H, N)
-    rows = maps.mean(1)[:, 0], prompt_maps.mean(1)  # (L, C, N), (L, N)
-    attention = reward.align_attention(*rows, cfg.alignment)  # (L, C, N)
-    grid = tuple(min(MAX_GRID_SIDE, side) for side in prompt.grid)
-    cells = grid[0] * grid[1] * len(trace.entropy)  # per layer
-    count = max(1, min(MAX_LAYERS, len(attention), MAX_MAP_CHARACTERS // cells))
-    layers = torch.linspace(len(attention) - 1, 0, count).round().long().flip(0).tolist()
-    shown = attention[layers].unflatten(-1, prompt.grid)  # (count, C, rows, cols)
-    shown = torch.nn.functional.adaptive_avg_pool2d(shown, grid).flatten(2)  # (count, C, cells)
-    return {
+    rows = maps[:, :, 0].cpu(), prompt_maps.cpu()
+    attention = reward.align_attention(*rows, cfg.alignment)  # (L, H, C, N)
+    fields = {
         "words": decode_tokens(vlm, trace.completion),
         "entropy": round_values(trace.entropy),
-        "grid": grid,
-        "layers": layers,
-        "maps": [[pack_map(attention) for attention in layer] for layer in shown.tolist()],
+        "rewarded": page_maps.reward_fields(trace.attention, prompt.grid),
+        **page_maps.layer_fields(attention.mean(1), prompt.grid),
     }
+    if heads:
+        chosen = trace.selected, region, prompt.grid
+        fields["heads"] = page_maps.head_fields(attention, *chosen)
+    return fields
 
 
 def word_maps(vlm, prompt, trace):

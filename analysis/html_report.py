@@ -1,21 +1,25 @@
 """report.html: a run on one page, in a single file. This module collects the data and draws the
-charts for `report_template.html`. Imports only Pillow and the standard library."""
+charts; report_template.html, report.css and report.js are the page. Imports only the standard
+library."""
 
 import base64
 import html
 import io
 import json
+import math
 import re
 from pathlib import Path
 from statistics import fmean
 
-from analysis.results_table import results_table
+from analysis.results_table import count_corrected, count_looks, have_looks, results_table
 from runtime.run_folder import join_flags
 from runtime.settings import FIELDS
 
 # An attention value is stored as one of these 64 characters.
 LEVELS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"
-LINE_COLORS = 6  # the classes line0 to line5 of report_template.html
+MAX_GRID_SIDE = 12  # cells per side of a map in the report
+LISTED, LISTED_CHARACTERS = 500, 150_000  # questions in the list, characters of all their answers
+LINE_COLORS = 6  # the classes line0 to line5 of report.css
 CURVES = {  # chart title -> metrics in metrics.jsonl; reward charts are added
     "AUROC of the attention, sampled completions": ["attention/auroc"],
     "entropy, nats": ["entropy"],
@@ -37,23 +41,39 @@ def render_report(folder, examples):
     steps = read_metrics(folder / "metrics.jsonl")
     charts = position_charts(before, after) if before else []
     status = f"{len(steps)} of {config['max_steps']} steps" + ("" if after else ": not finished")
-    settings = settings_command(config)
     table = results_table(before, after or before) if before else ""
+    data = {
+        "levels": LEVELS,
+        "rewarded": rewarded_maps(config),
+        "questions": list_questions(before, after),
+        "total": len(before or []),
+        "examples": example_data(examples, before, after),
+    }
     parts = {
         "STATUS": html.escape(
             f"{Path(config['model_name_or_path']).name}, {config['dataset']}: {status}"
         ),
-        "SETTINGS": html.escape(settings),
-        "TABLE": html.escape(table),
+        "SETTINGS": html.escape(settings_command(config)),
+        "TABLE": html.escape(table.partition("\n\n")[0]),  # the looks have their own table
+        "LOOKS": looks_section(before, after),
         "METRIC_CHARTS": "\n".join(metric_charts(steps)),
         "POSITION_CHARTS": "\n".join(charts),
-        "LEVELS": LEVELS,
         # An example may contain "</script>".
-        "DATA": json.dumps(example_data(examples, before, after)).replace("<", "\\u003c"),
+        "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+        "SCRIPT": read_asset("report.js"),
     }
-    template = (Path(__file__).parent / "report_template.html").read_text(encoding="utf-8")
-    page = re.sub("@([A-Z_]+)@", lambda match: parts[match[1]], template)
+    page = fill_template("report_template.html", parts)
     return {"report.html": page, "response.svg": stack_charts(charts)}
+
+
+def fill_template(name, parts):
+    """The text of a template with each @PART@ replaced. @STYLE@ is the shared style sheet."""
+    parts = parts | {"STYLE": read_asset("report.css")}
+    return re.sub("@([A-Z_]+)@", lambda match: parts[match[1]], read_asset(name))
+
+
+def read_asset(name):
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def settings_command(config):
@@ -69,6 +89,16 @@ def settings_command(config):
     return f"python sayo_mini.py {join_flags(flags)}"
 
 
+def rewarded_maps(config):
+    """The layers and heads that the reward uses, such as "layer 3, all heads"."""
+    names = []
+    for kind in ("layers", "heads"):
+        chosen = config.get(kind, "all")
+        several = f"{kind if ',' in chosen else kind[:-1]} {chosen}"
+        names.append(f"all {kind}" if chosen == "all" else several)
+    return ", ".join(names)
+
+
 def read_json(path):
     """The content of a JSON file, or None if it does not exist."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -82,18 +112,24 @@ def read_metrics(path):
 
 def example_data(examples, before, after):
     """The page's data for every example whose results contain maps, a list of dicts for JSON."""
-    data = []
+    evaluations = [results for results in (before, after) if results]
+    data, means = [], {}
     for i, result in enumerate(before or []):
         if not result["page"]:
             continue
-        example = examples[i]
+        example, grid = examples[i], small_grid(result["grid"])
+        if grid not in means:
+            means[grid] = [mean_map(results, grid) for results in evaluations]
         results = [
-            results[i]["page"] | {key: results[i][key] for key in ("selected", "correct")}
-            for results in (before, after)
-            if results
+            results[i]["page"]
+            | {key: results[i][key] for key in ("selected", "correct")}
+            | {key: results[i][key] for key in ("early", "late") if key in results[i]}
+            | {"mean": mean and {"grid": grid, "map": mean}}
+            for results, mean in zip(evaluations, means[grid])
         ]
         data.append(
             {
+                "index": i,
                 "image": image_as_url(example.image),
                 "size": example.image.size,
                 "boxes": example.boxes,
@@ -103,6 +139,87 @@ def example_data(examples, before, after):
             }
         )
     return data
+
+
+def list_questions(before, after):
+    """The held-out questions for the list on the page: [question, true answer, results], with
+    [text, right or wrong, early look, late look] for each evaluation; the looks are None in results
+    of earlier versions. Long texts are cut so that the page stays small."""
+    evaluations = [results[:LISTED] for results in (before, after) if results]
+    count = sum(map(len, evaluations))
+    longest = max(60, LISTED_CHARACTERS // max(1, count))
+
+    def cut(text):
+        return text if len(text) <= longest else text[: longest - 1] + "\u2026"
+
+    return [
+        [
+            cut(rows[0].get("question", str(rows[0].get("id", "")))),
+            cut(rows[0].get("answer", "")),
+            [
+                [cut(row.get("text", "")), row["correct"], row.get("early"), row.get("late")]
+                for row in rows
+            ],
+        ]
+        for rows in zip(*evaluations)
+    ]
+
+
+def looks_section(before, after):
+    """The 2 x 2 of early and late looks as HTML, before and after training. A click on one of its
+    cells filters the questions. Empty for results of earlier versions, which lack the looks."""
+    evaluations = [("before", before), ("after", after)]
+    evaluations = [(name, results) for name, results in evaluations if results]
+    if not evaluations or not have_looks(*(results for _, results in evaluations)):
+        return ""
+    return "".join(
+        looks_table(n, name, results) for n, (name, results) in enumerate(evaluations)
+    ).join(('<div class="looks">', "</div>"))
+
+
+def looks_table(n, name, results):
+    """One of the tables of `looks_section`. Args: n, 0 for before and 1 for after training."""
+    rows = ""
+    for early, title in ((1, "early on the region"), (0, "early elsewhere")):
+        cells = "".join(
+            f'<td><button class="look" aria-pressed="false" data-result="{n}" data-early="{early}"'
+            f' data-late="{late}">{count_looks(results, early, late)}</button></td>'
+            for late in (1, 0)
+        )
+        rows += f'<tr><th scope="row">{title}</th>{cells}</tr>'
+    corrected = f"wrong early looks corrected: {count_corrected(results)}"
+    head = '<th scope="col">late on the region</th><th scope="col">late elsewhere</th>'
+    return (
+        f"<table><caption>{name} training</caption><tr><td></td>{head}</tr>{rows}"
+        f'<tr><td colspan="3">{corrected}</td></tr></table>'
+    )
+
+
+def small_grid(grid):
+    """The grid (rows, cols) to which `page_maps.small_map` pools a map."""
+    rows, cols = grid
+    return min(MAX_GRID_SIDE, rows), min(MAX_GRID_SIDE, cols)
+
+
+def mean_map(results, grid):
+    """The mean over all questions of the map of the selected tokens, on `grid`, packed. None for
+    results of earlier versions, which lack these maps."""
+    if not all("small_map" in row for row in results):
+        return None
+    maps = [
+        resample(unpack_map(row["small_map"]), small_grid(row["grid"]), grid) for row in results
+    ]
+    return pack_map([fmean(values) for values in zip(*maps)])
+
+
+def resample(values, grid, new_grid):
+    """A map on another grid: each cell gets the value at its center. The grids of images with
+    different aspect ratios differ."""
+    (rows, cols), (new_rows, new_cols) = grid, new_grid
+    centers = ((2 * y + 1, 2 * x + 1) for y in range(new_rows) for x in range(new_cols))
+    return [
+        values[y * rows // (2 * new_rows) * cols + x * cols // (2 * new_cols)] for y, x in centers
+    ]
 
 
 def image_as_url(image, longest=336):
@@ -127,9 +244,23 @@ def pack_map(attention):
 
 
 def unpack_map(packed):
-    """The attention map (N,) in a result of `pack_map`, to the nearest level."""
-    largest, levels = packed
-    return [largest * (LEVELS.index(level) / 63) ** 2 for level in levels]
+    """The attention of each cell, from `pack_map`."""
+    largest, cells = packed
+    return [largest * (LEVELS.index(cell) / 63) ** 2 for cell in cells]
+
+
+def pack_maps(maps):
+    """Pack several maps as [largest value, text]. In the text, a map is one character for its own
+    largest value, as in `pack_map`, followed by its cells."""
+    largest, scales = pack_map([max(attention) for attention in maps])
+    return [largest, "".join(scale + pack_map(cells)[1] for scale, cells in zip(scales, maps))]
+
+
+def is_packed(content, grid):
+    """Whether decoded JSON is a map of this grid from `pack_map`; the file may be damaged."""
+    (largest, cells), (rows, cols) = content, grid
+    valid = type(largest) in (int, float) and 0 <= largest < math.inf and isinstance(cells, str)
+    return valid and len(cells) == rows * cols and set(cells) <= set(LEVELS)
 
 
 def metric_charts(steps):

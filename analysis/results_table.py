@@ -15,6 +15,19 @@ def results_table(before, after):
     Returns: text with one line per metric: mean and 95 % confidence interval before and after
     training, and the chance level.
     """
+    rows = list(table_rows(before, after).values())
+    header = f"held-out examples: {len(before)}", "before", "after", "chance"
+    width = max(25, 2 + max(len(cell) for row in rows for cell in row[1:3]))
+    lines = [f"{row[0]:32}{row[1]:>{width}}{row[2]:>{width}}{row[3]:>8}" for row in [header, *rows]]
+    if len(before) == 1:
+        lines.append("no confidence interval for one example: use --eval_examples 2 or more")
+    if any("-" in row for row in rows):
+        lines.append("-: the AUROC is undefined if the region covers the whole image")
+    return "\n".join([*lines, *looks_table(before, after)])
+
+
+def table_rows(before, after):
+    """The rows of the table. Returns: {metric: (title, before, after, chance)}, all text."""
     metrics = [  # title, key, chance
         ("greedy accuracy", "correct", ""),
         ("attention on the region, AUROC", "auroc", "0.500"),
@@ -28,22 +41,15 @@ def results_table(before, after):
         ("attention to the whole image", "image_mass", ""),
         ("answer length, tokens", "length", ""),
     ]
-    rows = []
+    rows = {}
     for title, key, chance in metrics:
         options = dict(proportion=key in PROPORTIONS, largest=LARGEST.get(key, 1.0))
         cells = [
             confidence_interval([result[key] for result in results], **options)
             for results in (before, after)
         ]
-        rows.append((title, *cells, chance))
-    header = f"held-out examples: {len(before)}", "before", "after", "chance"
-    width = max(25, 2 + max(len(cell) for row in rows for cell in row[1:3]))
-    lines = [f"{row[0]:32}{row[1]:>{width}}{row[2]:>{width}}{row[3]:>8}" for row in [header, *rows]]
-    if len(before) == 1:
-        lines.append("no confidence interval for one example: use --eval_examples 2 or more")
-    if any("-" in row for row in rows):
-        lines.append("-: the AUROC is undefined if the region covers the whole image")
-    return "\n".join([*lines, *looks_table(before, after)])
+        rows[key] = title, *cells, chance
+    return rows
 
 
 def have_looks(*results):
@@ -69,17 +75,24 @@ def looks_table(before, after):
         return []
     lines = ["", f"{'answers by early, late look':32}{'before':>25}{'after':>25}"]
     for early, late in ((1, 1), (0, 1), (1, 0), (0, 0)):
-        cells = []
-        for results in (before, after):
-            kept = [r["correct"] for r in results if (r["early"], r["late"]) == (early, late)]
-            cells.append(f"{len(kept)}" + (f" ({fmean(kept):.0%} right)" if kept else ""))
         title = ", ".join("on the region" if look else "off" for look in (early, late))
+        cells = [count_looks(results, early, late) for results in (before, after)]
         lines.append(f"{title:32}{cells[0]:>25}{cells[1]:>25}")
-    cells = []
-    for results in (before, after):
-        wrong = [r["late"] for r in results if not r["early"]]
-        cells.append(f"{sum(wrong):.0f} of {len(wrong)}")
+    cells = [count_corrected(results) for results in (before, after)]
     return [*lines, f"{'wrong early looks corrected':32}{cells[0]:>25}{cells[1]:>25}"]
+
+
+def count_looks(results, early, late):
+    """The number of answers with these looks (0 or 1) and their accuracy, as text."""
+    kept = [r["correct"] for r in results if (r["early"], r["late"]) == (early, late)]
+    count = f"{len(kept)} answer{'s' * (len(kept) != 1)}"
+    return f"{count}, {fmean(kept):.0%} right" if kept else count
+
+
+def count_corrected(results):
+    """How many of the answers that look elsewhere early look at the region late, as text."""
+    late = [r["late"] for r in results if not r["early"]]
+    return f"{sum(late):.0f} of {len(late)}"
 
 
 def confidence_interval(values, proportion=False, largest=1.0):

@@ -2,7 +2,7 @@
 
 
 def run_subcommand(command, given, load_model, train_step):
-    """Run `look`, `probe`, `check` or `fit` and import only what it needs.
+    """Run `look`, `probe`, `check`, `fit` or `compare` and import only what it needs.
 
     Args: given, a dict of flags; load_model, a function from Config to Vlm; train_step, the
     function in sayo_mini. Returns: the exit code. Raises: InputError.
@@ -11,6 +11,10 @@ def run_subcommand(command, given, load_model, train_step):
         from commands.check import check_dataset
 
         return check_dataset(**given)
+    if command == "compare":
+        from commands.compare import compare_runs
+
+        return compare_runs(**given)
     if command == "fit":
         from commands.fit import run_fit
 

@@ -38,6 +38,7 @@ EXAMPLES = {
     "probe": ("probe --dataset mine.jsonl --output_dir runs/probe",),
     "check": ("check mine.jsonl",),
     "fit": ("fit --model_name_or_path Qwen/Qwen3-VL-4B-Instruct --num_generations 16",),
+    "compare": ("compare runs/a runs/b runs/c --output compare.html",),
 }
 COMMANDS = {
     "train": "train, and evaluate before and after (the default)",
@@ -45,14 +46,16 @@ COMMANDS = {
     "probe": "measure how well each layer and head finds the region, without training",
     "check": "validate a .jsonl data set and draw its boxes; loads no model",
     "fit": "predict the GPU memory of a run, and which cards it fits on; needs no GPU",
+    "compare": "draw the curves, results and settings of several runs on one page",
 }
 MODEL = "model_name_or_path load_in_4bit lora_r lora_alpha adapter max_pixels device"
 ANSWER = "instruction max_completion_length token_fraction alignment"
 DATA = "dataset data_dir mix skip_bad_examples allow_absolute_paths"
-USED = {  # the settings that a command uses; train and fit use all of them
+USED = {  # the settings that a command uses; train and fit use all, check and compare have none
     "look": f"{MODEL} {ANSWER} layers heads".split(),
     "probe": f"{DATA} {MODEL} {ANSWER} seed eval_examples output_dir resume".split(),
 }
+POSITIONAL = {"check": " dataset", "compare": " run run ..."}  # in the usage
 HELP = {  # (command, setting) -> help and default that differ from those of training
     ("look", "adapter"): ("compare the model before training and with this adapter", "none"),
     ("look", "layers"): ("layers whose mean attention is drawn: all, or as 2,3", "-1; tiny: 3"),
@@ -97,7 +100,7 @@ def is_used(command, name):
 def make_parser(command, program):
     parser = argparse.ArgumentParser(
         program if command == "train" else f"{program} {command}",
-        usage="%(prog)s [--flag value ...]" + " dataset" * (command == "check"),
+        usage="%(prog)s [--flag value ...]" + POSITIONAL.get(command, ""),
         description=describe(command, program),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -107,6 +110,11 @@ def make_parser(command, program):
     if command == "check":
         parser.add_argument("dataset", help="the .jsonl file")
         parser.add_argument("--allow_absolute_paths", action="store_true")
+        return parser
+    if command == "compare":
+        parser.add_argument("runs", nargs="+", help="the folders of the runs")
+        page_help = "output page (default: compare.html)"
+        parser.add_argument("--output", default="compare.html", help=page_help)
         return parser
     if command == "look":
         parser.add_argument("--image", required=True, help="any image file that Pillow can read")
@@ -134,7 +142,7 @@ def describe(command, program):
         lines = ["train on several GPUs with TRL's GRPOTrainer; see docs/scaling.md", "", *lines]
     elif command == "train":
         lines += ["", "commands, each with its own --help:"]
-        lines += [f"  {program} {name:6} {text}" for name, text in COMMANDS.items()]
+        lines += [f"  {program} {name:7} {text}" for name, text in COMMANDS.items()]
     else:
         lines = [COMMANDS[command], "", *lines]
     return "\n".join(
@@ -177,12 +185,16 @@ TYPES = {int: whole_number, float: float}
 
 
 def check_command_line(argv, program=PROGRAM):
-    """Answer --help and refuse wrong flags before torch loads. Until `main` runs, Ctrl-C ends the
-    program without a traceback."""
+    """Before torch loads, answer --help, refuse wrong flags and run `compare`. Until `main` runs,
+    Ctrl-C ends the program without a traceback."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         leave_quietly_on_ctrl_c()
     try:
-        parse_command_line(argv, program)
+        command, given, _ = parse_command_line(argv, program)
+        if command == "compare":  # needs no torch
+            from commands.compare import compare_runs
+
+            sys.exit(compare_runs(**given))
         from sources.packages import check_packages  # here, because it loads torch
 
         check_packages()

@@ -1,6 +1,7 @@
 """Fixtures and helpers for all tests: small models of both families, from tiny/ or built here."""
 
 import os
+import shutil
 from pathlib import Path
 
 # No test needs network access. Set before huggingface_hub is imported, which reads it then.
@@ -33,6 +34,21 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA"))
+
+
+@pytest.fixture(scope="module")  # an open browser would block the event loops of other modules
+def browser():
+    """Headless Chromium."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("chromium is not installed: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        sandbox = [] if os.getuid() else ["--no-sandbox"]  # root cannot use the sandbox
+        browser = playwright.chromium.launch(executable_path=chromium, args=sandbox)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

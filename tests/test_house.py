@@ -172,10 +172,13 @@ def loaded_packages(*flags):
         ("probe --help", 0),
         ("check --help", 0),
         ("fit --help", 0),
+        ("compare --help", 0),
         ("--learning_rat 1", 2),
         ("--beta much", 2),
         ("look", 2),
         ("check", 2),
+        ("compare", 2),
+        ("compare nowhere nothing", 2),
     ],
 )
 def test_help_and_bad_flags_do_not_load_torch(flags, exit_code):
