@@ -73,7 +73,7 @@ def looks_table(before, after):
     answers and their accuracy; and how many wrong early looks are corrected."""
     if not have_looks(before, after):
         return []
-    lines = ["", f"{'answers by early, late look':32}{'before':>25}{'after':>25}"]
+    lines = ["", f"{'early look, late look':32}{'before':>25}{'after':>25}"]
     for early, late in ((1, 1), (0, 1), (1, 0), (0, 0)):
         title = ", ".join("on the region" if look else "off" for look in (early, late))
         cells = [count_looks(results, early, late) for results in (before, after)]

@@ -81,16 +81,16 @@ def test_looks_are_counted_with_their_accuracy():
     after = [with_looks(*row) for row in [(1.0, 1, 1), (0.0, 1, 1), (1.0, 1, 1), (0.0, 0, 0)]]
     lines = results_table(before, after).splitlines()
     rows = {line[:32].strip(): line[32:].split() for line in lines}
-    assert (
-        rows["early look on the region"][0] == "0.500"
-        and rows["early look on the region"][3] == "0.750"
-    )
-    assert rows["early look on the region"][-1] == "0.000"
+    early = rows["early look on the region"]
+    assert (early[0], early[3], early[-1]) == ("0.500", "0.750", "0.000")
     assert rows["late look on the region"][-1] == "1.000"
-    assert " ".join(rows["on the region, on the region"]) == "1 (100% right) 3 (67% right)"
-    assert " ".join(rows["off, on the region"]) == "1 (100% right) 0"
-    assert " ".join(rows["on the region, off"]) == "1 (0% right) 0"
-    assert " ".join(rows["off, off"]) == "1 (0% right) 1 (0% right)"
+    assert (
+        " ".join(rows["on the region, on the region"])
+        == "1 answer, 100% right 3 answers, 67% right"
+    )
+    assert " ".join(rows["off, on the region"]) == "1 answer, 100% right 0 answers"
+    assert " ".join(rows["on the region, off"]) == "1 answer, 0% right 0 answers"
+    assert " ".join(rows["off, off"]) == "1 answer, 0% right 1 answer, 0% right"
     assert " ".join(rows["wrong early looks corrected"]) == "1 of 2 0 of 1"
 
 
