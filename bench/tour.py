@@ -33,8 +33,9 @@ def execute(notebook):
         record_timing=False,  # times would differ in every commit
         coalesce_streams=True,
     )
-    # With a GPU, the last cells would download a large model.
-    client.execute(env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    # With a GPU, the last cells would download a large model. One thread is enough for the tiny
+    # model; two wait for each other on a busy machine.
+    client.execute(env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
     # The kernel adds its versions, which would also differ.
     metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     notebook.metadata = metadata | {"source": digest(notebook)}
