@@ -75,9 +75,11 @@ class RunDirectory:
             raise InputError(message) from None
 
     def atomic_write(self, name, write):
-        """Call `write` with a temporary path, then rename that file or folder to `name`. A file is
-        always the old or the new one, even after a power cut; a folder can be missing."""
-        unfinished, final = self.folder / f"unfinished-{name}", self.folder / name
+        """Call `write` with a temporary path, then rename that file or folder to `name`, which may
+        be in a subfolder. A file is always the old or the new one, even after a power cut; a folder
+        can be missing."""
+        final = self.folder / name
+        unfinished = final.with_name(f"unfinished-{final.name}")
         with self.writing(name):
             try:
                 remove(unfinished)
@@ -87,7 +89,7 @@ class RunDirectory:
                 if final.is_dir():  # a rename cannot replace it
                     shutil.rmtree(final)
                 os.replace(unfinished, final)
-                sync(self.folder)
+                sync(final.parent)
             except BaseException:
                 remove(unfinished)
                 raise

@@ -22,7 +22,7 @@ import reward
 from analysis.alarms import print_alarms
 from analysis.evaluate import are_results, evaluate
 from analysis.metrics import attention_metrics, json_row, mean_rewards, sample_rows, step_metrics
-from analysis.report import write_report
+from analysis.report import save_adapter, write_report
 from checkpoint import RunDirectory, resume_command
 from commands import run_subcommand
 from config import parse_ints, parse_weights
@@ -213,7 +213,7 @@ def train(cfg):
         print(f"stopped after step {run.step}; continue with: {resume_command(cfg.output_dir)}")
         return 130
     run.use_best()
-    run.atomic_write("adapter", vlm.model.save_pretrained)
+    save_adapter(run, vlm.model)
     after = run.write_json("after.json", evaluate(vlm, eval_set, cfg, "after", before))
     write_report(run, eval_set, before, after)
     print(f"open {run.folder / 'report.html'}; the adapter and the logs are next to it")

@@ -139,7 +139,7 @@ def train(cfg):
     if run:
         rows = (json.dumps(row) + "\n" for row in trainer.state.log_history)
         run.write_texts({"metrics.jsonl": "".join(rows)})
-        run.atomic_write("adapter", vlm.model.save_pretrained)
+        sayo_mini.save_adapter(run, vlm.model)
         remove(run.folder / "samples.jsonl")  # TRL logs no samples
     print(f"the adapter is in {cfg.output_dir}/adapter, the log in {cfg.output_dir}/metrics.jsonl")
     return 0

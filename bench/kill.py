@@ -39,6 +39,8 @@ COMPARED = (
     "before.json",
     "after.json",
     "adapter/adapter_model.safetensors",
+    "adapter/adapter_config.json",
+    "adapter/README.md",
 )
 PHASES = (  # in the order of a run
     "loading",

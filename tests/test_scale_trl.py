@@ -379,7 +379,8 @@ def test_adapters_are_exchanged_with_sayo_mini(tmp_path, capsys):
     assert largest_difference(trl, new) > 1e-3
     configs = (tmp_path / name / "adapter" / "adapter_config.json" for name in ("trl", "mini"))
     a, b = (json.loads(path.read_text()) for path in configs)
-    assert a == b
+    assert a == b and a["base_model_name_or_path"] == "tiny"
+    assert "# LoRA adapter for tiny" in (tmp_path / "trl" / "adapter" / "README.md").read_text()
     capsys.readouterr()
     look = ["look", "--image", str(ROOT / "example" / "one.png")]
     look += ["--question", "What color is the dot on the card?"]
