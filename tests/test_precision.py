@@ -48,7 +48,7 @@ def test_one_step_is_close_to_fp32():
         row = found[name]
         assert 0 < row["logps_max"] < logps and row["rewards_max"] < logps
         assert row["gradient_cosine"] > cosine
-        assert row["gradient_norm_ratio"] == pytest.approx(1, abs=0.05)
+        assert row["gradient_norm_ratio"] == pytest.approx(1, abs=0.1)
         assert row["greedy_differs"] < 0.05
 
 
