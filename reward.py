@@ -164,7 +164,7 @@ def early_and_late(attention, region, selected):
     first third of the selected tokens, late that of the last third, at least one token each. On the
     region means mass / area above 1. Args: attention (C, N); region (N,) and selected (C,) bool.
     """
-    chosen = attention[selected]  # (n, N)
+    chosen = _fp32(attention, selected=selected)[selected]  # (n, N)
     third = -(-len(chosen) // 3)
     looks = torch.stack([chosen[:third], chosen[len(chosen) - third :]])  # (2, third, N)
     return (attention_ratio(looks, region, selected.new_ones(2, third)) > 1).tolist()

@@ -215,6 +215,19 @@ def test_look_with_an_adapter_compares_before_and_after(tmp_path, capsys, photo,
     assert Image.open(output).width == 2 * 448 + 3 * 16 + COLOR_BAR_WIDTH
 
 
+def test_look_refuses_an_adapter_with_nan(tmp_path, capsys, photo, adapter):
+    shutil.copytree(adapter, tmp_path / "nan")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weights[next(iter(weights))].fill_(float("nan"))
+    save_file(weights, tmp_path / "nan" / "adapter_model.safetensors")
+    output = tmp_path / "out.png"
+    flags = [*photo[0][:5], "--adapter", str(tmp_path / "nan"), "--output", str(output)]
+    assert sayo_mini.main(flags) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert f"{tmp_path}/nan is damaged: NaN or infinity in" in lines[-1]
+    assert not output.exists()
+
+
 def test_look_without_a_box_scores_nothing(tmp_path, capsys, photo):
     assert sayo_mini.main([*photo[0], "--output", str(tmp_path / "out.png")]) == 0
     out = capsys.readouterr().out

@@ -172,6 +172,8 @@ def test_looks_in_16_bits_and_with_masks_that_are_not_bool():
     assert reward.early_and_late(rows, bools(1, 0), bools(1, 1)) == [True, False]
     with pytest.raises(ValueError, match="must be bool"):
         reward.early_and_late(rows, torch.tensor([1, 0]), bools(1, 1))
+    with pytest.raises(ValueError, match="selected is torch.int64: a mask must be bool"):
+        reward.early_and_late(rows, bools(1, 0), torch.tensor([1, 0]))
 
 
 # --- attention_reward, attention_ratio ---

@@ -494,7 +494,9 @@ def test_a_mistyped_flag_is_reported_before_torch_loads():
 
 def test_a_run_ends_by_saying_where_things_are(tmp_path, capsys):
     run(tmp_path / "run", "--max_steps 1")
-    last = capsys.readouterr().out.splitlines()[-1]
+    out = capsys.readouterr().out
+    assert f"starting from the beginning in {tmp_path}/run\n" in out and "checkpoint" not in out
+    last = out.splitlines()[-1]
     assert last == (
         f"the adapter is in {tmp_path}/run/adapter, the log in {tmp_path}/run/metrics.jsonl"
     )

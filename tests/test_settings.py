@@ -332,7 +332,7 @@ def test_windows_quotes_with_double_quotes(monkeypatch):
 def test_versions_and_commit():
     made_with = run_folder.made_with()
     assert set(made_with) == {"python", *run_folder.LIBRARIES, "commit"}
-    assert made_with["torch"] and made_with["commit"] is None or len(made_with["commit"]) >= 40
+    assert made_with["torch"] and (made_with["commit"] is None or len(made_with["commit"]) >= 40)
 
 
 # --- files ---
