@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from statistics import fmean
 
+from analysis.alarms import first_decline
 from analysis.results_table import count_corrected, count_looks, have_looks, results_table
 from runtime.run_folder import join_flags
 from runtime.settings import FIELDS
@@ -56,7 +57,9 @@ def render_report(folder, examples):
         "SETTINGS": html.escape(settings_command(config)),
         "TABLE": html.escape(table.partition("\n\n")[0]),  # the looks have their own table
         "LOOKS": looks_section(before, after),
-        "METRIC_CHARTS": "\n".join(metric_charts(steps)),
+        "METRIC_CHARTS": "\n".join(
+            metric_charts(steps, first_decline(steps, config["prompts_per_step"]))
+        ),
         "POSITION_CHARTS": "\n".join(charts),
         # An example may contain "</script>".
         "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
@@ -263,10 +266,10 @@ def is_packed(content, grid):
     return valid and len(cells) == rows * cols and set(cells) <= set(LEVELS)
 
 
-def metric_charts(steps):
+def metric_charts(steps, alarm=None):
     """The training curves of all logged rewards and of CURVES, as a list of SVGs.
 
-    Args: steps, the rows of metrics.jsonl.
+    Args: steps, the rows of metrics.jsonl; alarm, a step to mark, or None.
     """
     logged = dict.fromkeys(name for step in steps for name in step)  # an ordered set
     rewards = [name for name in logged if name.startswith("rewards/")]
@@ -278,7 +281,7 @@ def metric_charts(steps):
         **CURVES,
     }
     return [
-        line_chart(title, {name: [step.get(name) for step in steps] for name in names})
+        line_chart(title, {name: [step.get(name) for step in steps] for name in names}, mark=alarm)
         for title, names in curves.items()
     ]
 
@@ -318,10 +321,11 @@ def attention_by_position(results):
     return charts
 
 
-def line_chart(title, lines, x_label="step"):
+def line_chart(title, lines, x_label="step", mark=None):
     """Draw a line chart as inline SVG.
 
-    Args: lines, {name: values at x = 1, 2, ...}, with None for a missing value.
+    Args: lines, {name: values at x = 1, 2, ...}, with None for a missing value; mark, an x at which
+    answers get worse, or None.
     Returns: the SVG as a string, or "" if there are no values.
     """
     values = [v for line in lines.values() for v in line if v is not None]
@@ -347,6 +351,10 @@ def line_chart(title, lines, x_label="step"):
         f'<text x="{left}" y="{bottom + 15}">1</text>',
         f'<text x="{right}" y="{bottom + 15}" text-anchor="end">{x_label} {longest}</text>',
     ]
+    if mark:
+        x, _ = point(mark - 1, low).split(",")
+        parts.append(f'<path class="alarm" d="M{x},{top} V{bottom}"/>')
+        parts.append(f'<text x="{x}" y="{top - 2}" class="alarm">answers get worse</text>')
     for n, (name, line) in enumerate(lines.items()):
         points = " ".join(point(i, v) for i, v in enumerate(line) if v is not None)
         y, style = height + 14 * n, line_style(n)

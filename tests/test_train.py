@@ -21,7 +21,8 @@ from transformers import AutoModelForImageTextToText
 
 import reward
 import sayo_mini
-from analysis.alarms import ALARMS
+from analysis.alarms import ALARMS, decline, first_decline, print_alarms
+from analysis.html_report import metric_charts
 from config import TINY as PRESET
 from config import Config
 from model import Completions
@@ -588,3 +589,34 @@ def test_every_epoch_visits_every_example_in_a_new_order():
     epochs = [[epoch_index(e * 9 + i, 9, seed=1) for i in range(9)] for e in range(3)]
     assert all(sorted(epoch) == list(range(9)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+def shares(*blocks):
+    """Rows of metrics.jsonl: (steps, share of right samples) after one another."""
+    values = [share for steps, share in blocks for _ in range(steps)]
+    return [{"step": i, "rewards/accuracy/mean": share} for i, share in enumerate(values, 1)]
+
+
+def test_answers_that_get_worse_raise_an_alarm():
+    """With 8 questions per step, means over 16 steps are compared."""
+    falling = shares((16, 0.5), (16, 0.7), (20, 0.5))
+    # The mean falls by 0.2 / 16 per step; it is 0.1 lower after 8 steps.
+    assert first_decline(falling, 8) == 40
+    best, recent = decline(falling[:40], 8)
+    assert (best, recent) == (pytest.approx(0.7), pytest.approx(0.6))
+    assert decline(falling[:39], 8) is None
+    assert first_decline(shares((16, 0.5), (16, 0.7), (60, 0.61)), 8) is None
+    assert first_decline(shares((5, 0.9), (11, 0.1)), 8) is None  # too short for two means
+    assert first_decline(falling, 128) == 33  # every step has enough questions
+
+
+def test_the_alarm_for_worse_answers_is_printed_once_and_marked_in_the_report(capsys):
+    rows, warned = shares((16, 0.5), (16, 0.7), (20, 0.5)), set()
+    rows = [row | dict.fromkeys(ALARMS, 0.0) for row in rows]
+    for step in range(1, len(rows) + 1):
+        print_alarms(rows[:step], 8, warned)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "answers get worse" in line]
+    assert line.startswith("step 40: ") and "60% of the recent samples" in line and "70%" in line
+    charts = metric_charts(rows, first_decline(rows, 8))
+    assert all("answers get worse" in chart for chart in charts if chart)
+    assert not any("answers get worse" in chart for chart in metric_charts(rows))
