@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 # No test needs network access. Set before huggingface_hub is imported, which reads it then.
@@ -19,6 +20,8 @@ from transformers import (
 from model import load_vlm
 from sources.scenes import Scenes
 
+if hasattr(signal, "SIGHUP"):  # nohup ignores it, which the program and so the tests would inherit
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)  # the program also does so for models this small
 TINY = Path(__file__).parent.parent / "tiny"
 # For tests marked cuda. `bench/gpu.sh --small` runs them on the CPU to check the tests themselves.
