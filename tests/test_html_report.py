@@ -29,7 +29,7 @@ from analysis.html_report import (
 from data import Example
 
 GRID, TOKENS = (2, 4), ["the", "dot", "r1"]
-CONFIG = {"model_name_or_path": "tiny", "dataset": "scenes", "max_steps": 5}
+CONFIG = {"model_name_or_path": "tiny", "dataset": "scenes", "max_steps": 5, "prompts_per_step": 8}
 CONFIG |= {"layers": "3", "heads": "1,2"}
 METRICS = {"step": 1, "entropy": 0.5, "kl": 0.0, "rewards/attention/mean": 0.2}
 BLUE = (40, 120, 200)  # of the whole image
