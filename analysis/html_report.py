@@ -16,6 +16,9 @@ from analysis.results_table import count_corrected, count_looks, have_looks, res
 from runtime.run_folder import join_flags
 from runtime.settings import FIELDS
 
+# matplotlib's inferno (CC0) at 0, 0.1, ..., 1. Its lightness increases steadily, so the map also
+# works in grayscale and for color-blind readers.
+INFERNO = "000004 160b39 420a68 6a176e 932667 bc3754 dd513a f37819 fca50a f6d746 fcffa4"
 # An attention value is stored as one of these 64 characters.
 LEVELS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"
 MAX_GRID_SIDE = 12  # cells per side of a map in the report
@@ -45,6 +48,7 @@ def render_report(folder, examples):
     table = results_table(before, after or before) if before else ""
     data = {
         "levels": LEVELS,
+        "inferno": INFERNO,
         "rewarded": rewarded_maps(config),
         "questions": list_questions(before, after),
         "total": len(before or []),

@@ -5,9 +5,8 @@ from functools import cache
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-# matplotlib's inferno (CC0) at 0, 0.1, ..., 1. Its lightness increases steadily, so the map also
-# works in grayscale and for color-blind readers.
-INFERNO = "000004 160b39 420a68 6a176e 932667 bc3754 dd513a f37819 fca50a f6d746 fcffa4"
+from analysis.html_report import INFERNO
+
 BOX_COLORS = "white", "#00d5ff"  # outer and inner line; inferno has no cyan
 RIGHT, WRONG, NEUTRAL = "#00765a", "#b34700", "#444444"  # green and red that color-blind people see
 DARKEN = 0.4  # brightness of the image under a map

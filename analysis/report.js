@@ -3,7 +3,7 @@ const byId = id => document.getElementById(id);
 const data = JSON.parse(byId("data").textContent);
 const source = byId("source"), range = byId("range"), box = byId("box"), sinks = byId("sinks");
 const names = ["before", "after"], answers = [], sections = [];
-const colorMap = [[0, 0, 4], [221, 81, 58], [252, 255, 164]];
+const colorMap = data.inferno.split(" ").map(point => point.match(/../g).map(v => parseInt(v, 16)));
 const levelOf = Object.fromEntries([...data.levels].map((c, i) => [c, i / 63]));
 const looks = {  // early and late
   "1,1": "looked at the region early and late",
@@ -81,8 +81,8 @@ const largestStored = Math.max(1e-5, ...data.examples.flatMap(
 
 // --- drawing ---
 
-function color(level) {  // 0 to 1: black, red, yellow; lightness increases, so it works in gray
-  const t = Math.min(level * 2, 2), i = t < 1 ? 0 : 1;
+function color(level) {  // 0 to 1
+  const t = level * (colorMap.length - 1), i = Math.min(Math.floor(t), colorMap.length - 2);
   return colorMap[i].map((v, k) => Math.round(v + (colorMap[i + 1][k] - v) * (t - i)));
 }
 
