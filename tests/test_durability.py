@@ -28,6 +28,8 @@ from config import Config, InputError
 from runtime import checkpoint_file, run_folder
 from sources.scenes import Scenes
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 FAST = "--device cpu --no-load_in_4bit --prompts_per_step 2 --num_generations 4".split()

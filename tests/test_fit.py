@@ -32,6 +32,8 @@ from commands.probe import layer_head_attention
 from config import Config, InputError
 from data import encode_example
 
+pytestmark = pytest.mark.slow
+
 QWEN2_5_VL_3B = {  # as published: the text settings are not nested
     "model_type": "qwen2_5_vl",
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],

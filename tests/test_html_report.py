@@ -28,6 +28,8 @@ from analysis.html_report import (
 )
 from data import Example
 
+pytestmark = pytest.mark.slow
+
 GRID, TOKENS = (2, 4), ["the", "dot", "r1"]
 CONFIG = {"model_name_or_path": "tiny", "dataset": "scenes", "max_steps": 5, "prompts_per_step": 8}
 CONFIG |= {"layers": "3", "heads": "1,2"}

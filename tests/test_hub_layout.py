@@ -16,6 +16,8 @@ from transformers import AutoModelForImageTextToText
 from model import load_vlm
 from sources.scenes import Scenes
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 FLAGS = "--device cpu --max_pixels 12544 --prompts_per_step 1 --num_generations 3 --eval_examples 2"
 FLAGS = f"{FLAGS} --max_completion_length 6 --save_steps 1 --learning_rate 1e-2".split()
