@@ -5,7 +5,7 @@ from itertools import accumulate
 from tqdm import tqdm
 
 WINDOW = 128  # questions: the share of right samples is averaged over the steps that have so many
-DECLINE = 0.1  # of that average below its best: an alarm. Both were chosen with bench/ablation.py
+DECLINE = 0.1  # of that average below its best: an alarm; not yet judged on real collapses
 
 ALARMS = {  # metric -> (threshold, what it means)
     "frac_reward_zero_std": (

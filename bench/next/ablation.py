@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import sayo_mini
+from bench.ablation_arms import discriminative_head, probe_untrained_model
 from bench.doc_tables import RESULTS, machine, write_atomically
 from bench.next import ablation_report
 from bench.next.ablation_arms import (
@@ -51,9 +52,7 @@ from bench.next.ablation_arms import (
     PAPER,
     ROLLED_BOX,
     SAYO,
-    discriminative_head,
     noise_arms,
-    probe_untrained_model,
     remedies,
     variant_arms,
 )
@@ -312,7 +311,7 @@ def parse_args():
     add("--quick", action="store_true", help="three arms, two seeds, 100 test questions")
     add("--report", action="store_true", help="only rewrite the tables and the pictures")
     add("--jobs", type=int, default=2, help="parallel runs, a core and 1 GB each (default: 2)")
-    add("--output_dir", type=Path, default=Path("runs/ablation"), help="folder of the runs")
+    add("--output_dir", type=Path, default=Path("runs/ablation_next"), help="folder of the runs")
     add(
         "--results",
         type=Path,
@@ -334,8 +333,6 @@ def main():
         print(f"stopped; finished runs are in {args.results}; continue with the same command")
         return 130
     print(ablation_report.summary(results))
-    if not args.quick:
-        ablation_report.write_docs(results)
     return 0
 
 

@@ -15,10 +15,17 @@ import torch
 
 import reward
 import sayo_mini
+from bench.ablation_arms import (
+    discriminative_head,
+    reward_length,
+    roll_box,
+    select_lowest_entropy,
+    shuffle_scores,
+)
 from bench.doc_tables import ROOT
 from bench.next.ablation_loss import attention_loss
-from commands.probe import best_layer_and_heads, most_discriminative_head, probe
-from sources.scenes import NAMES, Scenes
+from commands.probe import best_layer_and_heads
+from sources.scenes import NAMES
 
 # The paper's values of the settings that the preset of the tiny model changes.
 PAPER = {"alignment": "query", "layers": "-1", "heads": "all"}
@@ -89,37 +96,6 @@ def attention_before_answer(x):
     return reward.attention_reward(x.attention, x.region, x.selected & before)
 
 
-def reward_length():
-    """Replace the format reward by one for length alone, tokens / 18."""
-
-    def length_reward(text, n_tokens, shortest, longest):
-        return n_tokens / longest
-
-    return patch.object(reward, "format_reward", length_reward)
-
-
-def shuffle_scores(seed):
-    """Placebo B: shuffle the true attention rewards among the completions of a group. Their mean
-    and standard deviation are kept but carry no information."""
-    true_reward, generator = reward.attention_reward, torch.Generator().manual_seed(seed)
-
-    def shuffled_reward(*args):
-        scores = true_reward(*args)
-        return scores[torch.randperm(len(scores), generator=generator)]
-
-    return patch.object(reward, "attention_reward", shuffled_reward)
-
-
-def select_lowest_entropy():
-    """Select the most certain tokens instead of the least certain ones."""
-    select = reward.select_tokens
-
-    def select_lowest(entropy, mask, fraction):
-        return select(-entropy, mask, fraction)
-
-    return patch.object(reward, "select_tokens", select_lowest)
-
-
 def std_plus(floor, divide=True):
     """Advantages divided by std + `floor`, or not divided."""
 
@@ -131,18 +107,6 @@ def std_plus(floor, divide=True):
 
 
 # --- regions and labels ---
-
-
-def roll_box():
-    """Placebo A: move the region by half the image in both directions, wrapping around at the
-    edges. Its area is the same, but its place is wrong."""
-    true_region = sayo_mini.example_region
-
-    def rolled_region(example, grid):
-        shift = grid[0] // 2, grid[1] // 2
-        return true_region(example, grid).view(grid).roll(shift, (0, 1)).flatten()
-
-    return patch.object(sayo_mini, "example_region", rolled_region)
 
 
 def change_examples(function, count=None):
@@ -273,25 +237,6 @@ def noise_arms():
 
 
 # --- heads ---
-
-
-def probe_untrained_model(vlm, cfg, count):
-    """Probe the untrained model on validation scenes, with both alignments.
-    Returns: {alignment: {"auroc": (L + 1, H + 1), "gap": the same}}, nested lists."""
-    scenes, results = Scenes("validation", count), {}
-    for alignment in ("query", "predict"):
-        auroc, _, gap = probe(vlm, scenes, replace(cfg, alignment=alignment))
-        results[alignment] = {"auroc": auroc.tolist(), "gap": gap.tolist()}
-    return results
-
-
-def discriminative_head(probe_results):
-    """The head, over both alignments, whose AUROC differs most between right and wrong answers.
-    Returns: {"alignment": name, "layers": index, "heads": index}."""
-    gaps = {name: torch.tensor(tables["gap"]) for name, tables in probe_results.items()}
-    alignment = max(gaps, key=lambda name: gaps[name][:-1, :-1].max())
-    layer, head = most_discriminative_head(gaps[alignment])
-    return {"alignment": alignment, "layers": layer, "heads": head}
 
 
 def variant_arms(probe_results):

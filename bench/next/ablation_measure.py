@@ -8,19 +8,21 @@ from dataclasses import replace
 from statistics import fmean as mean
 
 import torch
-from PIL import ImageDraw
-from torch.nn.utils.rnn import pad_sequence
 
 import reward
 from analysis.evaluate import attention_maps
 from analysis.metrics import step_metrics
+from bench.ablation_measure import (
+    make_questions,
+    measure_attention,
+    measure_covering,
+)
 from bench.next.ablation_arms import named_cells
-from data import Example, example_region
-from model import Completions
+from data import example_region
 from sayo_mini import score_and_reward
 from sources.packing import split_by_tokens
-from sources.scenes import BACKGROUND, Scenes, draw, question
-from tiny.make import GRID, SIZE, answer_text, center, place_words
+from sources.scenes import Scenes
+from tiny.make import GRID, place_words
 
 TEST = {"split": "test", "seed": 7}  # the default run uses seed 0
 HARDER = {  # name -> settings of make_questions
@@ -46,24 +48,6 @@ DIAGNOSTICS = (  # metrics of metrics.jsonl
     "rewards/attention/std",
     "rewards/format/mean",
 )
-
-
-def make_questions(count, border=False, **style):
-    """Make `count` test questions, as (Example, its Card).
-
-    Args: border, ask only about cards in the outermost ring of cells; style, settings of Scenes.
-    """
-    scenes, cell = Scenes(count=100 * count, **(TEST | style)), SIZE / GRID[0]
-    questions = []
-    for i in range(len(scenes)):
-        cards = scenes.layout(i)
-        if not border or not all(cell <= v < SIZE - cell for v in center(cards[0])):
-            image, name = draw(cards, SIZE), f"test-{scenes.seed}-{i}"
-            boxes = [cards[0].box]
-            example = Example(image, question(cards[0]), cards[0].mark, boxes, name)
-            questions.append((example, cards[0]))
-        if len(questions) == count:
-            return questions
 
 
 def validation_questions(count):
@@ -130,45 +114,6 @@ class LearningCurve:
         return grade_answers(self.questions, answers) | {"r_v": mean(r_v), "auroc": mean(auroc)}
 
 
-@torch.no_grad()
-def measure_attention(vlm, questions, answers, cfg, alignment, layers, heads):
-    """Measure how well the attention finds the region, in the same way for all arms.
-
-    It is measured on the model's own answers, at their highest-entropy tokens, and on the
-    ground-truth answers (`ground_truth_...`), at their words for row, column and dot. Both are also
-    compared with the region of the next question (`permuted_auroc`).
-    Returns: means over the questions, a dict of floats.
-    """
-    saved, (vlm.layers, vlm.heads) = (vlm.layers, vlm.heads), (layers, heads)
-    rows, regions = [], [example_region(example, GRID) for example, _ in questions]
-    for i, ((example, card), own) in enumerate(zip(questions, answers)):
-        prompt = vlm.encode(example.image, example.question)
-        truth = ground_truth_answer(vlm, card)
-        ids = pad_sequence([own.ids[0], truth.ids[0]], batch_first=True)
-        mask = pad_sequence([own.mask[0], truth.mask[0]], batch_first=True)
-        scores = vlm.score(prompt, Completions(ids, mask))  # (2, C): own and ground-truth text
-        selected = reward.select_tokens(scores.entropy, mask, cfg.token_fraction)
-        selected[1] = False
-        selected[1, PLACE_AND_DOT] = True
-        attention = reward.align_attention(scores.attention, scores.prompt_attention, alignment)
-        row, next_region = {}, regions[(i + 1) % len(regions)]
-        for prefix, tokens, chosen in zip(("", "ground_truth_"), attention, selected):
-            map = tokens[chosen].mean(0)  # (N,)
-            localization = reward.localization(map, regions[i])
-            row |= {f"{prefix}{name}": value for name, value in localization.items()}
-            row[f"{prefix}permuted_auroc"] = reward.localization(map, next_region)["auroc"]
-        rows.append(row)
-    vlm.layers, vlm.heads = saved
-    return {name: mean(row[name] for row in rows) for name in rows[0]}
-
-
-def ground_truth_answer(vlm, card):
-    """The right answer as Completions, as if the model had written it."""
-    text = answer_text(card, card) + vlm.tokenizer.eos_token
-    ids = vlm.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-    return Completions(ids, torch.ones_like(ids, dtype=torch.bool), [text])
-
-
 # --- where single heads look ---
 
 
@@ -230,39 +175,6 @@ def measure_looks(vlm, questions, answers, look_heads):
 
 
 # --- causes ---
-
-
-@torch.no_grad()
-def measure_covering(vlm, questions, layouts):
-    """log p of the ground-truth answer, in nats: with the original image, with the card in question
-    covered, and with an equal area around a different card covered.
-
-    Args: layouts, the cards of each scene, the card in question first.
-    """
-    logps = {"logp_original": [], "logp_target_covered": [], "logp_other_covered": []}
-    for (example, card), cards in zip(questions, layouts):
-        candidates = (move_to_card(card.box, other) for other in cards[1:])
-        other_box = next(box for box in candidates if disjoint(box, card.box))
-        for name, box in zip(logps, (None, card.box, other_box)):
-            image = example.image.copy()
-            if box:
-                x1, y1, x2, y2 = box
-                pen = ImageDraw.Draw(image)
-                pen.rectangle((x1, y1, x2 - 1, y2 - 1), fill=BACKGROUND)
-            prompt, truth = vlm.encode(image, example.question), ground_truth_answer(vlm, card)
-            logps[name].append(vlm.score(prompt, truth, attention=False).logps.sum().item())
-    return {name: mean(values) for name, values in logps.items()}
-
-
-def move_to_card(box, card):
-    """The box, centered on a card and moved back into the image if needed."""
-    side = box[2] - box[0]
-    x, y = (round(min(max(v - side / 2, 0), SIZE - side)) for v in center(card))
-    return x, y, x + side, y + box[3] - box[1]
-
-
-def disjoint(a, b):
-    return a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
 def training_diagnostics(vlm, questions, cfg):

@@ -1,32 +1,22 @@
 """The tables and the pictures of `ablation.py`, made from its JSON alone."""
 
 from collections import defaultdict
-from math import sqrt
 from statistics import fmean as mean
-from statistics import stdev
 
+from bench.ablation_report import format_interval, format_mean, half_width, paired_difference
 from bench.doc_tables import markdown_table
 from bench.next.ablation_arms import (
     ACCURACY,
     ARMS,
     BOTH,
-    CENTERED_BOX,
     LOSS,
     LOSS_AND_ACCURACY,
     MAIN_ARMS,
-    PLACE,
-    ROLLED_BOX,
     SAYO,
     SHUFFLED_SCORES,
 )
 
 MAX_RATES = 9  # tried per arm
-README_ARMS = ["base", SAYO, ACCURACY, BOTH, PLACE, CENTERED_BOX, ROLLED_BOX, SHUFFLED_SCORES]
-README_COLUMNS = {  # column -> metric
-    "greedy accuracy": "accuracy",
-    "AUROC, own text": "auroc",
-    "AUROC, ground-truth text": "ground_truth_auroc",
-}
 COLUMNS = {
     "greedy accuracy": "accuracy",
     "names a cell of the card": "on_card",
@@ -43,7 +33,6 @@ COMPARISONS = [  # planned before the study: (ours, theirs, metric)
     (LOSS, SHUFFLED_SCORES, "ground_truth_auroc"),
     (SAYO, SHUFFLED_SCORES, "ground_truth_auroc"),
 ]
-COLORS = ["#0072b2", "#009e73", "#56b4e9", "#cc79a7", "#d55e00", "#e69f00", "#999999", "#000000"]
 POINTS_LOST = 0.2  # accuracy below its best: a collapse
 
 
@@ -105,34 +94,6 @@ def measured(arm):
     return {seed: row["measured"] for seed, row in arm.items()}
 
 
-def half_width(values):
-    """Half of the 95 % confidence interval of the mean (Student's t); None for a single value."""
-    from scipy.stats import t
-
-    n = len(values)
-    return t.ppf(0.975, n - 1).item() * stdev(values) / sqrt(n) if n > 1 else None
-
-
-def format_interval(value, half, sign=""):
-    return f"{value:{sign}.3f}" + (f" ± {half:.3f}" if half is not None else "")
-
-
-def format_mean(values):
-    return format_interval(mean(values), half_width(values))
-
-
-def paired_difference(ours, theirs, metric):
-    """The difference of two arms, over the seeds that both have.
-    Returns: its mean, half of its 95 % confidence interval, and p of the paired t-test."""
-    from scipy.stats import ttest_rel
-
-    seeds = sorted(set(ours) & set(theirs))
-    a, b = [ours[s][metric] for s in seeds], [theirs[s][metric] for s in seeds]
-    differences = [x - y for x, y in zip(a, b)]
-    p = ttest_rel(a, b).pvalue.item() if len(seeds) > 1 else float("nan")
-    return mean(differences), half_width(differences), p
-
-
 def holm(p_values):
     """Holm's step-down correction of a family of p values."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
@@ -141,11 +102,6 @@ def holm(p_values):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         corrected[i] = largest
     return corrected
-
-
-def question_interval(accuracy, count):
-    """Half of the 95 % interval of an accuracy over questions, normal approximation."""
-    return 1.96 * sqrt(accuracy * (1 - accuracy) / count)
 
 
 # --- tables ---
@@ -284,21 +240,16 @@ def noise_table(results):
     return markdown_table(["arm", "greedy accuracy", "names the card", "AUROC, own text"], rows)
 
 
-def full_table(results, kind):
-    """Everything that was measured, one row per metric."""
-    arms = group_by_arm(results, kind)
-    if kind != "arm":
-        arms = {SAYO: group_by_arm(results)[SAYO]} | arms
-    metrics = next(iter(list(arms.values())[-1].values()))["measured"]
-    rows = [[metric, *(means(arm, [metric])[0] for arm in arms.values())] for metric in metrics]
-    return markdown_table(["", *arms], rows)
-
-
 def summary(results):
-    """The tables for the terminal; docs/evidence.md begins with them."""
-    parts = [headline_table(results), comparison_table(results)]
+    """The tables of the stages that have results, for the terminal."""
+    stages, shown = {row["kind"] for row in results["runs"]}, list(group_by_arm(results))
+    parts = [rate_table(results)] if "rate" in stages else []
+    if len(shown) > 1:
+        parts += [headline_table(results), comparison_table(results)]
+        trained = [name for name in shown if name != "base"]
+        parts += [mediation_table(results, trained), looks_table(results, shown)]
+    parts += [length_table(results)] if "length" in stages else []
+    parts += [remedy_table(results)] if "remedy" in stages else []
+    parts += [noise_table(results)] if "noise" in stages else []
+    parts += [headline_table(results, ["variant"])] if "variant" in stages else []
     return "\n\n".join(parts)
-
-
-def write_docs(results):
-    pass
