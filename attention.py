@@ -81,19 +81,19 @@ def group_attention(layer, group, query, key, value, **kwargs):
     return torch.cat([prompt_out, completion_out.flatten(0, 1)[None]], 1)
 
 
-def decode_attention(query, keys, values, prompt, scaling, hidden=None):
+def decode_attention(query, keys, values, prompt, scaling, ignored=None):
     """One new token of every completion attends to its prompt and to its own past.
 
     Args: query (B, H_kv, G, h, D) of B prompts with G completions, h query heads per key head; keys
     and values (B, H_kv, G, t, D) of the completions so far; prompt, the layer's PromptCache of B
-    prompts; hidden (B, P + t) bool, true on padding, or None. Returns: the shape of `query`."""
+    prompts; ignored (B, P + t) bool, as padding is, or None. Returns: the shape of `query`."""
     B, kv_heads, G, h, D = query.shape
     P, q, shape = prompt.keys.shape[2], query.contiguous() * scaling, query.shape[:-1]
     to_prompt = q.view(B * kv_heads, G * h, D) @ prompt.keys.flatten(0, 1).mT  # (B*H_kv, G*h, P)
     to_own = q.view(-1, h, D) @ keys.flatten(0, 2).mT  # (B*H_kv*G, h, t)
     scores = torch.cat([to_prompt.view(*shape, P), to_own.view(*shape, -1)], -1)
-    if hidden is not None:
-        scores.masked_fill_(hidden[:, None, None, None], -torch.inf)
+    if ignored is not None:
+        scores.masked_fill_(ignored[:, None, None, None], -torch.inf)
     weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
     from_prompt = weights[..., :P].flatten(2, 3).flatten(0, 1) @ prompt.values.flatten(0, 1)
     own = weights[..., P:].flatten(0, 2), values.flatten(0, 2)

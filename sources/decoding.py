@@ -20,7 +20,7 @@ class LoraLinears:
         self.layers, self.A, self.B, self.ranks = [], None, [], []
         down = []
         for module in modules:
-            self.layers.append(unnest(getattr(module, "base_layer", module)))
+            self.layers.append(fast_linear(getattr(module, "base_layer", module)))
             for name in () if getattr(module, "disable_adapters", True) else module.active_adapters:
                 down.append(module.lora_A[name].weight)
                 up = module.lora_B[name].weight * module.scaling[name]
@@ -38,7 +38,7 @@ class LoraLinears:
         return outputs
 
 
-def unnest(layer):
+def fast_linear(layer):
     """A linear layer as a function. NF4 with double quantization stores the scales of its weights
     in 8 bits. On a CPU they are dequantized here, once, and not again for every token. On CUDA,
     bitsandbytes has a fused kernel."""
@@ -68,10 +68,10 @@ class DecoderLayer:
             torch.zeros(shape, dtype=dtype, device=prompt.keys.device) for _ in "kv"
         )
 
-    def step(self, x, cos, sin, t, length, hidden):
+    def step(self, x, cos, sin, t, length, ignored):
         """Run token t of every completion. Args: x (B*G, hidden size); cos and sin (B*G, 1, D);
         t, as a slice or an index (1,); length, how many tokens of the buffers are attended to;
-        hidden, see `decode_attention`."""
+        ignored, see `decode_attention`."""
         B, kv_heads, G, _, D = self.keys.shape
         q, k, v = self.qkv(normalize(x, self.norms[0]))
         q, k = (
@@ -84,7 +84,7 @@ class DecoderLayer:
         self.values[:, :, :, t] = v.view(B, G, kv_heads, 1, D).transpose(1, 2)
         q = q.view(B, G, kv_heads, -1, D).transpose(1, 2)  # (B, kv_heads, G, h, D)
         own = self.keys[..., :length, :], self.values[..., :length, :]
-        out = decode_attention(q, *own, self.prompt, self.attention.scaling, hidden)
+        out = decode_attention(q, *own, self.prompt, self.attention.scaling, ignored)
         x = self.out(out.transpose(1, 2).reshape(len(x), -1))[0].add_(x)
         gate, up = self.gate_up(normalize(x, self.norms[1]))
         return self.down(self.mlp.act_fn(gate).mul_(up))[0].add_(x)
@@ -109,14 +109,14 @@ class Decoder:
         sign = torch.ones_like(sin)
         sign[..., : sin.shape[-1] // 2] = -1  # x rolled by D / 2, with this sign, is rotate_half(x)
         self.cos, self.sin = (table.unsqueeze(2).unbind(1) for table in (cos, sin * sign))
-        self.P, self.length, self.hidden = prompts[0].keys.shape[2], length, None
+        self.P, self.length, self.ignored = prompts[0].keys.shape[2], length, None
         if prompts[0].padding is not None:
-            self.hidden = pad(prompts[0].padding, (0, length))  # (B, P + length)
+            self.ignored = pad(prompts[0].padding, (0, length))  # (B, P + length)
 
     def step(self, token, t):
         """Feed token t (B*G,) of every completion. Returns: hidden states (B*G, hidden size)."""
-        hidden = None if self.hidden is None else self.hidden[:, : self.P + t + 1]
-        return self.run(token, self.cos[t], self.sin[t], slice(t, t + 1), t + 1, hidden)
+        ignored = None if self.ignored is None else self.ignored[:, : self.P + t + 1]
+        return self.run(token, self.cos[t], self.sin[t], slice(t, t + 1), t + 1, ignored)
 
     def run(self, token, *args):
         x = embedding(token, self.core.embed_tokens.weight)
@@ -128,7 +128,7 @@ class Decoder:
 class GraphDecoder(Decoder):
     """A Decoder whose step is recorded as a CUDA graph: one launch per token instead of hundreds.
 
-    All shapes are fixed: a token attends to the whole buffers, and later tokens are hidden. Never
+    All shapes are fixed: a token attends to the whole buffers, and later tokens are ignored. Never
     run on a GPU yet. On a CPU the same step runs without a graph, for the tests.
     """
 
@@ -136,8 +136,8 @@ class GraphDecoder(Decoder):
         super().__init__(core, prompts, start, length)
         self.token, self.t, self.graph = torch.zeros_like(start), torch.zeros_like(start[:1]), None
         self.cos, self.sin = torch.stack(self.cos), torch.stack(self.sin)  # (length, B*G, 1, D)
-        if self.hidden is None:
-            self.hidden = torch.zeros(1, self.P + length, dtype=torch.bool, device=start.device)
+        if self.ignored is None:
+            self.ignored = torch.zeros(1, self.P + length, dtype=torch.bool, device=start.device)
         self.places = torch.arange(-self.P, length, device=start.device)
 
     def step(self, token, t):
@@ -153,8 +153,8 @@ class GraphDecoder(Decoder):
 
     def fixed_step(self):
         cos, sin = (table.index_select(0, self.t)[0] for table in (self.cos, self.sin))
-        hidden = self.hidden | (self.places > self.t)
-        self.output = self.run(self.token, cos, sin, self.t, self.length, hidden)
+        ignored = self.ignored | (self.places > self.t)
+        self.output = self.run(self.token, cos, sin, self.t, self.length, ignored)
 
     def record(self):
         stream = torch.cuda.Stream()

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention import PromptCache
 from model import Completions
-from sources.decoding import Decoder, GraphDecoder, unnest
+from sources.decoding import Decoder, GraphDecoder, fast_linear
 from sources.scenes import Scenes
 
 
@@ -161,6 +161,6 @@ def test_scales_that_are_dequantized_once_change_no_bit():
     vlm = load(load_in_4bit=True)
     layer = vlm.core.model.language_model.layers[0].mlp.gate_proj.base_layer
     x = torch.randn(5, layer.in_features)
-    assert unnest(layer) is not layer and torch.equal(unnest(layer)(x), layer(x))
+    assert fast_linear(layer) is not layer and torch.equal(fast_linear(layer)(x), layer(x))
     full_precision = load().core.model.language_model.layers[0].mlp.gate_proj.base_layer
-    assert unnest(full_precision) is full_precision
+    assert fast_linear(full_precision) is full_precision
