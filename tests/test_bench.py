@@ -19,6 +19,7 @@ from bench import (
     ablation_loss,
     ablation_measure,
     ablation_report,
+    second_looks,
 )
 from bench.doc_tables import insert, marked
 from config import TINY, Config
