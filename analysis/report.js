@@ -1,7 +1,8 @@
 "use strict";
 const byId = id => document.getElementById(id);
 const data = JSON.parse(byId("data").textContent);
-const source = byId("source"), range = byId("range"), box = byId("box"), sinks = byId("sinks");
+const source = byId("source"), range = byId("range"), box = byId("box"), sinks = byId("sinks"),
+  smooth = byId("smooth");
 const names = ["before", "after"], answers = [], sections = [];
 const colorMap = data.inferno.split(" ").map(point => point.match(/../g).map(v => parseInt(v, 16)));
 const levelOf = Object.fromEntries([...data.levels].map((c, i) => [c, i / 63]));
@@ -99,6 +100,14 @@ function drawCells(context, { grid, values }, [x, y, width, height], alpha) {
   });
 }
 
+function drawSmooth(context, map, [x, y, width, height], alpha) {
+  const small = document.createElement("canvas"), [rows, cols] = map.grid;
+  [small.width, small.height] = [cols, rows];  // a pixel per cell, which the browser interpolates
+  drawCells(small.getContext("2d"), map, [0, 0, cols, rows], alpha);
+  context.imageSmoothingEnabled = true;
+  context.drawImage(small, x, y, width, height);
+}
+
 function outline(context, x, y, width, height, thickness = 3) {
   for (const [lineColor, lineWidth] of [["black", thickness + 2], ["white", thickness]]) {
     context.strokeStyle = lineColor; context.lineWidth = lineWidth;
@@ -120,7 +129,7 @@ function draw(answer) {
   context.drawImage(image, ...area);
   context.fillStyle = "rgba(0, 0, 0, 0.35)";  // a darker image, on which bright cells stand out
   context.fillRect(...area);
-  drawCells(context, map, area, level => 0.85 * level);
+  (smooth.checked ? drawSmooth : drawCells)(context, map, area, level => 0.85 * level);
   if (box.checked) drawBoxes(context, example, area);
   if (answer.cell !== null) {
     const [rows, cols] = map.grid;
@@ -516,7 +525,7 @@ if (data.examples.length) {
     for (const answer of answers) answer.cell = null;  // the grids differ
     drawAll();
   });
-  for (const control of [range, box, sinks]) control.addEventListener("input", drawAll);
+  for (const control of [range, box, sinks, smooth]) control.addEventListener("input", drawAll);
   document.addEventListener("keydown", event => { if (event.key === "Escape") release(); });
   drawAll();
 }

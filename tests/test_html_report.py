@@ -294,6 +294,19 @@ def test_the_range_sets_the_value_of_the_brightest_color(page):
     assert lit(page)[1] == blend((252, 255, 164), 1)
 
 
+def test_a_smooth_map_blends_neighboring_cells(page):
+    tokens_of(page).nth(2).click()  # all of it in cell 1
+    canvas = "document.querySelector('canvas.image')"
+    width, height = page.evaluate(f"[{canvas}.width, {canvas}.height]")
+    edge = canvas, width * 2.1 / 4, height / 4  # just inside cell 2
+    assert pixel(page, *edge) == pytest.approx(DARK, abs=1)
+    page.get_by_label("smooth").check()
+    assert lit(page)[1] == blend((252, 255, 164), 1)
+    assert all(a > b + 10 for a, b in zip(pixel(page, *edge), DARK))
+    page.get_by_label("smooth").uncheck()
+    assert pixel(page, *edge) == pytest.approx(DARK, abs=1)
+
+
 def test_subtracting_the_mean_map_leaves_what_is_above_it(page):
     tokens_of(page).nth(1).click()
     page.get_by_label("subtract the mean map").check()
