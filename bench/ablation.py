@@ -9,8 +9,8 @@ The stages run in this order:
 
     rate      learning rates of each arm, chosen on validation questions
     arm       60 steps, ten seeds, all arms; the base model
-    looks     a model that can look twice (made first, see second_looks.py): 60 steps, five seeds
     length    the three main arms, 120 to 300 steps, five seeds
+    looks     a model that can look twice (made first, see second_looks.py): 60 steps, five seeds
     remedy    changes that might prevent the collapse of the attention reward, 300 steps
     noise     wrong labels, wrong boxes, few questions, few labels
     variant   other tokens, layers and heads
@@ -308,17 +308,23 @@ def run_study(args):
             for name in names or arms
         ]
 
-    if not (second_looks.MODEL / "model.safetensors").exists():
-        second_looks.main([])
-    looks_rates = choose_rates(args, results, "looks rate", LOOKS_RATES, RATE_SEEDS[:1])
     stages = [Job("arm", "base", 0, 0, 0.0), *jobs("arm", range(5))]
-    stages += [Job("looks", "base", 0, 0, 0.0), *jobs("looks", range(5), rates=looks_rates)]
     for steps in reversed(LONG):
         stages += jobs("length", range(5), steps, MAIN_ARMS)
-    stages += jobs("remedy", range(3), LONG[-1])
-    stages += jobs("noise", range(3)) + jobs("variant", range(3)) + jobs("arm", range(5, 10))
     run_jobs(stages, args, results)
+    run_looks(jobs, args, results)
+    stages = jobs("remedy", range(3), LONG[-1]) + jobs("noise", range(3))
+    run_jobs([*stages, *jobs("variant", range(3)), *jobs("arm", range(5, 10))], args, results)
     return results
+
+
+def run_looks(jobs, args, results):
+    """Make the model that can look twice, choose rates for it, and run its arms."""
+    if not (second_looks.MODEL / "model.safetensors").exists():
+        second_looks.main([])
+    rates = choose_rates(args, results, "looks rate", LOOKS_RATES, RATE_SEEDS[:1])
+    base = Job("looks", "base", 0, 0, 0.0)
+    run_jobs([base, *jobs("looks", range(5), rates=rates)], args, results)
 
 
 def choose_rates(args, results, kind, rates, seeds):

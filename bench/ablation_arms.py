@@ -38,6 +38,7 @@ CENTERED_BOX = "control: centered box"
 ALL_CARDS = "control: boxes of all cards"
 PLACE = "place named + format (text only)"
 LOSS = "attention loss + format"
+LOSS_FASTER = "attention loss + format, rate 2e-4"  # the best rate for answers moves no attention
 LOSS_AND_ACCURACY = "attention loss + accuracy + format"
 LOWEST_ENTROPY = "lowest-entropy 30 % of tokens"
 
@@ -221,6 +222,9 @@ ARMS = {
     ACCURACY: Arm(weight_flags(accuracy=1)),
     PLACE: Arm(weight_flags(place=1), lambda seed: add_rewards(place=place_reward)),
     LOSS: Arm(weight_flags(), lambda seed: attention_loss()),
+    LOSS_FASTER: Arm(
+        [*weight_flags(), "--learning_rate", "2e-4"], lambda seed: attention_loss(), LOSS
+    ),
     LOSS_AND_ACCURACY: Arm(weight_flags(accuracy=1), lambda seed: attention_loss()),
     FORMAT: Arm(weight_flags(), rate_of=SAYO),
     LENGTH: Arm(weight_flags(), lambda seed: reward_length(), SAYO),
