@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import sayo_mini
-from bench import ablation_report, second_looks
+from bench import ablation_claims, ablation_plots, ablation_report, second_looks
 from bench.ablation_arms import (
     ACCURACY,
     ARMS,
@@ -71,7 +71,7 @@ from bench.ablation_measure import (
     measure_looks_world,
     validation_questions,
 )
-from bench.doc_tables import RESULTS, machine, write_atomically
+from bench.doc_tables import RESULTS, ROOT, insert, machine, write_atomically
 from config import TINY, Config
 from model import load_vlm
 from sources import decoding
@@ -365,8 +365,22 @@ def main():
     for name, text in ablation_report.tables(results, training).items():
         print(f"\n{name}\n\n{text}")
     if args.results == RESULTS / "ablation.json":
-        ablation_report.write_docs(results, training)
+        write_docs(results, training)
     return 0
+
+
+def write_docs(results, training):
+    """Write the tables and sentences of the documents, and the pictures."""
+    tables, docs = ablation_report.tables(results, training), ROOT / "docs"
+    tables["study reading"] = ablation_claims.reading(results)
+    for name, text in tables.items():
+        insert(docs / "evidence.md", name, text)
+    changes = ablation_report.try_this_table(results)
+    insert(docs / "algorithm.md", "study try this", changes)
+    insert(ROOT / "README.md", "results", ablation_report.readme_table(results))
+    ablation_plots.plot_arms(results, docs / "ablation.png")
+    if ablation_report.group_by_arm(results, "noise"):
+        ablation_plots.plot_noise(results, docs / "noise.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The tables and the pictures of `ablation.py`, made from its JSON alone."""
 
-import re
 from collections import defaultdict
 from math import sqrt
 from statistics import fmean as mean
@@ -11,24 +10,24 @@ from bench.ablation_arms import (
     ACCURACY,
     ARMS,
     BOTH,
-    CENTERED_BOX,
+    FORMAT,
     LOSS_AND_ACCURACY,
     LOSS_FASTER,
+    LOWEST_ENTROPY,
     MAIN_ARMS,
     PLACE,
     ROLLED_BOX,
     SAYO,
     SHUFFLED_SCORES,
 )
-from bench.doc_tables import ROOT, insert, markdown_table
+from bench.doc_tables import markdown_table
 
-README_ARMS = ["base", SAYO, ACCURACY, BOTH, PLACE, ROLLED_BOX, SHUFFLED_SCORES, CENTERED_BOX]
+README_ARMS = ["base", SAYO, ACCURACY, BOTH, PLACE, ROLLED_BOX, SHUFFLED_SCORES]
 README_COLUMNS = {  # column -> metric
     "greedy accuracy": "accuracy",
     "AUROC, own text": "auroc",
     "AUROC, ground-truth text": "ground_truth_auroc",
 }
-COLORS = {SAYO: "#0072b2", BOTH: "#009e73", ACCURACY: "#d55e00"}
 MAX_RATES = 9  # tried per arm
 COLUMNS = {
     "greedy accuracy": "accuracy",
@@ -350,25 +349,26 @@ def noise_table(results):
 
 
 def tables(results, training):
-    """{name of the place in docs/evidence.md: Markdown}, for the stages that have results."""
+    """{name of the place in docs/evidence.md: Markdown}."""
     stages, shown = {row["kind"] for row in results["runs"]}, list(group_by_arm(results))
-    made = {"rates": rate_table(results)} if "rate" in stages else {}
-    if len(shown) > 1:
-        trained = [name for name in shown if name != "base"]
-        made |= {
-            "arms": headline_table(results),
-            "comparisons": comparison_table(results),
-            "mediation": mediation_table(results, trained),
-            "looks": looks_table(results, shown),
-        }
-    made |= {"length": length_table(results)} if "length" in stages else {}
-    made |= {"remedies": remedy_table(results)} if {"remedy", "length"} <= stages else {}
-    made |= {"alarm": alarm_table(results, training)} if {"arm", "length"} <= stages else {}
-    made |= {"noise": noise_table(results)} if "noise" in stages else {}
-    made |= {"variants": headline_table(results, ["variant"])} if "variant" in stages else {}
-    if "looks" in stages:
-        made["second looks rates"] = rate_table(results, "looks rate")
-        made["second looks"] = second_looks_table(results)
+    trained = [name for name in shown if name != "base"]
+    noise = "![Accuracy against wrong labels and boxes, questions and labels](noise.png)\n\n"
+    needs = {  # table -> (stages that it needs, how it is made)
+        "rates": ({"rate"}, lambda: rate_table(results)),
+        "arms": ({"arm"}, lambda: headline_table(results)),
+        "comparisons": ({"arm"}, lambda: comparison_table(results)),
+        "mediation": ({"arm"}, lambda: mediation_table(results, trained)),
+        "looks": ({"arm"}, lambda: looks_table(results, shown)),
+        "length": ({"length"}, lambda: length_table(results)),
+        "remedies": ({"length", "remedy"}, lambda: remedy_table(results)),
+        "alarm": ({"arm", "length"}, lambda: alarm_table(results, training)),
+        "noise": ({"noise"}, lambda: noise + noise_table(results)),
+        "variants": ({"variant"}, lambda: headline_table(results, ["variant"])),
+        "second looks rates": ({"looks rate"}, lambda: rate_table(results, "looks rate")),
+        "second looks": ({"looks"}, lambda: second_looks_table(results)),
+    }
+    missing = "Not run yet."
+    made = {name: make() if need <= stages else missing for name, (need, make) in needs.items()}
     return {f"study {name}": text for name, text in made.items()}
 
 
@@ -379,92 +379,40 @@ def readme_table(results):
     for name in README_ARMS:
         late = [row["measured"]["accuracy"] for row in long.get(name, {}).values()]
         cells = means(arms[name], README_COLUMNS.values())
-        cells.insert(1, format_mean(late) if late else "")
+        if long:
+            cells.insert(1, format_mean(late) if late else "")
         rows.append([name, *cells])
     first, *rest = README_COLUMNS
-    return markdown_table(["reward", first, "after 300 steps", *rest], rows)
+    return markdown_table(["reward", first, *["after 300 steps"] * bool(long), *rest], rows)
 
 
-def write_docs(results, training):
-    """Write the tables of docs/evidence.md, its pictures and README's table."""
-    for name, text in tables(results, training).items():
-        insert(ROOT / "docs" / "evidence.md", name, text)
-    plot_arms(results, ROOT / "docs" / "ablation.png")
-    plot_noise(results, ROOT / "docs" / "noise.png")
-    insert(ROOT / "README.md", "results", readme_table(results))
-
-
-# --- pictures ---
-
-
-def axes(width, count):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, count, figsize=(width, 3.8), layout="constrained")
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def plot_arms(results, path):
-    """Left: the test accuracy of each arm after 60 steps (a dot per seed, the mean and its
-    interval). Right: validation accuracy during 300 steps, a line per seed."""
-    figure, (left, right) = axes(12, 2)
-    arms = group_by_arm(results)
-    (base,) = (m["accuracy"] for m in measured(arms.pop("base")).values())
-    left.axvline(base, color="black", linestyle=":")
-    left.text(base, -0.75, " base", va="center")
-    for y, (name, arm) in enumerate(arms.items()):
-        values, color = [m["accuracy"] for m in measured(arm).values()], COLORS.get(name, "#777777")
-        interval = dict(xerr=half_width(values), capsize=3)
-        left.errorbar(mean(values), y, fmt="|", ms=14, color=color, **interval)
-        left.plot(values, [y] * len(values), "o", color=color, alpha=0.4, mec="none")
-    left.set_yticks(range(len(arms)), list(arms))
-    left.set_ylim(len(arms) - 0.5, -1.2)
-    left.set_xlabel("greedy accuracy on 1,000 test questions, with 95 % interval")
-    for name, arm in group_by_arm(results, "length", 300).items():
-        for seed, row in arm.items():
-            steps = [point["step"] for point in row["curve"]]
-            label = None if seed else name
-            right.plot(steps, curve(row), color=COLORS[name], alpha=0.7, label=label)
-    right.set_xlabel("step of 300")
-    right.set_ylabel("greedy accuracy, validation")
-    right.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-
-
-def plot_noise(results, path):
-    """Test accuracy against wrong labels and boxes, the number of questions, and the share of
-    questions with a label. The whiskers are the lowest and the highest seed."""
-    figure, panels = axes(12, 3)
-    clean, noise = group_by_arm(results), group_by_arm(results, "noise")
-    patterns = [  # x of the clean arm, x and name of the noisy arms
-        ("share of training questions that are wrong", 0, r"(\d+)% of (?:labels|boxes).* wrong"),
-        ("training questions", 480, r"(\d+) questions$"),
-        ("share of questions with a label, %", 100, r"(\d+)% of questions labeled"),
+def try_this_table(results):
+    """The table of "Try this" in docs/algorithm.md."""
+    arms, rate = group_by_arm(results) | group_by_arm(results, "variant"), chosen_rates(results)
+    region = "`region=example_region(...).view(7, 7).roll((3, 3), (0, 1)).flatten()`"
+    faster = f"--learning_rate {rate[ACCURACY]:.1e}"
+    changes = [
+        (f"{region} in `compute_rewards`", ROLLED_BOX, "it learns to name the wrong place"),
+        (
+            f"`--reward_weights attention=0,format=1,accuracy=1 {faster}`",
+            ACCURACY,
+            "it learns more than from attention",
+        ),
+        (
+            "`--reward_weights attention=0,format=1,accuracy=0`",
+            FORMAT,
+            "the format is right already; `frac_reward_zero_std` says so",
+        ),
+        ("`--token_fraction 1`", "all tokens", "confident tokens make no difference"),
+        (
+            "`select_tokens(-scores.entropy, ...)` in `compute_rewards`",
+            LOWEST_ENTROPY,
+            "rewarding the most certain tokens does not help",
+        ),
     ]
-    for panel, (label, clean_x, pattern) in zip(panels, patterns):
-        for arm in MAIN_ARMS:
-            found = {
-                int(match[1]): runs
-                for name, runs in noise.items()
-                if name.startswith(f"{arm}, ") and (match := re.search(pattern, name))
-            }
-            if not found:
-                continue
-            points = sorted((found | {clean_x: clean[arm]}).items())
-            values = [[m["accuracy"] for m in measured(runs).values()] for _, runs in points]
-            middle = [mean(v) for v in values]
-            spread = [[m - min(v) for m, v in zip(middle, values)]]
-            spread.append([max(v) - m for m, v in zip(middle, values)])
-            x, color = [x for x, _ in points], COLORS[arm]
-            panel.errorbar(x, middle, yerr=spread, marker="o", capsize=3, color=color, label=arm)
-        panel.set_xlabel(label)
-    panels[0].set_ylabel("greedy accuracy, test")
-    panels[0].legend(frameon=False, fontsize=8)
-    panels[1].set_xscale("log", base=2)
-    panels[1].set_xticks([16, 64, 256, 480], ["16", "64", "256", "480"])
-    figure.savefig(path, dpi=110)
+    rows = [
+        [change, means(arms[arm], ["accuracy"])[0], result]
+        for change, arm, result in changes
+        if arm in arms
+    ]
+    return markdown_table(["change", "study mean", "what happens"], rows)

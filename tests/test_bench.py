@@ -16,6 +16,7 @@ import sayo_mini
 from bench import (
     ablation,
     ablation_arms,
+    ablation_claims,
     ablation_loss,
     ablation_measure,
     ablation_report,
@@ -526,5 +527,10 @@ def test_documents_show_the_committed_results():
     training = ablation.load_training(ROOT / "bench" / "results" / "ablation.json")
     for name, text in ablation_report.tables(results, training).items():
         assert marked(name, text) in evidence, name
+    assert marked("study reading", ablation_claims.reading(results)) in evidence
+    for sentence, holds in ablation_claims.claims(results):
+        assert holds, sentence
+    changes = marked("study try this", ablation_report.try_this_table(results))
+    assert changes in (ROOT / "docs" / "algorithm.md").read_text()
     readme = (ROOT / "README.md").read_text()
     assert marked("results", ablation_report.readme_table(results)) in readme
