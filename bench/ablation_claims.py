@@ -87,11 +87,11 @@ def arm_claims(study):
         (
             f"""**SAYO moves the text; a loss moves attention.** On ground-truth text, AUROC is
             {fixed("base"):.3f} before and {fixed(SAYO):.3f} after SAYO (after the text-only
-            reward: {fixed(PLACE):.3f}). The attention loss raises it to {fixed(LOSS_FASTER):.3f}, and with the accuracy reward to
-            {fixed(LOSS_AND_ACCURACY):.3f}. Answers do not get better by that: accuracy is
-            {acc(LOSS_FASTER):.3f} ({base:.3f} before), and {acc(LOSS_AND_ACCURACY):.3f} with
-            the accuracy reward, {format_interval(loss, loss_half, "+")} compared with that
-            reward alone.""",
+            reward: {fixed(PLACE):.3f}). The attention loss raises it to {fixed(LOSS_FASTER):.3f},
+            and with the accuracy reward to {fixed(LOSS_AND_ACCURACY):.3f}. Answers do not get
+            better by that: accuracy is {acc(LOSS_FASTER):.3f} ({base:.3f} before), and
+            {acc(LOSS_AND_ACCURACY):.3f} with the accuracy reward,
+            {format_interval(loss, loss_half, "+")} compared with that reward alone.""",
             abs(fixed(SAYO) - fixed("base")) < 0.02
             and fixed(LOSS_FASTER) > fixed("base") + 0.03
             and acc(LOSS_FASTER) < base + 0.02

@@ -36,6 +36,7 @@ def plot_arms(results, path):
         left.plot(values, [y] * len(values), "o", color=color, alpha=0.4, mec="none")
     left.set_yticks(range(len(arms)), list(arms))
     left.set_ylim(len(arms) - 0.5, -1.2)
+    left.set_xlim(0, 1)
     left.set_xlabel("greedy accuracy on 1,000 test questions, with 95 % interval")
     for name, arm in group_by_arm(results, "length", 300).items():
         for seed, row in arm.items():
