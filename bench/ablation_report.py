@@ -367,7 +367,7 @@ def tables(results, training):
         "second looks rates": ({"looks rate"}, lambda: rate_table(results, "looks rate")),
         "second looks": ({"looks"}, lambda: second_looks_table(results)),
     }
-    missing = "Not run yet."
+    missing = "Not run yet; `python bench/ablation.py` continues the study."
     made = {name: make() if need <= stages else missing for name, (need, make) in needs.items()}
     return {f"study {name}": text for name, text in made.items()}
 
