@@ -1,118 +1,188 @@
-"""Run the paper's ablation on the tiny model, with placebos: which reward improves attention and
-accuracy?
+"""Train the tiny model with different rewards, controls and placebos: what does the attention
+reward do, and when does it break?
 
-    python bench/ablation.py             # everything: learning rate, probe, 53 runs, tables
-    python bench/ablation.py --quick     # a smoke test: three arms, two seeds, fewer test scenes
-    python bench/ablation.py --report    # only rewrite the tables and the picture, from the JSON
+    python bench/ablation.py             # everything, resumable: see the stages below
+    python bench/ablation.py --quick     # a smoke test: three arms, two seeds, few questions
+    python bench/ablation.py --report    # only rewrite the tables and pictures, from the JSON
 
-Every arm runs `sayo_mini.main` with different flags. A placebo also replaces one function of the
-reward. Arms with the same seed share the scenes, their order and the initial adapter. Each finished
-run is added to --results, so the same command continues after Ctrl-C.
+The stages run in this order:
+
+    rate      learning rates of each arm, chosen on validation questions
+    arm       60 steps, ten seeds, all arms; the base model
+    length    the three main arms, 120 to 300 steps, five seeds
+    looks     a model that can look twice (made first, see second_looks.py): 60 steps, five seeds
+    remedy    changes that might prevent the collapse of the attention reward, 300 steps
+    noise     wrong labels, wrong boxes, few questions, few labels
+    variant   other tokens, layers and heads
+
+Every run calls `sayo_mini.main` with different flags. Runs with the same seed share the scenes,
+their order and the initial adapter. Each finished run is added to --results, so the same command
+continues after Ctrl-C.
 """
 
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean as mean
 from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are small: one core per run
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from peft.tuners.lora.bnb import Linear4bit
+from bitsandbytes.nn import Linear4bit
 from torch.nn.functional import linear
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import sayo_mini
-from bench import ablation_report
+from bench import ablation_claims, ablation_plots, ablation_report, second_looks
 from bench.ablation_arms import (
     ACCURACY,
     ARMS,
     COMMON_FLAGS,
+    MAIN_ARMS,
     PAPER,
     ROLLED_BOX,
     SAYO,
     discriminative_head,
-    patch_for,
+    looks_arms,
+    noise_arms,
     probe_untrained_model,
+    remedies,
     variant_arms,
 )
-from bench.ablation_measure import QUICK_SIZES, SIZES, VARIANT_SIZES, grade_answers, measure
-from bench.doc_tables import RESULTS, machine, write_atomically
+from bench.ablation_measure import (
+    QUICK_SIZES,
+    SIZES,
+    SMALL_SIZES,
+    LearningCurve,
+    answer_questions,
+    choose_look_heads,
+    grade_answers,
+    grade_looks,
+    measure,
+    measure_looks_world,
+    validation_questions,
+)
+from bench.doc_tables import RESULTS, ROOT, insert, machine, write_atomically
 from config import TINY, Config
 from model import load_vlm
-from sources.scenes import Scenes
+from sources import decoding
 
-LEARNING_RATES = ("1e-4", "2e-4", "4e-4")
-CURVES = (  # metrics of metrics.jsonl that are kept in the results
+RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)  # more if the best is the lowest or the highest
+LOOKS_RATES = RATES[1:4]
+RATE_SEEDS = (100, 101)  # not used by the study
+STEPS = 60
+LONG = (120, 180, 300)  # steps
+VALIDATION = 400  # questions, to choose a rate
+CURVE = 256  # validation questions, every CURVE_STEPS
+CURVE_STEPS = 20
+TRAINING = (  # metrics of metrics.jsonl that are kept, for the alarm
     "rewards/attention/mean",
-    "rewards/attention/std",
     "rewards/accuracy/mean",
+    "attention/corr_accuracy",
     "frac_reward_zero_std",
+    "kl",
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
-    """One model to train and measure."""
+    """One model to train and measure. With 0 steps it is the model as it ships."""
 
-    kind: str  # "learning rate", "arm" or "variant"
+    kind: str
     arm: str
-    flags: list[str] | None  # None: the model as it ships
     seed: int
-    folder: Path
-    sizes: dict[str, int]  # test scenes per measurement
-    head: dict[str, str | int]  # from `discriminative_head`
+    steps: int
+    rate: float
+
+    @property
+    def key(self):
+        return tuple(asdict(self).values())
 
 
+@contextmanager
 def dequantize_once():
     """Keep the dequantized weights instead of computing them for every product. The results are
-    bit-identical, in two thirds of the time. This is possible because the frozen weights are small;
-    those of a large model would not fit."""
+    bit-identical, in less time. This is possible because the frozen weights are small; those of a
+    large model would not fit."""
 
-    def forward(self, x, *args, **kwargs):
-        base = self.base_layer
-        if not hasattr(base, "dequantized"):  # in a list, so that torch does not register it
-            weight = dequantize_4bit(base.weight.data, base.weight.quant_state)
-            base.dequantized = [weight.to(x.dtype)]
-        result = linear(x, base.dequantized[0], base.bias)
-        if self.disable_adapters:
-            return result
-        A, B = (part["default"].weight for part in (self.lora_A, self.lora_B))
-        return result + linear(linear(x, A), B) * self.scaling["default"]
+    def forward(self, x):
+        if not hasattr(self, "dequantized"):  # in a list, so that torch does not register it
+            weight = dequantize_4bit(self.weight.data, self.weight.quant_state)
+            self.dequantized = [weight.to(x.dtype)]
+        return linear(x, self.dequantized[0], self.bias)
 
-    return patch.object(Linear4bit, "forward", forward)
+    with (
+        patch.object(Linear4bit, "forward", forward),
+        patch.object(decoding, "fast_linear", lambda layer: layer),
+    ):
+        yield
 
 
-def train_arm(job):
-    """Run sayo_mini.py, with its output in log.txt. Returns: False if it was interrupted."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    if (job.folder / "adapter").exists():
-        return True
-    resume = ["--resume"] if (job.folder / "config.json").exists() else []
-    log_path = job.folder / "log.txt"
-    with open(log_path, "a") as log:  # not undone, because the process runs only this job
+def arms_of(kind, setup):
+    """{name: Arm} of a stage. Args: setup, from `prepare`."""
+    if kind == "variant":
+        return variant_arms(setup["probe"])
+    stages = {
+        "remedy": remedies,
+        "noise": noise_arms,
+        "looks": looks_arms,
+        "looks rate": looks_arms,
+    }
+    return stages.get(kind, lambda: ARMS)()
+
+
+def train_arm(job, setup, folder):
+    """Run sayo_mini.py, with its output in log.txt, and measure a learning curve.
+    Returns: the points of the curve, or None if the run was interrupted."""
+    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted study
+    folder.mkdir(parents=True)
+    with open(folder / "log.txt", "a") as log:  # not undone, because the process runs only this job
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    flags = [*COMMON_FLAGS, *job.flags, "--seed", str(job.seed), "--output_dir", str(job.folder)]
-    with patch_for(job.arm, job.seed):
-        code = sayo_mini.main([*flags, *resume])
+    arm, curve, points = arms_of(job.kind, setup)[job.arm], learning_curve(job, setup), []
+    flags = [*COMMON_FLAGS, "--learning_rate", str(job.rate), *arm.flags]
+    flags += ["--max_steps", str(job.steps), "--seed", str(job.seed), "--output_dir", str(folder)]
+    train_step, count = sayo_mini.train_step, 0
+
+    def step_and_measure(vlm, examples, cfg, *state):
+        nonlocal count
+        result, count = train_step(vlm, examples, cfg, *state), count + 1
+        if "rate" not in job.kind and count % CURVE_STEPS == 0:
+            points.append({"step": count} | rounded(curve.point(vlm, cfg)))
+        return result
+
+    with patch.object(sayo_mini, "train_step", step_and_measure), arm.change(job.seed):
+        code = sayo_mini.main(flags)
     if code not in (0, 130):
-        raise RuntimeError(f"{job.arm}, seed {job.seed}: exit code {code}, see {log_path}")
-    return code == 0
+        raise RuntimeError(f"{job}: exit code {code}, see {folder / 'log.txt'}")
+    return points if code == 0 else None
 
 
-def load_trained(folder):
-    """Load the tiny model in the setting of all arms, with the adapter of the run in `folder` if
-    that is not None. Returns: (Vlm, Config)."""
+def learning_curve(job, setup):
+    grade = grade_looks if job.kind == "looks" else grade_answers
+    return LearningCurve(validation_questions(setup["curve"]), grade)
+
+
+def rounded(values):
+    return {name: round(value, 4) for name, value in values.items()}
+
+
+def load_trained(folder, kind="arm"):
+    """Load the model of a stage in the setting of all arms, with the adapter of the run in `folder`
+    if that is not None. Returns: (Vlm, Config)."""
     cfg = Config(**TINY | PAPER)
+    if "looks" in kind:
+        settings = {"model_name_or_path": str(second_looks.MODEL)}
+        cfg = replace(cfg, max_completion_length=second_looks.MAX_TOKENS, **settings)
     vlm = load_vlm(cfg.model_name_or_path, device="cpu", max_pixels=cfg.max_pixels)
     torch.set_num_threads(1)
     if folder:
@@ -120,47 +190,74 @@ def load_trained(folder):
     return vlm, cfg
 
 
-def run_job(job):
+def run_job(job, setup, output_dir):
     """Train unless it is the base model, then measure. Runs in its own process.
-    Returns: a row of the results, or None if interrupted."""
-    start, row = time.time(), {"kind": job.kind, "arm": job.arm, "seed": job.seed}
-    trains = job.flags is not None
+    Returns: (a row of the results, its training metrics), or None if interrupted."""
+    start, row, training = time.time(), asdict(job), {}
+    name = "".join(c if c.isalnum() else "_" for c in " ".join(map(str, job.key)))
+    folder = output_dir / name if job.steps else None
     with dequantize_once():
-        if trains and not train_arm(job):
-            return None
-        vlm, cfg = load_trained(job.folder if trains else None)
-        if job.kind == "learning rate":
-            return row | {"validation_accuracy": validation_accuracy(vlm, cfg)}
-        row["measured"] = measure(vlm, cfg, job.sizes, job.head)
-    if trains:
-        lines = (job.folder / "metrics.jsonl").read_text().splitlines()
-        steps = [json.loads(line) for line in lines]
-        row["curve"] = {key: [round(step[key], 4) for step in steps] for key in CURVES}
-    return row | {"minutes": round((time.time() - start) / 60, 1)}
+        if folder:
+            points = train_arm(job, setup, folder)
+            if points is None:
+                return None
+            row["curve"] = points
+            lines = (folder / "metrics.jsonl").read_text().splitlines()
+            steps = [json.loads(line) for line in lines]
+            training = {k: [round(step[k] or 0.0, 3) for step in steps] for k in TRAINING}
+            row["frac_reward_zero_std"] = sum(training["frac_reward_zero_std"]) / len(steps)
+        vlm, cfg = load_trained(folder, job.kind)
+        if not folder:
+            row["curve"] = [{"step": 0} | rounded(learning_curve(job, setup).point(vlm, cfg))]
+        if "rate" in job.kind:
+            row["validation_accuracy"] = validation_accuracy(vlm, cfg, setup["validation"])
+        elif job.kind == "looks":
+            count = setup["sizes"]["accuracy"]
+            row["measured"] = rounded(measure_looks_world(vlm, cfg, count))
+        elif job.kind != "remedy":  # a remedy is judged by its curve
+            sizes = setup["sizes" if job.kind == "arm" else "small_sizes"]
+            row["measured"] = rounded(measure(vlm, cfg, sizes, setup["heads"]))
+    row |= {"processor": machine()["processor"], "minutes": round((time.time() - start) / 60, 2)}
+    return row, {"key": job.key, **training}
 
 
-def validation_accuracy(vlm, cfg):
-    """Greedy accuracy on 400 validation scenes."""
-    scenes = Scenes("validation", 400)
-    questions = [(scenes[i], scenes.layout(i)[0]) for i in range(len(scenes))]
-    return mean(grade_answers(vlm, questions, cfg.max_completion_length)[1])
+def validation_accuracy(vlm, cfg, count):
+    questions = validation_questions(count)
+    prompts = [vlm.encode(example.image, example.question) for example, _ in questions]
+    answers = answer_questions(vlm, prompts, cfg.max_completion_length)
+    return grade_answers(questions, answers)["accuracy"]
 
 
 def run_jobs(jobs, args, results):
     """Run the jobs that have no row in the results yet, `args.jobs` at a time. Each adds its row
     when it finishes."""
-    done = {(row["arm"], row["seed"]) for row in results["runs"]}
-    jobs = [job for job in jobs if (job.arm, job.seed) not in done]
+    done = {ablation_report.run_key(row) for row in results["runs"]}
+    jobs = [job for job in jobs if job.key not in done]
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-        futures = [pool.submit(run_job, job) for job in jobs]
+        setup, folder = results["setup"], args.output_dir
+        futures = [pool.submit(run_job, job, setup, folder) for job in jobs]
         try:
             for future in tqdm(as_completed(futures), total=len(jobs), desc="runs"):
-                if row := future.result():
+                if finished := future.result():
+                    row, training = finished
                     results["runs"].append(row)
                     save_results(results, args.results)
+                    with open(training_file(args.results), "a") as file:
+                        file.write(json.dumps(training) + "\n")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def training_file(path):
+    """The metrics of every step of every run, beside the results."""
+    return path.with_name(f"{path.stem}_training.jsonl")
+
+
+def load_training(path):
+    """{key of a run: metrics}, from the training metrics beside the results in `path`."""
+    rows = [json.loads(line) for line in training_file(path).read_text().splitlines()]
+    return {tuple(row.pop("key")): row for row in rows}
 
 
 def save_results(results, path):
@@ -168,61 +265,85 @@ def save_results(results, path):
     write_atomically(path, text + "\n")
 
 
-def run_study(args):
-    """Probe, choose the learning rate, and run all arms. Returns: the results."""
-    results = json.loads(args.results.read_text()) if args.results.exists() else {"runs": []}
-    sizes = QUICK_SIZES if args.quick else SIZES
-    if "probe" not in results:
-        vlm, cfg = load_trained(None)
-        results |= {
-            "command": f"python bench/ablation.py{' --quick' if args.quick else ''}",
-            "sizes": sizes,
-            "machine": machine(),
-            "probe": probe_untrained_model(vlm, cfg, 60 if args.quick else 300),
-        }
-        save_results(results, args.results)
-    head = discriminative_head(results["probe"])
-
-    def job(kind, arm, flags, seed):
-        name = "".join(c if c.isalnum() else "_" for c in f"{arm} {seed}")
-        size = VARIANT_SIZES if kind == "variant" else sizes
-        return Job(kind, arm, flags, seed, args.output_dir / name, size, head)
-
-    if args.quick:
-        rate, arms, variants, seeds = (
-            "4e-4",
-            {a: ARMS[a] for a in (ACCURACY, SAYO, ROLLED_BOX)},
-            {},
-            2,
-        )
-    else:
-        run_jobs(learning_rate_jobs(job), args, results)
-        rate = ablation_report.best_learning_rate(results)
-        arms, variants, seeds = ARMS, variant_arms(results["probe"]), 5
-    extra = ["--learning_rate", rate]
-    jobs = [job("arm", "base", None, 0)]
-    jobs += [job("arm", arm, arms[arm] + extra, seed) for seed in range(seeds) for arm in arms]
-    jobs += [job("variant", v, variants[v] + extra, seed) for seed in range(3) for v in variants]
-    run_jobs(jobs, args, results)
+def prepare(args):
+    """The results so far, or new ones with the setup: sizes, probe, and the heads to measure."""
+    if args.results.exists():
+        return json.loads(args.results.read_text())
+    vlm, cfg = load_trained(None)
+    count = 60 if args.quick else 300
+    probe = probe_untrained_model(vlm, cfg, count)
+    looks = choose_look_heads(vlm, cfg, count)
+    setup = {
+        "probe": probe,
+        "heads": {"discriminative": discriminative_head(probe), "looks": looks},
+        "sizes": QUICK_SIZES if args.quick else SIZES,
+        "small_sizes": QUICK_SIZES if args.quick else SMALL_SIZES,
+        "validation": 40 if args.quick else VALIDATION,
+        "curve": 40 if args.quick else CURVE,
+    }
+    command = f"python bench/ablation.py{' --quick' if args.quick else ''}"
+    results = {"command": command, "machine": machine(), "setup": setup, "runs": []}
+    save_results(results, args.results)
     return results
 
 
-def learning_rate_jobs(job):
-    """The runs that choose the learning rate, for two rewards, with a seed that the study does not
-    use."""
-    return [
-        job("learning rate", f"{rate} {arm}", ARMS[arm] + ["--learning_rate", rate], 100)
-        for rate in LEARNING_RATES
-        for arm in (SAYO, ACCURACY)
-    ]
+def run_study(args):
+    """Choose the learning rates, and run all stages. Returns: the results."""
+    results = prepare(args)
+    if args.quick:
+        jobs = [
+            Job("arm", a, seed, STEPS, 4e-4)
+            for seed in (0, 1)
+            for a in (ACCURACY, SAYO, ROLLED_BOX)
+        ]
+        run_jobs([Job("arm", "base", 0, 0, 0.0), *jobs], args, results)
+        return results
+    rates = choose_rates(args, results, "rate", RATES, RATE_SEEDS)
+
+    def jobs(kind, seeds, steps=STEPS, names=None, rates=rates):
+        arms = arms_of(kind, results["setup"])
+        return [
+            Job(kind, name, seed, steps, rates[arms[name].rate_of or name])
+            for seed in seeds
+            for name in names or arms
+        ]
+
+    stages = [Job("arm", "base", 0, 0, 0.0), *jobs("arm", range(5))]
+    for steps in reversed(LONG):
+        stages += jobs("length", range(5), steps, MAIN_ARMS)
+    run_jobs(stages, args, results)
+    run_looks(jobs, args, results)
+    stages = jobs("remedy", range(3), LONG[-1]) + jobs("noise", range(3))
+    run_jobs([*stages, *jobs("variant", range(3)), *jobs("arm", range(5, 10))], args, results)
+    return results
+
+
+def run_looks(jobs, args, results):
+    """Make the model that can look twice, choose rates for it, and run its arms."""
+    if not (second_looks.MODEL / "model.safetensors").exists():
+        second_looks.main([])
+    rates = choose_rates(args, results, "looks rate", LOOKS_RATES, RATE_SEEDS[:1])
+    base = Job("looks", "base", 0, 0, 0.0)
+    run_jobs([base, *jobs("looks", range(5), rates=rates)], args, results)
+
+
+def choose_rates(args, results, kind, rates, seeds):
+    """Try the rates for every arm that has a rate of its own. While the best is the lowest or the
+    highest that was tried, try the next one. Returns: {arm: the chosen rate}."""
+    tuned = [name for name, arm in arms_of(kind, results["setup"]).items() if not arm.rate_of]
+    more = [(name, rate) for name in tuned for rate in rates]
+    while more:
+        run_jobs([Job(kind, n, seed, STEPS, r) for n, r in more for seed in seeds], args, results)
+        more = ablation_report.rates_beyond_the_edge(results, kind)
+    return ablation_report.chosen_rates(results, kind)
 
 
 def parse_args():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--quick", action="store_true", help="three arms, two seeds, 200 test scenes")
-    add("--report", action="store_true", help="only rewrite the tables and the picture")
+    add("--quick", action="store_true", help="three arms, two seeds, 100 test questions")
+    add("--report", action="store_true", help="only rewrite the tables and the pictures")
     add("--jobs", type=int, default=2, help="parallel runs, a core and 1 GB each (default: 2)")
     add("--output_dir", type=Path, default=Path("runs/ablation"), help="folder of the runs")
     add("--results", type=Path, default=RESULTS / "ablation.json", help="JSON file of the results")
@@ -240,10 +361,26 @@ def main():
     except KeyboardInterrupt:
         print(f"stopped; finished runs are in {args.results}; continue with the same command")
         return 130
-    print(ablation_report.summary(results))
-    if not args.quick:
-        ablation_report.write_docs(results)
+    training = load_training(args.results)
+    for name, text in ablation_report.tables(results, training).items():
+        print(f"\n{name}\n\n{text}")
+    if args.results == RESULTS / "ablation.json":
+        write_docs(results, training)
     return 0
+
+
+def write_docs(results, training):
+    """Write the tables and sentences of the documents, and the pictures."""
+    tables, docs = ablation_report.tables(results, training), ROOT / "docs"
+    tables["study reading"] = ablation_claims.reading(results)
+    for name, text in tables.items():
+        insert(docs / "evidence.md", name, text)
+    changes = ablation_report.try_this_table(results)
+    insert(docs / "algorithm.md", "study try this", changes)
+    insert(ROOT / "README.md", "results", ablation_report.readme_table(results))
+    ablation_plots.plot_arms(results, docs / "ablation.png")
+    if ablation_report.group_by_arm(results, "noise"):
+        ablation_plots.plot_noise(results, docs / "noise.png")
 
 
 if __name__ == "__main__":

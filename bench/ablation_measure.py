@@ -1,7 +1,7 @@
 """The measurements of `ablation.py` on one trained model, with test scenes that nothing else uses.
 
-They rely on properties of the tiny world: all prompts have the same length, and answers name a
-place, as in "the dot on red r3 c5 is blue . <answer> blue </answer>".
+They rely on properties of the tiny world: answers name a place, as in "the dot on red r3 c5 is
+blue . <answer> blue </answer>", and a word is a token.
 """
 
 from dataclasses import replace
@@ -12,10 +12,13 @@ from PIL import ImageDraw
 from torch.nn.utils.rnn import pad_sequence
 
 import reward
+from analysis.evaluate import attention_maps
 from analysis.metrics import step_metrics
+from bench.ablation_arms import named_cells
 from data import Example, example_region
 from model import Completions
 from sayo_mini import score_and_reward
+from sources.packing import split_by_tokens
 from sources.scenes import BACKGROUND, Scenes, draw, question
 from tiny.make import GRID, SIZE, answer_text, center, place_words
 
@@ -27,23 +30,21 @@ HARDER = {  # name -> settings of make_questions
     "border": {"border": True},
 }
 # Test scenes per measurement; 0: not measured.
-SIZES = dict(accuracy=1000, sampled=1000, harder=100, attention=200, causal=60, groups=32)
-VARIANT_SIZES = SIZES | dict(sampled=0, harder=0, causal=0, groups=0)
-QUICK_SIZES = dict(accuracy=200, sampled=200, harder=50, attention=50, causal=25, groups=8)
-PLACE_AND_DOT = [4, 5, 7]  # words of a ground-truth answer: row, column, dot
+SIZES = dict(accuracy=1000, sampled=200, harder=100, attention=200, causal=60, groups=32)
+SMALL_SIZES = SIZES | dict(sampled=0, harder=0, causal=0, groups=0)
+QUICK_SIZES = dict(accuracy=100, sampled=100, harder=20, attention=30, causal=10, groups=4)
+WORDS = {"color": 3, "row": 4, "column": 5, "is": 6, "dot": 7}  # positions in a ground-truth answer
+PLACE_AND_DOT = [WORDS[name] for name in ("row", "column", "dot")]
 DIAGNOSTICS = (  # metrics of metrics.jsonl
-    "frac_reward_zero_std",
     "entropy",
     "kl",
     "completions/mean_length",
-    "completions/repeated_sentences",
     "completions/seq_rep_3",
     "completions/unclosed_tags",
     "attention/corr_accuracy",
-    "attention/corr_length",
+    "rewards/attention/mean",
     "rewards/attention/std",
-    "rewards/format/std",
-    "rewards/accuracy/std",
+    "rewards/format/mean",
 )
 
 
@@ -65,50 +66,115 @@ def make_questions(count, border=False, **style):
             return questions
 
 
-@torch.no_grad()
-def generate_answers(vlm, examples, max_tokens, sample=False, batch=100):
-    """Answer each example once with transformers' `generate`, in batches.
+def validation_questions(count):
+    """Make `count` validation questions, as (Example, its Card)."""
+    scenes = Scenes("validation", count)
+    return [(scenes[i], scenes.layout(i)[0]) for i in range(count)]
 
-    Args: sample, whether to sample at temperature 1, with torch's global generator, instead of
-    decoding greedily.
-    Returns: a list of Completions, each of one answer.
-    """
-    answers = []
-    how = {"do_sample": False}
-    if sample:
-        how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    vlm.model.eval()
-    for start in range(0, len(examples), batch):
-        prompts = [vlm.encode(e.image, e.question) for e in examples[start : start + batch]]
-        ids = torch.stack([p.input_ids for p in prompts])  # (B, P)
-        rows = vlm.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            mm_token_type_ids=(ids == vlm.core.config.image_token_id).int(),
-            pixel_values=torch.cat([p.pixel_values for p in prompts]),
-            image_grid_thw=torch.cat([p.image_grid_thw for p in prompts]),
-            max_new_tokens=max_tokens,
-            suppress_tokens=vlm.placeholders,
-            **how,
-        )
-        for row in rows[:, ids.shape[1] :]:
-            stops = torch.isin(row, vlm.stop_ids).nonzero()
-            row = row[: stops[0, 0] + 1] if len(stops) else row
-            text = vlm.tokenizer.decode(row, skip_special_tokens=True)
-            mask = torch.ones(1, len(row), dtype=torch.bool)
-            answers.append(Completions(row[None], mask, [text]))
+
+def answer_questions(vlm, prompts, max_tokens, temperature=0.0):
+    """Answer each prompt once. Returns: a list of Completions, each of one answer."""
+    generator, answers = torch.Generator(vlm.device).manual_seed(0), []
+    for batch in split_by_tokens(prompts, lambda prompt: len(prompt.input_ids) + max_tokens):
+        answers += vlm.sample_groups(batch, 1, max_tokens, temperature, generator)
     return answers
 
 
-def grade_answers(vlm, questions, max_tokens, sample=False):
-    """Answer and grade. Returns: the answers, and two lists of 0.0 or 1.0: whether each answer is
-    right, and whether it names the right place."""
-    examples, cards = zip(*questions)
-    answers = generate_answers(vlm, examples, max_tokens, sample)
-    texts = [answer.texts[0] for answer in answers]
-    correct = [reward.accuracy_reward(text, e.answer) for text, e in zip(texts, examples)]
-    places = [" ".join(place_words(card)) for card in cards]
-    return answers, correct, [float(place in text) for text, place in zip(texts, places)]
+def grade_answers(questions, answers):
+    """Grade answers. Returns: means, a dict of floats. A place counts as right if it is the cell of
+    the card's center (`right_place`), or any cell that the card overlaps (`on_card`)."""
+    rows = []
+    for (example, card), answer in zip(questions, answers):
+        text = answer.texts[0]
+        region, cells = example_region(example, GRID).view(GRID), named_cells(text)[:1]
+        inside = [0 <= r < GRID[0] and 0 <= c < GRID[1] and bool(region[r, c]) for r, c in cells]
+        rows.append(
+            {
+                "accuracy": reward.accuracy_reward(text, example.answer),
+                "right_place": float(" ".join(place_words(card)) in text),
+                "on_card": float(any(inside)),
+                "full_sentence": float(text.startswith("the dot on ") and " is " in text),
+            }
+        )
+    results = {name: mean(row[name] for row in rows) for name in rows[0]}
+    for place in ("right_place", "on_card"):
+        for value, name in ((1.0, f"accuracy_if_{place}"), (0.0, f"accuracy_if_not_{place}")):
+            kept = [row["accuracy"] for row in rows if row[place] == value]
+            results[name] = mean(kept) if kept else 0.0
+    return results
+
+
+def grade_looks(questions, answers):
+    """`grade_answers`, and the places that an answer names one after the other: how often the first
+    and the last are on the card, how many answers of each combination are right, and the share of
+    wrong first looks that are corrected."""
+    first, last, again, right = [], [], [], []
+    for (example, _), answer in zip(questions, answers):
+        region, cells = example_region(example, GRID).view(GRID), named_cells(answer.texts[0])
+        on = [r < GRID[0] and c < GRID[1] and bool(region[r, c]) for r, c in cells] or [False]
+        first.append(on[0]), last.append(on[-1]), again.append(len(on) > 1)
+        right.append(reward.accuracy_reward(answer.texts[0], example.answer) == 1)
+    first, last, again, right = map(torch.tensor, (first, last, again, right))
+
+    def share(condition, within=torch.tensor(True)):
+        kept = condition[within.expand(len(condition))].float()
+        return kept.mean().item() if len(kept) else 0.0
+
+    results = {
+        "first_on_card": share(first),
+        "last_on_card": share(last),
+        "looked_again": share(again),
+        "looked_again_if_first_off": share(again, ~first),
+        "corrected": share(last & right, ~first),
+        "first_off_if_wrong": share(~first, ~right),
+    }
+    for a, was in ((first, "on"), (~first, "off")):
+        for b, ends in ((last, "on"), (~last, "off")):
+            results[f"named_{was}_{ends}"] = share(a & b)
+            results[f"accuracy_named_{was}_{ends}"] = share(right, a & b)
+    return grade_answers(questions, answers) | results
+
+
+class LearningCurve:
+    """The same questions, answered again and again during training.
+    Args: questions, (Example, Card) pairs; grade, `grade_answers` or `grade_looks`."""
+
+    def __init__(self, questions, grade=grade_answers):
+        self.questions, self.grade, self.prompts = questions, grade, None
+
+    def point(self, vlm, cfg):
+        """Returns: what `grade` measures, and the mean r_v and AUROC of the answers."""
+        if self.prompts is None:  # the vision tower is frozen, so its features are kept
+            self.prompts = [vlm.encode(e.image, e.question) for e, _ in self.questions]
+        most = cfg.max_completion_length
+        answers, scores = answer_questions(vlm, self.prompts, most), []
+        pairs = list(zip(self.prompts, answers))
+        for batch in split_by_tokens(pairs, lambda pair: len(pair[0].input_ids) + most):
+            with torch.no_grad():
+                scores += vlm.score_groups(*zip(*batch))
+        r_v, auroc = [], []
+        for (example, _), answer, score in zip(self.questions, answers, scores):
+            selected = reward.select_tokens(score.entropy, answer.mask, cfg.token_fraction)
+            rows = reward.align_attention(score.attention, score.prompt_attention, cfg.alignment)
+            region = example_region(example, GRID)
+            r_v.append(reward.attention_reward(rows, region, selected).item())
+            auroc.append(reward.localization(rows[0][selected[0]].mean(0), region)["auroc"])
+        return self.grade(self.questions, answers) | {"r_v": mean(r_v), "auroc": mean(auroc)}
+
+
+def measure_looks_world(vlm, cfg, count):
+    """The measurements of a model that can look twice: greedy answers to test questions, and how
+    often sampled answers look again. Returns: a flat dict of floats."""
+    questions = make_questions(count)
+    results = LearningCurve(questions, grade_looks).point(vlm, cfg)
+    prompts = [vlm.encode(e.image, e.question) for e, _ in questions]
+    sampled = answer_questions(vlm, prompts, cfg.max_completion_length, temperature=1.0)
+    graded = grade_looks(questions, sampled)
+    kept = ("accuracy", "looked_again", "looked_again_if_first_off", "corrected")
+    return results | {f"sampled_{name}": graded[name] for name in kept}
+
+
+# --- attention ---
 
 
 @torch.no_grad()
@@ -150,6 +216,69 @@ def ground_truth_answer(vlm, card):
     return Completions(ids, torch.ones_like(ids, dtype=torch.bool), [text])
 
 
+# --- where single heads look ---
+
+
+@torch.no_grad()
+def head_hits(vlm, questions, answers):
+    """Whether the most attended cell lies in the region, for every head and word of an answer.
+
+    Returns: (questions, L, H, words) of 0 or 1, for the words of WORDS in order; NaN if an answer
+    is too short; and (questions,) whether the answers are right.
+    """
+    hits = []
+    for (example, _), answer in zip(questions, answers):
+        prompt = vlm.encode(example.image, example.question)
+        maps, _ = attention_maps(vlm, prompt, answer)  # (L, H, 1, C, N)
+        inside = example_region(example, GRID)[maps[:, :, 0].argmax(-1)].float()  # (L, H, C)
+        short = inside.shape[-1] <= max(WORDS.values())
+        words = inside[..., list(WORDS.values())] if not short else None
+        hits.append(torch.full((*inside.shape[:2], len(WORDS)), torch.nan) if short else words)
+    right = [reward.accuracy_reward(a.texts[0], e.answer) for (e, _), a in zip(questions, answers)]
+    return torch.stack(hits), torch.tensor(right)
+
+
+def choose_look_heads(vlm, cfg, count):
+    """The heads whose most attended cell is most often in the region, for right answers to
+    validation questions: one at the color word, before any place is written, and one at a word
+    after the place. Returns: {"early": [layer, head, word], "late": the same}."""
+    questions = validation_questions(count)
+    prompts = [vlm.encode(e.image, e.question) for e, _ in questions]
+    answers = answer_questions(vlm, prompts, cfg.max_completion_length)
+    hits, right = head_hits(vlm, questions, answers)
+    hits, names = hits[right.bool()].nanmean(0), list(WORDS)  # (L, H, words)
+    chosen = {}
+    for look, words in (("early", ["color"]), ("late", ["column", "is", "dot"])):
+        shares = hits[..., [names.index(word) for word in words]]
+        layer, head, word = (i.item() for i in torch.unravel_index(shares.argmax(), shares.shape))
+        chosen[look] = [layer, head, words[word]]
+    return chosen
+
+
+def measure_looks(vlm, questions, answers, look_heads):
+    """How often the early and the late look find the region, and how accurate the answers are.
+    Args: look_heads, from `choose_look_heads`. Returns: a dict of floats."""
+    hits, right = head_hits(vlm, questions, answers)
+    words, looks = list(WORDS), {}
+    for name, (layer, head, word) in look_heads.items():
+        looks[name] = hits[:, layer, head, words.index(word)]
+    known, right = ~looks["early"].isnan(), right.bool()
+    early, late = (look.nan_to_num(0).bool() & known for look in looks.values())
+    results = {"early_look": early[known].float().mean().item() if known.any() else 0.0}
+    for value, name in ((right, "right"), (~right, "wrong")):
+        kept = early[known & value].float()
+        results[f"early_look_if_{name}"] = kept.mean().item() if len(kept) else 0.0
+    for first, a in ((early, "on"), (~early & known, "off")):
+        for last, b in ((late, "on"), (~late & known, "off")):
+            both = first & last
+            results[f"looks_{a}_{b}"] = both.float().mean().item()
+            results[f"accuracy_looks_{a}_{b}"] = right[both].float().mean().nan_to_num(0).item()
+    return results
+
+
+# --- causes ---
+
+
 @torch.no_grad()
 def measure_covering(vlm, questions, layouts):
     """log p of the ground-truth answer, in nats: with the original image, with the card in question
@@ -184,8 +313,9 @@ def disjoint(a, b):
 
 
 def training_diagnostics(vlm, questions, cfg):
-    """Metrics of metrics.jsonl for this policy, from G samples per question and the true rewards,
-    regardless of the rewards in training."""
+    """Metrics of metrics.jsonl for this policy, from G samples per question and the unmodified
+    rewards, regardless of the rewards in training; and how much of the variance of r_v within a
+    group is explained by the row, and by the cell, that a completion names."""
     cfg = replace(cfg, beta=0)  # the reference is computed below, also for equal rewards
     generator, groups, losses = torch.Generator(vlm.device).manual_seed(0), [], []
     for example, _ in questions:
@@ -200,40 +330,56 @@ def training_diagnostics(vlm, questions, cfg):
         losses.append(stats | {"loss": 0.0, "tokens": mask.sum().item()})
         groups.append(group)
     row = step_metrics(groups, [{"losses": losses, "grad_norm": 0.0, "finite": True}])
-    return {name: row[name] for name in DIAGNOSTICS}
+    row = {name: row[name] for name in DIAGNOSTICS}
+    for name, length in (("row", 1), ("cell", 2)):
+        row[f"r_v_explained_by_{name}"] = explained_variance(groups, length)
+    return row
 
 
-def measure(vlm, cfg, sizes, head):
+def explained_variance(groups, length):
+    """R^2 within groups: of r_v, by the first `length` coordinates of the named place."""
+    total = rest = 0.0
+    for group in groups:
+        by_place = {}
+        values = group.rewards["attention"]
+        for text, value in zip(group.completions.texts, values.tolist()):
+            place = tuple(cell[:length] for cell in named_cells(text)[:1])
+            by_place.setdefault(place, []).append(value)
+        total += (values - values.mean()).square().sum().item()
+        rest += sum((v - mean(same)) ** 2 for same in by_place.values() for v in same)
+    return 1 - rest / total if total else 0.0
+
+
+def measure(vlm, cfg, sizes, heads):
     """Measure everything. Returns: a flat dict of floats.
 
     Attention is measured in two ways: as in the paper (last layer, all heads, query), and in the
     single head whose AUROC differs most between right and wrong answers of the untrained model
     (`discriminative_head_...`).
 
-    Args: cfg, the settings that all arms share; sizes, see SIZES; head, from
-    `ablation_arms.discriminative_head`.
+    Args: cfg, the settings that all arms share; sizes, see SIZES; heads, the discriminative head
+    and the heads of `choose_look_heads`.
     """
-    torch.manual_seed(0)
     questions, max_tokens = make_questions(sizes["accuracy"]), cfg.max_completion_length
-    answers, correct, right_place = grade_answers(vlm, questions, max_tokens)
-    at_right = [c for c, right in zip(correct, right_place) if right]
-    at_wrong = [c for c, right in zip(correct, right_place) if not right]
-    results = {
-        "accuracy": mean(correct),
-        "right_place": mean(right_place),
-        "accuracy_if_right_place": mean(at_right) if at_right else 0.0,
-        "accuracy_if_wrong_place": mean(at_wrong) if at_wrong else 0.0,
-    }
+    prompts = [vlm.encode(example.image, example.question) for example, _ in questions]
+    answers = answer_questions(vlm, prompts, max_tokens)
+    results = grade_answers(questions, answers)
     if sizes["sampled"]:
-        sampled = grade_answers(vlm, questions[: sizes["sampled"]], max_tokens, sample=True)
-        results["sampled_accuracy"] = mean(sampled[1])
+        count = sizes["sampled"]
+        sampled = answer_questions(vlm, prompts[:count], max_tokens, temperature=1.0)
+        results["sampled_accuracy"] = grade_answers(questions[:count], sampled)["accuracy"]
     for name, style in HARDER.items() if sizes["harder"] else ():
         harder = make_questions(sizes["harder"], **style)
-        results[f"accuracy, {name}"] = mean(grade_answers(vlm, harder, max_tokens)[1])
-    inputs = vlm, questions[: sizes["attention"]], answers, cfg
-    results |= measure_attention(*inputs, "query", vlm.layers, vlm.heads)
-    by_head = measure_attention(*inputs, head["alignment"], [head["layers"]], [head["heads"]])
+        encoded = [vlm.encode(example.image, example.question) for example, _ in harder]
+        graded = grade_answers(harder, answer_questions(vlm, encoded, max_tokens))
+        results[f"accuracy, {name}"] = graded["accuracy"]
+    inputs = vlm, questions[: sizes["attention"]], answers
+    results |= measure_attention(*inputs, cfg, "query", vlm.layers, vlm.heads)
+    single = heads["discriminative"]
+    place = single["alignment"], [single["layers"]], [single["heads"]]
+    by_head = measure_attention(*inputs, cfg, *place)
     results |= {f"discriminative_head_{name}": value for name, value in by_head.items()}
+    results |= measure_looks(*inputs, heads["looks"])
     if sizes["causal"]:
         scenes = Scenes(count=sizes["causal"], **TEST)
         layouts = [scenes.layout(i) for i in range(len(scenes))]

@@ -1,46 +1,97 @@
-"""The tables and the picture of `ablation.py`, made from its JSON alone."""
+"""The tables and the pictures of `ablation.py`, made from its JSON alone."""
 
 from collections import defaultdict
-from math import isnan, sqrt
+from math import sqrt
 from statistics import fmean as mean
 from statistics import stdev
 
-from bench.ablation_arms import ACCURACY, BOTH, ROLLED_BOX, SAYO, SHUFFLED_SCORES, TABLE_ORDER
-from bench.doc_tables import ROOT, insert, markdown_table
+from analysis.alarms import first_decline
+from bench.ablation_arms import (
+    ACCURACY,
+    ARMS,
+    BOTH,
+    FORMAT,
+    LOSS_AND_ACCURACY,
+    LOSS_FASTER,
+    LOWEST_ENTROPY,
+    MAIN_ARMS,
+    PLACE,
+    ROLLED_BOX,
+    SAYO,
+    SHUFFLED_SCORES,
+)
+from bench.doc_tables import markdown_table
 
-README_ARMS = ["base", SAYO, ACCURACY, BOTH, ROLLED_BOX, SHUFFLED_SCORES]
+README_ARMS = ["base", SAYO, ACCURACY, BOTH, PLACE, ROLLED_BOX, SHUFFLED_SCORES]
 README_COLUMNS = {  # column -> metric
     "greedy accuracy": "accuracy",
     "AUROC, own text": "auroc",
     "AUROC, ground-truth text": "ground_truth_auroc",
 }
+MAX_RATES = 9  # tried per arm
 COLUMNS = {
     "greedy accuracy": "accuracy",
-    "right place named": "right_place",
+    "names a cell of the card": "on_card",
     "AUROC, own text": "auroc",
     "mass / area": "mass_over_area",
     "AUROC, ground-truth text": "ground_truth_auroc",
+    "mass / area, ground-truth text": "ground_truth_mass_over_area",
     "AUROC, discriminative head": "discriminative_head_auroc",
 }
-COLORS = ["#0072b2", "#009e73", "#56b4e9", "#999999", "#d55e00", "#e69f00", "#cc79a7"]
+COMPARISONS = [  # planned before the study: (ours, theirs, metric)
+    *((SAYO, other, "accuracy") for other in ARMS if other != SAYO),
+    (BOTH, ACCURACY, "accuracy"),
+    (LOSS_AND_ACCURACY, ACCURACY, "accuracy"),
+    (LOSS_FASTER, SHUFFLED_SCORES, "ground_truth_auroc"),
+    (SAYO, SHUFFLED_SCORES, "ground_truth_auroc"),
+]
+POINTS_LOST = 0.2  # accuracy below its best: a collapse
+HEALTHY = 0.1  # accuracy never further below its best so far
+PROMPTS_PER_STEP = 8
 
 
-def best_learning_rate(results):
-    """The learning rate with the highest validation accuracy, averaged over its arms."""
-    accuracy = defaultdict(list)
+# --- rates ---
+
+
+def rate_scores(results, kind="rate"):
+    """{arm: {rate: validation accuracy, averaged over the seeds}}."""
+    scores = defaultdict(lambda: defaultdict(list))
     for row in results["runs"]:
-        if row["kind"] == "learning rate":
-            accuracy[row["arm"].split()[0]].append(row["validation_accuracy"])
-    return max(accuracy, key=lambda rate: mean(accuracy[rate]))
-
-
-def group_by_arm(results, kind="arm"):
-    """{arm: {seed: metrics}}, ordered by the first run of each arm."""
-    arms = defaultdict(dict)
-    for row in sorted(results["runs"], key=lambda row: row["seed"]):
         if row["kind"] == kind:
-            arms[row["arm"]][row["seed"]] = row["measured"]
-    return arms
+            scores[row["arm"]][row["rate"]].append(row["validation_accuracy"])
+    return {arm: {r: mean(v) for r, v in sorted(by.items())} for arm, by in scores.items()}
+
+
+def chosen_rates(results, kind="rate"):
+    """{arm: the rate with the highest validation accuracy}."""
+    return {arm: max(by, key=by.get) for arm, by in rate_scores(results, kind).items()}
+
+
+def rates_beyond_the_edge(results, kind="rate"):
+    """The rates to try next, a list of (arm, rate): half the lowest or twice the highest, for arms
+    whose best rate is the lowest or the highest that was tried."""
+    more, scores = [], rate_scores(results, kind)
+    for arm, best in chosen_rates(results, kind).items():
+        lowest, *_, highest = scores[arm]
+        if len(scores[arm]) == MAX_RATES:
+            continue
+        more += [(arm, best / 2)] if best == lowest else []
+        more += [(arm, best * 2)] if best == highest else []
+    return more
+
+
+def rate_table(results, kind="rate"):
+    scores, chosen = rate_scores(results, kind), chosen_rates(results, kind)
+    rates = sorted({rate for by in scores.values() for rate in by})
+    rows = []
+    for arm, by in scores.items():
+        cells = [f"{by[rate]:.3f}" if rate in by else "" for rate in rates]
+        cells = [f"**{c}**" if r == chosen[arm] else c for r, c in zip(rates, cells)]
+        rows.append([arm, *cells])
+    return markdown_table(["arm", *(f"{rate:.1e}" for rate in rates)], rows)
+
+
+# --- statistics ---
 
 
 def half_width(values):
@@ -71,124 +122,297 @@ def paired_difference(ours, theirs, metric):
     return mean(differences), half_width(differences), p
 
 
+def run_key(row):
+    return tuple(row[name] for name in ("kind", "arm", "seed", "steps", "rate"))
+
+
+def group_by_arm(results, kind="arm", steps=None):
+    """{arm: {seed: row}} of the rows of a stage, ordered by the first run of each arm."""
+    arms = defaultdict(dict)
+    for row in sorted(results["runs"], key=lambda row: row["seed"]):
+        if row["kind"] == kind and steps in (None, row["steps"]):
+            arms[row["arm"]][row["seed"]] = row
+    return arms
+
+
+def measured(arm):
+    """{seed: measurements} of {seed: row}."""
+    return {seed: row["measured"] for seed, row in arm.items()}
+
+
+def holm(p_values):
+    """Holm's step-down correction of a family of p values."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+# --- tables ---
+
+
 def means(arm, metrics):
-    """The cells of one arm, {seed: metrics}."""
-    return [format_mean([seed[metric] for seed in arm.values()]) for metric in metrics]
+    """The cells of one arm, {seed: row}."""
+    rows = measured(arm).values()
+    return [format_mean([row[metric] for row in rows]) for metric in metrics]
 
 
-def headline_table(results, order):
-    """Arms and variants with the metrics that matter most."""
-    arms = group_by_arm(results) | group_by_arm(results, "variant")
-    shown = [name for name in order if name in arms]
+def headline_table(results, kinds=("arm",), order=None):
+    """Arms with the metrics that matter most."""
+    arms = {}
+    for kind in kinds:
+        arms |= group_by_arm(results, kind)
+    shown = [name for name in order or arms if name in arms]
     rows = [[f"{name} ({len(arms[name])})", *means(arms[name], COLUMNS.values())] for name in shown]
     return markdown_table(["arm (seeds)", *COLUMNS], rows)
 
 
-def comparison_table(results, ours, others):
-    """The arm `ours` minus each of the `others`, paired by seed."""
+def comparison_table(results):
+    """The planned comparisons, paired by seed, with p corrected for their number."""
+    arms = {name: measured(arm) for name, arm in group_by_arm(results).items()}
+    planned = [(a, b, m) for a, b, m in COMPARISONS if a in arms and b in arms]
+    found = [paired_difference(arms[a], arms[b], m) for a, b, m in planned]
+    corrected = holm([p for *_, p in found])
+    names = {"accuracy": "greedy accuracy", "ground_truth_auroc": "AUROC, ground-truth text"}
+    rows = []
+    for (ours, theirs, metric), (difference, half, p), p_holm in zip(planned, found, corrected):
+        cells = [format_interval(difference, half, sign="+"), format_p(p), format_p(p_holm)]
+        rows.append([f"{ours} minus {theirs}", names[metric], *cells])
+    return markdown_table(["difference", "metric", "mean", "p", "p, Holm"], rows)
+
+
+def format_p(p):
+    return f"{p:.4f}" if p >= 1e-4 else "< 0.0001"
+
+
+def naming_and_reading(base, arm):
+    """How much of the gain in accuracy comes from naming a cell of the card more often, and how
+    much from being right more often given the name. The two parts add up to the gain: each is
+    weighted by the average of before and after.
+    Args: two dicts of measurements. Returns: (gain, naming, reading)."""
+
+    def part(row):
+        return row["on_card"], row["accuracy_if_on_card"], row["accuracy_if_not_on_card"]
+
+    (n0, on0, off0), (n1, on1, off1) = part(base), part(arm)
+    n = (n0 + n1) / 2
+    naming = (n1 - n0) * ((on0 - off0) + (on1 - off1)) / 2
+    reading = n * (on1 - on0) + (1 - n) * (off1 - off0)
+    return arm["accuracy"] - base["accuracy"], naming, reading
+
+
+def mediation_table(results, shown):
     arms, rows = group_by_arm(results), []
-    for other in others:
-        if other in arms and ours in arms:
-            row = [other]
-            for metric in ("accuracy", "auroc"):
-                difference, half, p = paired_difference(arms[ours], arms[other], metric)
-                significance = "-" if isnan(p) else f"{p:.4f}" if p >= 1e-4 else "< 0.0001"
-                row += [format_interval(difference, half, sign="+"), significance]
-            rows.append(row)
-    header = [f"{ours} minus ...", "greedy accuracy", "p", "AUROC, own text", "p"]
+    (base,) = measured(arms["base"]).values()
+    for name in shown:
+        parts = [naming_and_reading(base, row) for row in measured(arms[name]).values()]
+        cells = [format_interval(mean(v), half_width(v), sign="+") for v in zip(*parts)]
+        rest = ("on_card", "accuracy_if_on_card", "accuracy_if_not_on_card")
+        rows.append([name, *means(arms[name], rest), *cells])
+    names = "names the card", "right if so", "right if not", "gain", "by naming", "by reading"
+    rows.insert(0, ["base", *means(arms["base"], rest), "", "", ""])
+    return markdown_table(["arm", *names], rows)
+
+
+def looks_table(results, shown):
+    """The early and the late look of two heads, and the accuracy of each combination."""
+    arms, rows = group_by_arm(results), []
+    for name in shown:
+        row = [
+            name,
+            *means(arms[name], ["early_look", "early_look_if_right", "early_look_if_wrong"]),
+        ]
+        for cell in ("on_on", "on_off", "off_on", "off_off"):
+            share = mean(m[f"looks_{cell}"] for m in measured(arms[name]).values())
+            right = mean(m[f"accuracy_looks_{cell}"] for m in measured(arms[name]).values())
+            row.append(f"{share:.3f} ({right:.2f})")
+        rows.append(row)
+    looks = "on, on", "on, off", "off, on", "off, off"
+    return markdown_table(["arm", "early look on", "if right", "if wrong", *looks], rows)
+
+
+def curve(row, metric="accuracy"):
+    return [point[metric] for point in row["curve"]]
+
+
+def collapse_step(row, lost=POINTS_LOST):
+    """The first step at which a run's validation accuracy is `lost` below its best so far, if it
+    never recovers to within half of that; else None."""
+    best = 0.0
+    values = curve(row)
+    for i, point in enumerate(row["curve"]):
+        best = max(best, point["accuracy"])
+        if best - point["accuracy"] >= lost and best - max(values[i:]) >= lost / 2:
+            return point["step"]
+    return None
+
+
+def length_table(results):
+    """Accuracy of the main arms after more steps."""
+    rows = []
+    for name in MAIN_ARMS:
+        row = [name]
+        for kind, steps in (("arm", 60), ("length", 120), ("length", 180), ("length", 300)):
+            arm = {
+                s: r for s, r in group_by_arm(results, kind, steps).get(name, {}).items() if s < 5
+            }
+            values = [r["measured"]["accuracy"] for r in arm.values()]
+            lost = sum(collapse_step(r) is not None for r in arm.values())
+            worst = f", lowest {min(values):.3f}, {lost} of {len(values)} collapsed"
+            row.append(format_mean(values) + worst if values else "")
+        rows.append(row)
+    return markdown_table(["arm", *(f"{n} steps" for n in (60, 120, 180, 300))], rows)
+
+
+def remedy_table(results):
+    """Validation accuracy of every remedy after 300 steps, and its best during training."""
+    arms = {SAYO: group_by_arm(results, "length", 300)[SAYO]} | group_by_arm(results, "remedy")
+    rows = []
+    for name, arm in arms.items():
+        last = [curve(row)[-1] for row in arm.values()]
+        lost = sum(collapse_step(row) is not None for row in arm.values())
+        best = [max(curve(row)) for row in arm.values()]
+        cells = [format_mean(best), format_mean(last), f"{min(last):.3f}", f"{lost} of {len(arm)}"]
+        rows.append([f"{name} ({len(arm)})", *cells])
+    header = ["remedy (seeds)", "best on the way", "after 300 steps", "lowest seed", "collapsed"]
     return markdown_table(header, rows)
 
 
-def full_table(results, kind):
-    """Everything that was measured on the arms or on the variants, one row per metric."""
-    arms = group_by_arm(results) | group_by_arm(results, "variant")
-    if kind == "arm":
-        order = ["base", *TABLE_ORDER]
-    else:
-        order = [SAYO, *group_by_arm(results, "variant")]
-    arms = {name: arms[name] for name in order if name in arms}
-    metrics = next(iter(list(arms.values())[-1].values()))  # variants have fewer than arms
-    rows = [[metric, *(means(arm, [metric])[0] for arm in arms.values())] for metric in metrics]
-    return markdown_table(["", *arms], rows)
+def alarm_counts(results, training):
+    """How the alarm of `analysis.alarms` judges the runs with a learning curve.
+
+    Args: training, {key of a run: its metrics}. Returns: {stage: counts}, of collapsed runs and how
+    many of them had the alarm before POINTS_LOST were lost, and of healthy runs (never HEALTHY
+    below their best so far) and how many had a false alarm.
+    """
+    counts = defaultdict(lambda: dict.fromkeys(("collapsed", "caught", "healthy", "false"), 0))
+    base = {r["kind"]: r["curve"] for r in results["runs"] if r["arm"] == "base"}
+    for row in results["runs"]:
+        metrics = training.get(run_key(row))
+        if not row.get("curve") or not metrics:
+            continue
+        start = base["looks" if row["kind"] == "looks" else "arm"]
+        row = row | {"curve": start + row["curve"]}
+        rows = [{"rewards/accuracy/mean": value} for value in metrics["rewards/accuracy/mean"]]
+        alarm, collapse = first_decline(rows, PROMPTS_PER_STEP), collapse_step(row)
+        stage = counts[row["kind"]]
+        if collapse:
+            stage["collapsed"] += 1
+            stage["caught"] += alarm is not None and alarm <= collapse
+        elif largest_loss(row) < HEALTHY:
+            stage["healthy"] += 1
+            stage["false"] += alarm is not None
+    return counts
 
 
-def summary(results):
-    """The tables for the terminal; docs/evidence.md begins with them."""
-    parts = [
-        headline_table(results, ["base", *TABLE_ORDER]),
-        comparison_table(results, SAYO, TABLE_ORDER[1:]),
-    ]
-    if variants := group_by_arm(results, "variant"):
-        parts.insert(1, headline_table(results, [SAYO, *variants]))
-    return "\n\n".join(parts)
+def largest_loss(row):
+    """The largest drop of the validation accuracy below its best so far."""
+    values = curve(row)
+    return max(max(values[: i + 1]) - value for i, value in enumerate(values))
 
 
-def doc_tables(results):
-    """{name of the place in docs/evidence.md: Markdown}."""
-    variants = [SAYO, *group_by_arm(results, "variant")]
-    return {
-        "ablation arms": headline_table(results, ["base", *TABLE_ORDER]),
-        "ablation comparisons": comparison_table(results, SAYO, TABLE_ORDER[1:]),
-        "ablation both minus accuracy": comparison_table(results, BOTH, [ACCURACY]),
-        "ablation variants": headline_table(results, variants),
-        "ablation arms in full": full_table(results, "arm"),
-        "ablation variants in full": full_table(results, "variant"),
+def alarm_table(results, training):
+    counts, rows = alarm_counts(results, training), []
+    total = {name: sum(c[name] for c in counts.values()) for name in next(iter(counts.values()))}
+    for stage, c in [*counts.items(), ("all", total)]:
+        shares = [
+            f"{100 * part / whole:.0f} %" if whole else ""
+            for part, whole in ((c["caught"], c["collapsed"]), (c["false"], c["healthy"]))
+        ]
+        cells = c["collapsed"], c["caught"], shares[0], c["healthy"], c["false"], shares[1]
+        rows.append([stage, *map(str, cells)])
+    header = ["stage", "collapsed", "caught", "share", "healthy", "false alarms", "share"]
+    return markdown_table(header, rows)
+
+
+def second_looks_table(results):
+    """The arms in the world of second looks."""
+    arms = group_by_arm(results, "looks")
+    metrics = {
+        "greedy accuracy": "accuracy",
+        "first place on the card": "first_on_card",
+        "last place on the card": "last_on_card",
+        "wrong first looks corrected": "corrected",
+        "looks again if wrong, samples": "sampled_looked_again_if_first_off",
+        "AUROC, own text": "auroc",
     }
+    rows = [[f"{name} ({len(arm)})", *means(arm, metrics.values())] for name, arm in arms.items()]
+    return markdown_table(["arm (seeds)", *metrics], rows)
+
+
+def noise_table(results):
+    arms = group_by_arm(results, "noise")
+    rows = [[name, *means(arm, ["accuracy", "on_card", "auroc"])] for name, arm in arms.items()]
+    return markdown_table(["arm", "greedy accuracy", "names the card", "AUROC, own text"], rows)
+
+
+def tables(results, training):
+    """{name of the place in docs/evidence.md: Markdown}."""
+    stages, shown = {row["kind"] for row in results["runs"]}, list(group_by_arm(results))
+    trained = [name for name in shown if name != "base"]
+    noise = "![Accuracy against wrong labels and boxes, questions and labels](noise.png)\n\n"
+    needs = {  # table -> (stages that it needs, how it is made)
+        "rates": ({"rate"}, lambda: rate_table(results)),
+        "arms": ({"arm"}, lambda: headline_table(results)),
+        "comparisons": ({"arm"}, lambda: comparison_table(results)),
+        "mediation": ({"arm"}, lambda: mediation_table(results, trained)),
+        "looks": ({"arm"}, lambda: looks_table(results, shown)),
+        "length": ({"length"}, lambda: length_table(results)),
+        "remedies": ({"length", "remedy"}, lambda: remedy_table(results)),
+        "alarm": ({"arm", "length"}, lambda: alarm_table(results, training)),
+        "noise": ({"noise"}, lambda: noise + noise_table(results)),
+        "variants": ({"variant"}, lambda: headline_table(results, ["variant"])),
+        "second looks rates": ({"looks rate"}, lambda: rate_table(results, "looks rate")),
+        "second looks": ({"looks"}, lambda: second_looks_table(results)),
+    }
+    missing = "Not run yet; `python bench/ablation.py` continues the study."
+    made = {name: make() if need <= stages else missing for name, (need, make) in needs.items()}
+    return {f"study {name}": text for name, text in made.items()}
 
 
 def readme_table(results):
     """The table of README.md."""
-    arms = group_by_arm(results)
-    rows = [[name, *means(arms[name], README_COLUMNS.values())] for name in README_ARMS]
-    return markdown_table(["reward", *README_COLUMNS], rows)
+    arms, rows = group_by_arm(results), []
+    long = group_by_arm(results, "length", 300)
+    for name in README_ARMS:
+        late = [row["measured"]["accuracy"] for row in long.get(name, {}).values()]
+        cells = means(arms[name], README_COLUMNS.values())
+        if long:
+            cells.insert(1, format_mean(late) if late else "")
+        rows.append([name, *cells])
+    first, *rest = README_COLUMNS
+    return markdown_table(["reward", first, *["after 300 steps"] * bool(long), *rest], rows)
 
 
-def write_docs(results):
-    """Write the tables of docs/evidence.md, the picture docs/ablation.png and README's table."""
-    for name, text in doc_tables(results).items():
-        insert(ROOT / "docs" / "evidence.md", name, text)
-    plot_arms(results, ROOT / "docs" / "ablation.png")
-    insert(ROOT / "README.md", "results", readme_table(results))
-
-
-def plot_arms(results, path):
-    """Plot the test accuracy on the left (a dot per seed, the mean and its interval), and the
-    accuracy of the completions sampled in training on the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    arms = group_by_arm(results)
-    order = [name for name in TABLE_ORDER if name in arms]
-    colors = dict(zip(order, COLORS))
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(11, 3.8), width_ratios=(1.15, 1), layout="constrained"
-    )
-    base = mean(m["accuracy"] for m in arms["base"].values())
-    left.axvline(base, color="black", linestyle=":")
-    left.text(base, -0.65, " base", va="center")
-    for y, name in enumerate(order):
-        values, color = [m["accuracy"] for m in arms[name].values()], colors[name]
-        interval = dict(xerr=half_width(values), capsize=3)
-        left.errorbar(mean(values), y, fmt="|", ms=14, color=color, **interval)
-        left.plot(values, [y] * len(values), "o", color=color, alpha=0.4, mec="none")
-        line = training_accuracy(results, name)
-        right.plot(range(1, len(line) + 1), line, color=color, linewidth=2)
-    left.set_yticks(range(len(order)), order)
-    left.set_ylim(len(order) - 0.5, -1)
-    left.set_xlabel("greedy accuracy on 1,000 test scenes, with 95 % interval")
-    right.set_xlabel("step; colors as on the left")
-    right.set_ylabel("accuracy of the samples, last 5 steps")
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
-
-
-def training_accuracy(results, arm):
-    """The accuracy of the sampled completions at each training step, averaged over the seeds and
-    the last five steps."""
-    rows = [row for row in results["runs"] if row["arm"] == arm and row["kind"] == "arm"]
-    curves = [row["curve"]["rewards/accuracy/mean"] for row in rows]
-    line = [mean(values) for values in zip(*curves)]
-    return [mean(line[max(0, i - 4) : i + 1]) for i in range(len(line))]
+def try_this_table(results):
+    """The table of "Try this" in docs/algorithm.md."""
+    arms, rate = group_by_arm(results) | group_by_arm(results, "variant"), chosen_rates(results)
+    region = "`region=example_region(...).view(7, 7).roll((3, 3), (0, 1)).flatten()`"
+    faster = f"--learning_rate {rate[ACCURACY]:.1e}"
+    changes = [
+        (f"{region} in `compute_rewards`", ROLLED_BOX, "it learns to name the wrong place"),
+        (
+            f"`--reward_weights attention=0,format=1,accuracy=1 {faster}`",
+            ACCURACY,
+            "it learns more than from attention",
+        ),
+        (
+            "`--reward_weights attention=0,format=1,accuracy=0`",
+            FORMAT,
+            "the format is right already; `frac_reward_zero_std` says so",
+        ),
+        ("`--token_fraction 1`", "all tokens", "confident tokens make no difference"),
+        (
+            "`select_tokens(-scores.entropy, ...)` in `compute_rewards`",
+            LOWEST_ENTROPY,
+            "rewarding the most certain tokens does not help",
+        ),
+    ]
+    rows = [
+        [change, means(arms[arm], ["accuracy"])[0], result]
+        for change, arm, result in changes
+        if arm in arms
+    ]
+    return markdown_table(["change", "study mean", "what happens"], rows)

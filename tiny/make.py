@@ -68,10 +68,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer():
+def make_tokenizer(more_words=()):
     """A tokenizer with one token per word, in lower case, with Qwen's special tokens and a chat
     template like Qwen's."""
-    words = SPECIAL_TOKENS + ["<answer>", "</answer>"] + WORDS
+    words = SPECIAL_TOKENS + ["<answer>", "</answer>"] + WORDS + list(more_words)
     vocabulary = {word: i for i, word in enumerate(words)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
     core.normalizer = normalizers.Lowercase()
@@ -177,6 +177,8 @@ def cell_words(cards):
 class Teacher:
     """Makes training batches of images, each with four questions and answers in one chat."""
 
+    max_tokens = 18  # of an answer
+
     def __init__(self, tokenizer, seed, turns=4):
         self.tokenizer, self.turns, self.next_scene = tokenizer, turns, 0
         self.scenes = Scenes("train", 10**9, seed=seed, cards=(4, 8), card_size=(14, 26))
@@ -210,7 +212,7 @@ class Teacher:
         of each label (B, S), and the soft labels of the image tokens (B * N, V)."""
         samples = [self.sample(careless) for _ in range(size)]
         images, ids, skip_place, words = zip(*samples)
-        ids = torch.stack(ids)  # all chats have the same number of words: no padding needed
+        ids = self.stack(ids)
         labels, weight = self.labels(ids, skip_place)
         token_id = self.tokenizer.convert_tokens_to_ids
         soft = torch.zeros(size * len(words[0]), VOCABULARY_SIZE)
@@ -218,6 +220,9 @@ class Teacher:
             if cell:
                 soft[i, token_id(cell)] = 1 / len(cell)
         return model_inputs(self.tokenizer, self.processor, images, ids), labels, weight, soft
+
+    def stack(self, ids):
+        return torch.stack(ids)  # all chats have the same number of words: no padding needed
 
     def labels(self, ids, skip_place):
         """Labels and their weights, both (B, S). Only the answers get loss."""
@@ -246,7 +251,7 @@ def model_inputs(tokenizer, processor, images, ids):
 
 
 @torch.no_grad()
-def greedy_accuracy(model, tokenizer, scenes, blank=False):
+def greedy_accuracy(model, tokenizer, scenes, blank=False, max_tokens=Teacher.max_tokens):
     """The share of greedy answers that name the right place, and the share that are right.
 
     Args: blank, whether to show an empty image instead of the scene.
@@ -259,7 +264,7 @@ def greedy_accuracy(model, tokenizer, scenes, blank=False):
         ids = torch.tensor([tokenizer(p, add_special_tokens=False).input_ids for p in prompts])
         images = [draw([] if blank else cards, SIZE) for cards in layouts]
         inputs = model_inputs(tokenizer, processor, images, ids)
-        out = model.generate(**inputs, max_new_tokens=18, do_sample=False)
+        out = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
         for cards, text in zip(layouts, tokenizer.batch_decode(out[:, ids.shape[1] :])):
             right_place += " ".join(place_words(cards[0])) in text
             right_answer += f"<answer> {cards[0].mark} </answer>" in text
@@ -297,7 +302,8 @@ def train(model, teacher, steps, learning_rate, careless, batch_size, scenes):
         scheduler.step()
         bar.set_postfix(answer=f"{loss.item():.3f}", cells=f"{side_loss.item():.3f}")
         if (step + 1) % 200 == 0 or step + 1 == steps:
-            place, answer = greedy_accuracy(model, teacher.tokenizer, scenes)
+            how = {"max_tokens": teacher.max_tokens}
+            place, answer = greedy_accuracy(model, teacher.tokenizer, scenes, **how)
             tqdm.write(
                 f"step {step + 1}: loss {loss.item():.3f} + {side_loss.item():.3f}, on "
                 f"{len(scenes)} validation scenes: place {place:.3f}, answer {answer:.3f}"

@@ -1,0 +1,132 @@
+"""The sentences of "In short" in docs/evidence.md, with what must hold in the results for each."""
+
+from statistics import fmean as mean
+from textwrap import fill
+
+from bench.ablation_arms import (
+    ACCURACY,
+    ALL_CARDS,
+    BOTH,
+    CENTERED_BOX,
+    FORMAT,
+    LOSS_AND_ACCURACY,
+    LOSS_FASTER,
+    PLACE,
+    ROLLED_BOX,
+    SAYO,
+    SHUFFLED_SCORES,
+)
+from bench.ablation_report import collapse_step, format_interval, group_by_arm, paired_difference
+
+
+class Study:
+    """Means and differences of the results, by arm and metric."""
+
+    def __init__(self, results):
+        self.results = results
+        self.stages = {row["kind"] for row in results["runs"]}
+        self.rows = {kind: group_by_arm(results, kind) for kind in self.stages}
+        self.measured = {
+            arm: {seed: row["measured"] for seed, row in rows.items()}
+            for arm, rows in self.rows.get("arm", {}).items()
+        }
+
+    def mean(self, arm, metric="accuracy"):
+        return mean(row[metric] for row in self.measured[arm].values())
+
+    def difference(self, ours, theirs, metric="accuracy"):
+        """Returns: the mean over seeds, half of its 95 % interval, and p."""
+        return paired_difference(self.measured[ours], self.measured[theirs], metric)
+
+    def long(self, arm, steps=300):
+        """The runs of an arm with more steps, a list of rows."""
+        return list(group_by_arm(self.results, "length", steps).get(arm, {}).values())
+
+
+def claims(results):
+    """Returns: a list of (sentence, whether it holds in these results), for the stages that ran."""
+    study, found = Study(results), []
+    if "arm" in study.stages:
+        found += arm_claims(study)
+    if study.long(SAYO) and study.long(ACCURACY):
+        found = length_claims(study) + found
+    return found
+
+
+def arm_claims(study):
+    acc, fixed = study.mean, lambda arm: study.mean(arm, "ground_truth_auroc")
+    base, sayo = acc("base"), acc(SAYO)
+    place, half, _ = study.difference(SAYO, PLACE)
+    both, both_half, _ = study.difference(BOTH, ACCURACY)
+    loss, loss_half, _ = study.difference(LOSS_AND_ACCURACY, ACCURACY)
+    wrong = [acc(arm) for arm in (ROLLED_BOX, CENTERED_BOX, ALL_CARDS)]
+    early = [study.mean("base", f"early_look_if_{name}") for name in ("right", "wrong")]
+    return [
+        (
+            f"""**A reward without attention does the same.** Rewarding a text for naming a cell of
+            the card reaches an accuracy of {acc(PLACE):.3f}, SAYO {sayo:.3f} (difference
+            {format_interval(place, half, "+")}). On this task, attention at the uncertain words
+            is a way to read which place the text names.""",
+            abs(place) < half or abs(place) < 0.05,
+        ),
+        (
+            f"""**The box matters, as a place.** SAYO raises accuracy from {base:.3f} to {sayo:.3f}
+            without knowing any answer. With the box rolled to another place, at the center of
+            the image, or around all cards, it falls to {wrong[0]:.3f}, {wrong[1]:.3f} and
+            {wrong[2]:.3f}; with shuffled scores it is {acc(SHUFFLED_SCORES):.3f}, with the
+            format reward alone {acc(FORMAT):.3f}.""",
+            sayo > base + 0.1 and max(wrong) < base - 0.05 and abs(acc(FORMAT) - base) < 0.03,
+        ),
+        (
+            f"""**Rewarding accuracy teaches this task better**: {acc(ACCURACY):.3f}. Adding
+            attention to it gains nothing ({format_interval(both, both_half, "+")}). As in the
+            paper, every real reward beats the base model. Unlike in the paper, attention does
+            not beat accuracy.""",
+            acc(ACCURACY) > sayo + 0.05 and both - both_half < 0 and min(acc(BOTH), sayo) > base,
+        ),
+        (
+            f"""**SAYO moves the text; a loss moves attention.** On ground-truth text, AUROC is
+            {fixed("base"):.3f} before and {fixed(SAYO):.3f} after SAYO (after the text-only
+            reward: {fixed(PLACE):.3f}). The attention loss raises it to {fixed(LOSS_FASTER):.3f},
+            and with the accuracy reward to {fixed(LOSS_AND_ACCURACY):.3f}. Answers do not get
+            better by that: accuracy is {acc(LOSS_FASTER):.3f} ({base:.3f} before), and
+            {acc(LOSS_AND_ACCURACY):.3f} with the accuracy reward,
+            {format_interval(loss, loss_half, "+")} compared with that reward alone.""",
+            abs(fixed(SAYO) - fixed("base")) < 0.02
+            and fixed(LOSS_FASTER) > fixed("base") + 0.03
+            and acc(LOSS_FASTER) < base + 0.02
+            and loss - loss_half < 0,
+        ),
+        (
+            f"""**The model does look; it names wrongly.** At the color word, before any place is
+            written, one head of the untrained model looks at the card in {early[0]:.1%} of
+            right and {early[1]:.1%} of wrong answers.""",
+            min(early) > 0.9,
+        ),
+    ]
+
+
+def length_claims(study):
+    def last(arm):
+        return mean(row["measured"]["accuracy"] for row in study.long(arm))
+
+    def lost(arm):
+        return sum(collapse_step(row) is not None for row in study.long(arm))
+
+    runs = len(study.long(SAYO))
+    return [
+        (
+            f"""**The attention reward alone does not last.** After 300 steps, {lost(SAYO)} of
+            {runs} runs of SAYO have collapsed, and the mean accuracy is {last(SAYO):.3f} (after
+            60 steps: {study.mean(SAYO):.3f}). With the accuracy reward alone, {lost(ACCURACY)}
+            of {len(study.long(ACCURACY))} have collapsed ({last(ACCURACY):.3f}), with both
+            rewards {lost(BOTH)} of {len(study.long(BOTH))} ({last(BOTH):.3f}).""",
+            lost(SAYO) > 0 and last(SAYO) < study.mean(SAYO),
+        )
+    ]
+
+
+def reading(results):
+    """The list "In short"."""
+    sentences = (" ".join(sentence.split()) for sentence, _ in claims(results))
+    return "\n".join(fill(f"- {text}", 100, subsequent_indent="  ") for text in sentences)
