@@ -255,13 +255,12 @@ def length_table(results):
     for name in MAIN_ARMS:
         row = [name]
         for kind, steps in (("arm", 60), ("length", 120), ("length", 180), ("length", 300)):
-            arm = {
-                s: r for s, r in group_by_arm(results, kind, steps).get(name, {}).items() if s < 5
-            }
-            values = [r["measured"]["accuracy"] for r in arm.values()]
-            lost = sum(collapse_step(r) is not None for r in arm.values())
-            worst = f", lowest {min(values):.3f}, {lost} of {len(values)} collapsed"
-            row.append(format_mean(values) + worst if values else "")
+            arm = group_by_arm(results, kind, steps).get(name, {})
+            runs = [run for seed, run in arm.items() if seed < 5]
+            values = [run["measured"]["accuracy"] for run in runs]
+            lost = sum(collapse_step(run) is not None for run in runs)
+            text = f"{lost} of {len(runs)} collapsed"
+            row.append(f"{format_mean(values)}; {text}" if runs else "")
         rows.append(row)
     return markdown_table(["arm", *(f"{n} steps" for n in (60, 120, 180, 300))], rows)
 
@@ -376,14 +375,15 @@ def readme_table(results):
     """The table of README.md."""
     arms, rows = group_by_arm(results), []
     long = group_by_arm(results, "length", 300)
+    complete = min(len(long.get(name, {})) for name in MAIN_ARMS) == 5
     for name in README_ARMS:
         late = [row["measured"]["accuracy"] for row in long.get(name, {}).values()]
         cells = means(arms[name], README_COLUMNS.values())
-        if long:
+        if complete:
             cells.insert(1, format_mean(late) if late else "")
         rows.append([name, *cells])
     first, *rest = README_COLUMNS
-    return markdown_table(["reward", first, *["after 300 steps"] * bool(long), *rest], rows)
+    return markdown_table(["reward", first, *["after 300 steps"] * complete, *rest], rows)
 
 
 def try_this_table(results):
