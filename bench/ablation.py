@@ -105,7 +105,7 @@ class Job:
 
     @property
     def key(self):
-        return tuple(asdict(self).values())
+        return ablation_report.run_key(asdict(self))
 
 
 @contextmanager

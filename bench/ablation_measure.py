@@ -108,13 +108,13 @@ def grade_looks(questions, answers):
     """`grade_answers`, and the places that an answer names one after the other: how often the first
     and the last are on the card, how many answers of each combination are right, and the share of
     wrong first looks that are corrected."""
-    first, last, again, right = [], [], [], []
+    rows = []
     for (example, _), answer in zip(questions, answers):
         region, cells = example_region(example, GRID).view(GRID), named_cells(answer.texts[0])
         on = [r < GRID[0] and c < GRID[1] and bool(region[r, c]) for r, c in cells] or [False]
-        first.append(on[0]), last.append(on[-1]), again.append(len(on) > 1)
-        right.append(reward.accuracy_reward(answer.texts[0], example.answer) == 1)
-    first, last, again, right = map(torch.tensor, (first, last, again, right))
+        right = reward.accuracy_reward(answer.texts[0], example.answer) == 1
+        rows.append((on[0], on[-1], len(on) > 1, right))
+    first, last, again, right = torch.tensor(rows).T
 
     def share(condition, within=torch.tensor(True)):
         kept = condition[within.expand(len(condition))].float()

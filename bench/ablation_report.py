@@ -363,7 +363,7 @@ def tables(results, training):
         "alarm": ({"arm", "length"}, lambda: alarm_table(results, training)),
         "noise": ({"noise"}, lambda: noise + noise_table(results)),
         "variants": ({"variant"}, lambda: headline_table(results, ["variant"])),
-        "second looks rates": ({"looks rate"}, lambda: rate_table(results, "looks rate")),
+        "second looks rates": ({"looks"}, lambda: rate_table(results, "looks rate")),
         "second looks": ({"looks"}, lambda: second_looks_table(results)),
     }
     missing = "Not run yet; `python bench/ablation.py` continues the study."

@@ -1,6 +1,6 @@
 """Where the time of one of our steps goes, by kind of operation.
 
-    python bench/profile_step.py                  # the points of the grid that need least time
+    python bench/profile_step.py                  # the points where TRL / ours is smallest
     python bench/profile_step.py 512,64,8         # one point: P, C, G
     python bench/profile_step.py --report         # only rewrite the table, from the JSON
 
@@ -23,7 +23,7 @@ from bench.step import median_of
 from bench.step_arms import make_step
 from model import load_vlm
 
-POINTS = ["128,32,4", "128,110,4", "128,110,8", "512,32,4", "512,110,4"]
+POINTS = ["128,32,4", "128,110,4", "128,110,8", "128,110,16", "512,110,4"]
 FILE = RESULTS / "profile_step.json"
 PRODUCTS = "mm addmm addmm_ bmm baddbmm _scaled_dot_product_flash_attention_for_cpu convolution"
 KINDS = {
@@ -37,7 +37,8 @@ KINDS = {
 
 def profile_point(point, folder):
     """The seconds of one step by kind of operation, and of its longest operations."""
-    step = make_step(load_vlm(folder, load_in_4bit=True, device="cpu"), *point)
+    vlm = load_vlm(folder, load_in_4bit=True, device="cpu", gradient_checkpointing=True)
+    step = make_step(vlm, *point)
     step()  # allocates some memory once
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()

@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -104,9 +103,6 @@ class ChainTeacher(Teacher):
         ids = self.tokenizer(expand_image_token(text), add_special_tokens=False).input_ids
         return draw(cards, SIZE), torch.tensor(ids), marked, cell_words(cards)
 
-    def stack(self, ids):
-        return pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-
     def labels(self, ids, marked):
         """Labels and their weights, both (B, S). Only the answers get loss."""
         token_id = self.tokenizer.convert_tokens_to_ids
@@ -138,18 +134,17 @@ def predict_words(model, tokenizer, scenes, text_of):
         inputs = model_inputs(tokenizer, make_processor(), images[part], ids[part])
         best = model(**inputs).logits[:, -1].argmax(-1)
         words += tokenizer.convert_ids_to_tokens(best.tolist())
-    return layouts, words
+    return words
 
 
 def forced_reading(model, tokenizer, scenes):
     """The share of forced looks at another card after which the model says what is there, and does
     what it should. Returns: a dict of floats."""
     model.eval()
-    to_color = lambda cards: look_text(cards[1]).rsplit(":", 1)[0] + ":"  # noqa: E731
-    layouts, colors = predict_words(model, tokenizer, scenes, to_color)
-    _, decisions = predict_words(model, tokenizer, scenes, lambda cards: look_text(cards[1]))
-    to_dot = lambda cards: look_text(cards[1]) + " dot"  # noqa: E731
-    _, dots = predict_words(model, tokenizer, scenes, to_dot)
+    inputs, layouts = (model, tokenizer, scenes), [scenes.layout(i) for i in range(len(scenes))]
+    colors = predict_words(*inputs, lambda cards: look_text(cards[1]).split(":")[0] + ":")
+    decisions = predict_words(*inputs, lambda cards: look_text(cards[1]))
+    dots = predict_words(*inputs, lambda cards: look_text(cards[1]) + " dot")
     n = len(layouts)
     return {
         "color of the forced place": sum(w == c[1].color for w, c in zip(colors, layouts)) / n,
@@ -182,9 +177,6 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--output_dir", type=Path, default=MODEL, help=f"default: {MODEL}")
-    add("--see_steps", type=int, default=1200, help="stage 1 (default: 1200)")
-    add("--careless_steps", type=int, default=100, help="stage 2 (default: 100)")
-    add("--see_rate", type=float, default=1e-3, help="learning rate of stage 1 (default: 1e-3)")
     add("--start_from", type=Path, help="skip stage 1; the folder of a stage-1 model")
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
@@ -192,10 +184,10 @@ def main(arguments=None):
     scenes = Scenes("validation", 256)
     source = args.start_from or HERE
     model = Qwen3VLForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
-    stages = [(args.careless_steps, 5e-4, CARELESS, args.output_dir)]
+    stages = [(100, 5e-4, CARELESS, args.output_dir)]  # steps, learning rate
     if not args.start_from:
         see = args.output_dir.with_name(args.output_dir.name + "_stage_1")
-        stages.insert(0, (args.see_steps, args.see_rate, None, see))
+        stages.insert(0, (1200, 1e-3, None, see))
     for seed, (steps, rate, careless, folder) in enumerate(stages, 2 - len(stages)):
         teacher = ChainTeacher(tokenizer, seed)
         train(model, teacher, steps, rate, careless, 16, scenes)

@@ -317,15 +317,17 @@ def test_first_and_last_looks_are_graded_by_hand():
         f"look {places(1)[2]} : red . dot . <answer> nothing </answer>",
         f"look {places(2)[0]} : red . dot . <answer> {SCENES[2].answer} </answer>",
         "<answer> nothing </answer>",  # names no place
+        f"look {places(4)[2]} : red . look {places(4)[0]} : red . dot . <answer> no </answer>",
     ]
     row = graded(texts, ablation_measure.grade_looks)
-    assert row["accuracy"] == 0.5 and row["first_on_card"] == 0.25 and row["last_on_card"] == 0.5
-    assert row["looked_again"] == 0.25
-    assert row["looked_again_if_first_off"] == pytest.approx(1 / 3)
-    assert row["corrected"] == pytest.approx(1 / 3) and row["first_off_if_wrong"] == 1
+    shares = {name: row[name] for name in ("accuracy", "first_on_card", "last_on_card")}
+    assert shares == pytest.approx(dict(accuracy=0.4, first_on_card=0.2, last_on_card=0.6))
+    assert row["looked_again"] == pytest.approx(0.4)
+    assert row["looked_again_if_first_off"] == pytest.approx(0.5)
+    assert row["corrected"] == pytest.approx(0.25) and row["first_off_if_wrong"] == 1
     cells = {name: row[f"named_{name}"] for name in ("on_on", "on_off", "off_on", "off_off")}
-    assert cells == {"on_on": 0.25, "on_off": 0, "off_on": 0.25, "off_off": 0.5}
-    assert row["accuracy_named_off_on"] == 1 and row["accuracy_named_off_off"] == 0
+    assert cells == pytest.approx({"on_on": 0.2, "on_off": 0, "off_on": 0.4, "off_off": 0.4})
+    assert row["accuracy_named_off_on"] == 0.5 and row["accuracy_named_off_off"] == 0
 
 
 def test_answers_in_batches_equal_single_answers():

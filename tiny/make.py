@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
     GenerationConfig,
@@ -212,7 +213,7 @@ class Teacher:
         of each label (B, S), and the soft labels of the image tokens (B * N, V)."""
         samples = [self.sample(careless) for _ in range(size)]
         images, ids, skip_place, words = zip(*samples)
-        ids = self.stack(ids)
+        ids = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         labels, weight = self.labels(ids, skip_place)
         token_id = self.tokenizer.convert_tokens_to_ids
         soft = torch.zeros(size * len(words[0]), VOCABULARY_SIZE)
@@ -220,9 +221,6 @@ class Teacher:
             if cell:
                 soft[i, token_id(cell)] = 1 / len(cell)
         return model_inputs(self.tokenizer, self.processor, images, ids), labels, weight, soft
-
-    def stack(self, ids):
-        return torch.stack(ids)  # all chats have the same number of words: no padding needed
 
     def labels(self, ids, skip_place):
         """Labels and their weights, both (B, S). Only the answers get loss."""
@@ -302,8 +300,8 @@ def train(model, teacher, steps, learning_rate, careless, batch_size, scenes):
         scheduler.step()
         bar.set_postfix(answer=f"{loss.item():.3f}", cells=f"{side_loss.item():.3f}")
         if (step + 1) % 200 == 0 or step + 1 == steps:
-            how = {"max_tokens": teacher.max_tokens}
-            place, answer = greedy_accuracy(model, teacher.tokenizer, scenes, **how)
+            tokenizer, most = teacher.tokenizer, teacher.max_tokens
+            place, answer = greedy_accuracy(model, tokenizer, scenes, max_tokens=most)
             tqdm.write(
                 f"step {step + 1}: loss {loss.item():.3f} + {side_loss.item():.3f}, on "
                 f"{len(scenes)} validation scenes: place {place:.3f}, answer {answer:.3f}"
