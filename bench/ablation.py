@@ -8,11 +8,13 @@ reward do, and when does it break?
 The stages run in this order:
 
     rate      learning rates of each arm, chosen on validation questions
-    arm       60 steps, ten seeds, all arms; the base model
-    length    the three main arms, 120 to 300 steps, five seeds
+    arm       60 steps, five seeds, all arms; the base model
+    length    the three main arms, 300 steps, five seeds
     looks     a model that can look twice (made first, see second_looks.py): 60 steps, five seeds
     remedy    changes that might prevent the collapse of the attention reward, 300 steps
     noise     wrong labels, wrong boxes, few questions, few labels
+    arm       five more seeds
+    length    180 and 120 steps
     variant   other tokens, layers and heads
 
 Every run calls `sayo_mini.main` with different flags. Runs with the same seed share the scenes,
@@ -90,7 +92,9 @@ TRAINING = (  # metrics of metrics.jsonl that are kept, for the alarm
     "attention/corr_accuracy",
     "frac_reward_zero_std",
     "kl",
+    "entropy",
 )
+NO_CURVE = "rate", "looks rate", "noise"  # stages that are judged at the end of a run only
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ def train_arm(job, setup, folder):
     def step_and_measure(vlm, examples, cfg, *state):
         nonlocal count
         result, count = train_step(vlm, examples, cfg, *state), count + 1
-        if "rate" not in job.kind and count % CURVE_STEPS == 0:
+        if job.kind not in NO_CURVE and count % CURVE_STEPS == 0:
             points.append({"step": count} | rounded(curve.point(vlm, cfg)))
         return result
 
@@ -201,7 +205,7 @@ def run_job(job, setup, output_dir):
             points = train_arm(job, setup, folder)
             if points is None:
                 return None
-            row["curve"] = points
+            row |= {"curve": points, "samples": last_samples(folder)}
             lines = (folder / "metrics.jsonl").read_text().splitlines()
             steps = [json.loads(line) for line in lines]
             training = {k: [round(step[k] or 0.0, 3) for step in steps] for k in TRAINING}
@@ -219,6 +223,13 @@ def run_job(job, setup, output_dir):
             row["measured"] = rounded(measure(vlm, cfg, sizes, setup["heads"]))
     row |= {"processor": machine()["processor"], "minutes": round((time.time() - start) / 60, 2)}
     return row, {"key": job.key, **training}
+
+
+def last_samples(folder):
+    """Two samples of the last step, one per question, to see what the answers look like."""
+    lines = (folder / "samples.jsonl").read_text().splitlines()[-64:]
+    by_question = {row["id"]: row for row in map(json.loads, lines)}
+    return [f"{row['answer']}: {row['text']}" for row in list(by_question.values())[-2:]]
 
 
 def validation_accuracy(vlm, cfg, count):
@@ -308,13 +319,14 @@ def run_study(args):
             for name in names or arms
         ]
 
-    stages = [Job("arm", "base", 0, 0, 0.0), *jobs("arm", range(5))]
-    for steps in reversed(LONG):
-        stages += jobs("length", range(5), steps, MAIN_ARMS)
-    run_jobs(stages, args, results)
+    run_jobs([Job("arm", "base", 0, 0, 0.0), *jobs("arm", range(5))], args, results)
+    run_jobs(jobs("length", range(5), LONG[-1], MAIN_ARMS), args, results)
     run_looks(jobs, args, results)
     stages = jobs("remedy", range(3), LONG[-1]) + jobs("noise", range(3))
-    run_jobs([*stages, *jobs("variant", range(3)), *jobs("arm", range(5, 10))], args, results)
+    stages += jobs("arm", range(5, 10))
+    for steps in reversed(LONG[:-1]):
+        stages += jobs("length", range(5), steps, MAIN_ARMS)
+    run_jobs([*stages, *jobs("variant", range(3))], args, results)
     return results
 
 

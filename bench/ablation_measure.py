@@ -143,35 +143,39 @@ class LearningCurve:
         self.questions, self.grade, self.prompts = questions, grade, None
 
     def point(self, vlm, cfg):
-        """Returns: what `grade` measures, and the mean r_v and AUROC of the answers."""
+        """Returns: what `grade` measures."""
         if self.prompts is None:  # the vision tower is frozen, so its features are kept
             self.prompts = [vlm.encode(e.image, e.question) for e, _ in self.questions]
-        most = cfg.max_completion_length
-        answers, scores = answer_questions(vlm, self.prompts, most), []
-        pairs = list(zip(self.prompts, answers))
-        for batch in split_by_tokens(pairs, lambda pair: len(pair[0].input_ids) + most):
-            with torch.no_grad():
-                scores += vlm.score_groups(*zip(*batch))
-        r_v, auroc = [], []
-        for (example, _), answer, score in zip(self.questions, answers, scores):
-            selected = reward.select_tokens(score.entropy, answer.mask, cfg.token_fraction)
-            rows = reward.align_attention(score.attention, score.prompt_attention, cfg.alignment)
-            region = example_region(example, GRID)
-            r_v.append(reward.attention_reward(rows, region, selected).item())
-            auroc.append(reward.localization(rows[0][selected[0]].mean(0), region)["auroc"])
-        return self.grade(self.questions, answers) | {"r_v": mean(r_v), "auroc": mean(auroc)}
+        answers = answer_questions(vlm, self.prompts, cfg.max_completion_length)
+        return self.grade(self.questions, answers)
 
 
 def measure_looks_world(vlm, cfg, count):
-    """The measurements of a model that can look twice: greedy answers to test questions, and how
-    often sampled answers look again. Returns: a flat dict of floats."""
-    questions = make_questions(count)
-    results = LearningCurve(questions, grade_looks).point(vlm, cfg)
+    """The measurements of a model that can look twice: greedy answers to test questions, their
+    attention, and how often sampled answers look again. Returns: a flat dict of floats."""
+    questions, length = make_questions(count), cfg.max_completion_length
     prompts = [vlm.encode(e.image, e.question) for e, _ in questions]
-    sampled = answer_questions(vlm, prompts, cfg.max_completion_length, temperature=1.0)
+    answers = answer_questions(vlm, prompts, length)
+    results = grade_looks(questions, answers)
+    results["auroc"] = mean(own_text_auroc(vlm, questions, prompts, answers, cfg))
+    sampled = answer_questions(vlm, prompts, length, temperature=1.0)
     graded = grade_looks(questions, sampled)
     kept = ("accuracy", "looked_again", "looked_again_if_first_off", "corrected")
     return results | {f"sampled_{name}": graded[name] for name in kept}
+
+
+@torch.no_grad()
+def own_text_auroc(vlm, questions, prompts, answers, cfg):
+    """AUROC of the mean map of the selected tokens, one number per answer."""
+    pairs, scores = list(zip(prompts, answers)), []
+    length = cfg.max_completion_length
+    for batch in split_by_tokens(pairs, lambda pair: len(pair[0].input_ids) + length):
+        scores += vlm.score_groups(*zip(*batch))
+    for (example, _), answer, score in zip(questions, answers, scores):
+        selected = reward.select_tokens(score.entropy, answer.mask, cfg.token_fraction)
+        rows = reward.align_attention(score.attention, score.prompt_attention, cfg.alignment)
+        map = rows[0][selected[0]].mean(0)  # (N,)
+        yield reward.localization(map, example_region(example, GRID))["auroc"]
 
 
 # --- attention ---
