@@ -202,7 +202,7 @@ def train(cfg):
                     raise
                 continue
             run.log(json_row(metrics | {"learning_rate": rate}), [json_row(row) for row in samples])
-            print_alarms(run.history, cfg.prompts_per_step, warned)
+            print_alarms(run.history, cfg, warned)
             bar.set_postfix(mean_rewards(metrics), refresh=False)
             bar.update()
             if run.step % cfg.save_steps == 0 or run.step == cfg.max_steps:

@@ -1,11 +1,16 @@
 """Warnings about suspicious metrics of a training step."""
 
-from itertools import accumulate
+from statistics import fmean
 
 from tqdm import tqdm
 
-WINDOW = 128  # questions: the share of right samples is averaged over the steps that have so many
-DECLINE = 0.1  # of that average below its best: an alarm; not yet judged on real collapses
+from config import parse_weights
+
+WINDOW = 128  # questions: the trends below are means over the steps that have so many
+DECLINE = 0.15  # of the share of right samples, from its best
+UNRELATED = 0.05  # correlation of the attention reward with being right
+MIXED = 0.1, 0.9  # share of right samples in a step whose correlation counts
+ADVICE = "stop, reward accuracy too, or end with the best adapter (--keep_best)"
 
 ALARMS = {  # metric -> (threshold, what it means)
     "frac_reward_zero_std": (
@@ -27,35 +32,48 @@ def alarms(row):
     }
 
 
-def decline(rows, prompts_per_step):
-    """Whether answers get worse during training, at the last of these steps.
+def trend_alarms(rows, prompts_per_step, weights):
+    """The signs that the reward leads away from right answers.
 
-    Args: rows of metrics.jsonl. Returns: (best, recent) share of right samples, both means over
-    steps with WINDOW questions, if the recent one is DECLINE lower; else None.
+    - answers get worse: the share of right samples is DECLINE below its best.
+    - attention misleads: it is rewarded, accuracy is not, and right samples earn about as much
+      attention reward as wrong ones. This comes first if a reward is wrong from the start.
+
+    Both are means over the steps that have WINDOW questions. docs/evidence.md says how many
+    collapses they catch.
+
+    Args: rows of metrics.jsonl; weights, {reward: weight}. Yields: (row number from 1, name of the
+    alarm, message), for every row that has it.
     """
-    size = -(-WINDOW // prompts_per_step)
-    sums = [0.0, *accumulate(row.get("rewards/accuracy/mean") or 0.0 for row in rows)]
-    means = [(b - a) / size for a, b in zip(sums, sums[size:])]
-    if len(means) <= size or max(means) - means[-1] < DECLINE - 1e-9:
-        return None
-    return max(means), means[-1]
+    size = -(-WINDOW // prompts_per_step)  # steps
+    only_attention = weights.get("attention", 0) > 0 and not weights.get("accuracy")
+    shares, correlations, best = [], [], 0.0
+    for number, row in enumerate(rows, 1):
+        shares.append(row.get("rewards/accuracy/mean") or 0.0)
+        if MIXED[0] <= shares[-1] <= MIXED[1]:
+            correlations.append(row["attention/corr_accuracy"])
+        if len(shares) >= size:
+            recent = fmean(shares[-size:])
+            best = max(best, recent)
+            if best - recent >= DECLINE - 1e-9:
+                why = f"{recent:.0%} of the recent samples are right, {best:.0%} were at best"
+                yield number, "answers get worse", f"{why}; {ADVICE}"
+        if only_attention and len(correlations) >= size:
+            recent = fmean(correlations[-size:])
+            if recent < UNRELATED:
+                why = "right samples earn about as much attention reward as wrong ones"
+                message = f"{why} (correlation {recent:.2f}); {ADVICE}"
+                yield number, "attention misleads", message
 
 
-def first_decline(rows, prompts_per_step):
-    """The step of the first `decline`, or None."""
-    steps = range(1, len(rows) + 1)
-    return next((step for step in steps if decline(rows[:step], prompts_per_step)), None)
-
-
-def print_alarms(rows, prompts_per_step, warned):
-    """Print each alarm once per run. Args: rows of metrics.jsonl so far; warned, the set of metrics
-    already reported."""
+def print_alarms(rows, cfg, warned):
+    """Print each alarm once per run. Args: rows of metrics.jsonl so far; warned, the set of alarms
+    already printed."""
     found = alarms(rows[-1])
-    if "decline" not in warned and (worse := decline(rows, prompts_per_step)):
-        found["decline"] = (
-            f"answers get worse: {worse[1]:.0%} of the recent samples are right, {worse[0]:.0%} "
-            f"were at best; the rewards may be met without right answers, see --keep_best"
-        )
+    weights = parse_weights(cfg.reward_weights)
+    for number, name, message in trend_alarms(rows, cfg.prompts_per_step, weights):
+        if number == len(rows):
+            found[name] = f"{name}: {message}"
     for name, message in found.items():
         if name not in warned:
             tqdm.write(f"step {rows[-1]['step']}: {message}")

@@ -11,8 +11,9 @@ import re
 from pathlib import Path
 from statistics import fmean
 
-from analysis.alarms import first_decline
+from analysis.alarms import trend_alarms
 from analysis.results_table import count_corrected, count_looks, have_looks, results_table
+from config import parse_weights
 from runtime.run_folder import join_flags
 from runtime.settings import FIELDS
 
@@ -61,9 +62,7 @@ def render_report(folder, examples):
         "SETTINGS": html.escape(settings_command(config)),
         "TABLE": html.escape(table.partition("\n\n")[0]),  # the looks have their own table
         "LOOKS": looks_section(before, after),
-        "METRIC_CHARTS": "\n".join(
-            metric_charts(steps, first_decline(steps, config["prompts_per_step"]))
-        ),
+        "METRIC_CHARTS": "\n".join(metric_charts(steps, first_alarm(steps, config))),
         "POSITION_CHARTS": "\n".join(charts),
         # An example may contain "</script>".
         "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
@@ -270,10 +269,18 @@ def is_packed(content, grid):
     return valid and len(cells) == rows * cols and set(cells) <= set(LEVELS)
 
 
+def first_alarm(steps, config):
+    """(step, name) of the first of the `trend_alarms` of a run, or None.
+    Args: steps, the rows of metrics.jsonl."""
+    weights = parse_weights(config["reward_weights"])
+    found = trend_alarms(steps, config["prompts_per_step"], weights)
+    return next(((step, name) for step, name, _ in found), None)
+
+
 def metric_charts(steps, alarm=None):
     """The training curves of all logged rewards and of CURVES, as a list of SVGs.
 
-    Args: steps, the rows of metrics.jsonl; alarm, a step to mark, or None.
+    Args: steps, the rows of metrics.jsonl; alarm, (step, its name) to mark, or None.
     """
     logged = dict.fromkeys(name for step in steps for name in step)  # an ordered set
     rewards = [name for name in logged if name.startswith("rewards/")]
@@ -328,8 +335,8 @@ def attention_by_position(results):
 def line_chart(title, lines, x_label="step", mark=None):
     """Draw a line chart as inline SVG.
 
-    Args: lines, {name: values at x = 1, 2, ...}, with None for a missing value; mark, an x at which
-    answers get worse, or None.
+    Args: lines, {name: values at x = 1, 2, ...}, with None for a missing value; mark, (x, its
+    name) of a line to draw, or None.
     Returns: the SVG as a string, or "" if there are no values.
     """
     values = [v for line in lines.values() for v in line if v is not None]
@@ -356,9 +363,9 @@ def line_chart(title, lines, x_label="step", mark=None):
         f'<text x="{right}" y="{bottom + 15}" text-anchor="end">{x_label} {longest}</text>',
     ]
     if mark:
-        x, _ = point(mark - 1, low).split(",")
+        x, _ = point(mark[0] - 1, low).split(",")
         parts.append(f'<path class="alarm" d="M{x},{top} V{bottom}"/>')
-        parts.append(f'<text x="{x}" y="{top - 2}" class="alarm">answers get worse</text>')
+        parts.append(f'<text x="{x}" y="{top - 2}" class="alarm">{mark[1]}</text>')
     for n, (name, line) in enumerate(lines.items()):
         points = " ".join(point(i, v) for i, v in enumerate(line) if v is not None)
         y, style = height + 14 * n, line_style(n)

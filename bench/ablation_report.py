@@ -5,7 +5,7 @@ from math import sqrt
 from statistics import fmean as mean
 from statistics import stdev
 
-from analysis.alarms import first_decline
+from analysis.alarms import trend_alarms
 from bench.ablation_arms import (
     ACCURACY,
     ARMS,
@@ -19,8 +19,10 @@ from bench.ablation_arms import (
     ROLLED_BOX,
     SAYO,
     SHUFFLED_SCORES,
+    remedies,
 )
 from bench.doc_tables import markdown_table
+from config import parse_weights
 
 README_ARMS = ["base", SAYO, ACCURACY, BOTH, PLACE, ROLLED_BOX, SHUFFLED_SCORES]
 README_COLUMNS = {  # column -> metric
@@ -48,6 +50,21 @@ COMPARISONS = [  # planned before the study: (ours, theirs, metric)
 POINTS_LOST = 0.2  # accuracy below its best: a collapse
 HEALTHY = 0.1  # accuracy never further below its best so far
 PROMPTS_PER_STEP = 8
+
+
+COLLAPSE_CURVE = {  # column -> metric of the learning curve
+    "accuracy": "accuracy",
+    "names the card": "on_card",
+    "right if so": "accuracy_if_on_card",
+    "right if not": "accuracy_if_not_on_card",
+}
+COLLAPSE_TRAINING = {  # column -> metric of training
+    "r_v of samples": "rewards/attention/mean",
+    "right samples": "rewards/accuracy/mean",
+    "correlation of both": "attention/corr_accuracy",
+    "KL, nats": "kl",
+    "entropy, nats": "entropy",
+}
 
 
 # --- rates ---
@@ -265,6 +282,51 @@ def length_table(results):
     return markdown_table(["arm", *(f"{n} steps" for n in (60, 120, 180, 300))], rows)
 
 
+def collapse_table(results, training):
+    """What happens around the collapse of SAYO, averaged over its runs with most steps that have
+    collapsed: metrics of training, each the mean over the 20 steps that end there, and what is
+    measured there on validation questions."""
+    runs = [
+        (row, metrics, collapse_step(row))
+        for row, metrics in with_training(results, training)
+        if (row["kind"], row["arm"]) == ("length", SAYO) and collapse_step(row)
+    ]
+    runs = [run for run in runs if run[0]["steps"] == max(row["steps"] for row, *_ in runs)]
+    moments = {"step 20": lambda row, at: 20}
+    for steps in (60, 40, 20):
+        moments[f"{steps} steps before"] = lambda row, at, steps=steps: at - steps
+    moments |= {"0.2 lost": lambda row, at: at, "40 steps after": lambda row, at: at + 40}
+    moments["last step"] = lambda row, at: row["steps"]
+    rows = []
+    for name, moment in moments.items():
+        seen = defaultdict(list)
+        for row, metrics, at in runs:
+            step = moment(row, at)
+            point = next((p for p in row["curve"] if p["step"] == step), None)
+            if not point or step < 20:
+                continue
+            for metric in COLLAPSE_CURVE.values():
+                seen[metric].append(point[metric])
+            for metric in COLLAPSE_TRAINING.values():
+                if metric in metrics:  # the first runs did not keep them all
+                    seen[metric].append(mean(metrics[metric][step - 20 : step]))
+        columns = (COLLAPSE_CURVE | COLLAPSE_TRAINING).values()
+        if seen:
+            cells = [f"{mean(seen[c]):.2f}" if seen[c] else "" for c in columns]
+            rows.append([f"{name} ({len(seen['accuracy'])})", *cells])
+    return markdown_table(["when (runs)", *COLLAPSE_CURVE, *COLLAPSE_TRAINING], rows)
+
+
+def last_samples(results):
+    """What the samples of SAYO looked like in the last step of long runs, as Markdown."""
+    lines = [
+        f"- seed {seed}: " + "; ".join(f"`{text}`" for text in row["samples"])
+        for seed, row in group_by_arm(results, "length", 300).get(SAYO, {}).items()
+        if row.get("samples")
+    ]
+    return "\n".join(lines)
+
+
 def remedy_table(results):
     """Validation accuracy of every remedy after 300 steps, and its best during training."""
     arms = {SAYO: group_by_arm(results, "length", 300)[SAYO]} | group_by_arm(results, "remedy")
@@ -280,23 +342,16 @@ def remedy_table(results):
 
 
 def alarm_counts(results, training):
-    """How the alarm of `analysis.alarms` judges the runs with a learning curve.
+    """How the alarms of `analysis.alarms` judge the runs with a learning curve.
 
     Args: training, {key of a run: its metrics}. Returns: {stage: counts}, of collapsed runs and how
-    many of them had the alarm before POINTS_LOST were lost, and of healthy runs (never HEALTHY
+    many of them had an alarm before POINTS_LOST were lost, and of healthy runs (never HEALTHY
     below their best so far) and how many had a false alarm.
     """
     counts = defaultdict(lambda: dict.fromkeys(("collapsed", "caught", "healthy", "false"), 0))
-    base = {r["kind"]: r["curve"] for r in results["runs"] if r["arm"] == "base"}
-    for row in results["runs"]:
-        metrics = training.get(run_key(row))
-        if not row.get("curve") or not metrics:
-            continue
-        start = base["looks" if row["kind"] == "looks" else "arm"]
-        row = row | {"curve": start + row["curve"]}
-        rows = [{"rewards/accuracy/mean": value} for value in metrics["rewards/accuracy/mean"]]
-        alarm, collapse = first_decline(rows, PROMPTS_PER_STEP), collapse_step(row)
-        stage = counts[row["kind"]]
+    for row, metrics in with_training(results, training):
+        alarm, collapse = first_alarm(row, metrics), collapse_step(row)
+        stage = counts[alarm_stage(row)]
         if collapse:
             stage["collapsed"] += 1
             stage["caught"] += alarm is not None and alarm <= collapse
@@ -304,6 +359,32 @@ def alarm_counts(results, training):
             stage["healthy"] += 1
             stage["false"] += alarm is not None
     return counts
+
+
+def alarm_stage(row):
+    """The stage of a run, and whether the thresholds of the alarms were chosen on it."""
+    chosen_on = row["seed"] < {"arm": 5, "length": 2 * (row["steps"] == 300)}.get(row["kind"], 0)
+    return f"{row['kind']}, thresholds chosen on these" if chosen_on else row["kind"]
+
+
+def with_training(results, training):
+    """(row, metrics of its training) of the runs with a learning curve, which starts with the base
+    model here."""
+    base = {r["kind"]: r["curve"] for r in results["runs"] if r["arm"] == "base"}
+    for row in results["runs"]:
+        metrics = training.get(run_key(row))
+        if row.get("curve") and metrics:
+            start = base["looks" if row["kind"] == "looks" else "arm"]
+            yield row | {"curve": start + row["curve"]}, metrics
+
+
+def first_alarm(row, metrics):
+    """The step of the first trend alarm of a run, or None."""
+    arm = (ARMS | remedies()).get(row["arm"], ARMS[SAYO])
+    weights = parse_weights(arm.flags[arm.flags.index("--reward_weights") + 1])
+    names = "rewards/accuracy/mean", "attention/corr_accuracy"
+    rows = [dict(zip(names, values)) for values in zip(*(metrics[name] for name in names))]
+    return next((step for step, *_ in trend_alarms(rows, PROMPTS_PER_STEP, weights)), None)
 
 
 def largest_loss(row):
@@ -314,8 +395,12 @@ def largest_loss(row):
 
 def alarm_table(results, training):
     counts, rows = alarm_counts(results, training), []
-    total = {name: sum(c[name] for c in counts.values()) for name in next(iter(counts.values()))}
-    for stage, c in [*counts.items(), ("all", total)]:
+    new = {name: c for name, c in counts.items() if "chosen" not in name}
+    totals = {
+        label: {n: sum(c[n] for c in some.values()) for n in next(iter(counts.values()))}
+        for label, some in (("all others", new), ("all", counts))
+    }
+    for stage, c in (counts | totals).items():
         shares = [
             f"{100 * part / whole:.0f} %" if whole else ""
             for part, whole in ((c["caught"], c["collapsed"]), (c["false"], c["healthy"]))
@@ -359,6 +444,8 @@ def tables(results, training):
         "mediation": ({"arm"}, lambda: mediation_table(results, trained)),
         "looks": ({"arm"}, lambda: looks_table(results, shown)),
         "length": ({"length"}, lambda: length_table(results)),
+        "collapse": ({"length"}, lambda: collapse_table(results, training)),
+        "samples": ({"length"}, lambda: last_samples(results)),
         "remedies": ({"length", "remedy"}, lambda: remedy_table(results)),
         "alarm": ({"arm", "length"}, lambda: alarm_table(results, training)),
         "noise": ({"noise"}, lambda: noise + noise_table(results)),

@@ -481,10 +481,12 @@ def test_naming_and_reading_add_up_to_the_gain():
     assert gain == pytest.approx(naming + reading) and naming > 0 < reading
 
 
-def run(accuracies, samples, kind="arm", arm="a", seed=0):
+def run(accuracies, samples, kind="arm", arm="a", seed=0, correlation=0.5):
     curve = [{"step": 20 * (i + 1), "accuracy": value} for i, value in enumerate(accuracies)]
     row = dict(kind=kind, arm=arm, seed=seed, steps=len(samples), rate=1e-3, curve=curve)
-    return row, {ablation_report.run_key(row): {"rewards/accuracy/mean": samples}}
+    related = [correlation] * len(samples)
+    metrics = {"rewards/accuracy/mean": samples, "attention/corr_accuracy": related}
+    return row, {ablation_report.run_key(row): metrics}
 
 
 def test_a_collapse_is_lasting():
@@ -497,18 +499,25 @@ def test_a_collapse_is_lasting():
 def test_the_alarm_is_judged_against_the_collapse():
     base = dict(kind="arm", arm="base", seed=0, steps=0, rate=0.0)
     base["curve"] = [{"step": 0, "accuracy": 0.6}]
-    early = run([0.8, 0.8, 0.5], [0.5] * 20 + [0.8] * 16 + [0.3] * 24, seed=1)
-    late = run([0.8, 0.5, 0.5], [0.8] * 60, seed=2)
-    healthy = run([0.8, 0.8, 0.8], [0.8] * 60, seed=3)
-    false = run([0.8, 0.8, 0.8], [0.8] * 40 + [0.5] * 20, seed=4)
-    from_base = run([0.3, 0.3, 0.3], [0.6] * 20 + [0.2] * 40, seed=5)
-    between = run([0.8, 0.8, 0.68], [0.8] * 60, seed=6)  # neither collapsed nor healthy
+    early = run([0.8, 0.8, 0.5], [0.5] * 20 + [0.8] * 16 + [0.3] * 24, seed=5)
+    late = run([0.8, 0.5, 0.5], [0.8] * 60, seed=6)
+    healthy = run([0.8, 0.8, 0.8], [0.8] * 60, seed=7)
+    false = run([0.8, 0.8, 0.8], [0.8] * 40 + [0.5] * 20, seed=8)
+    from_base = run([0.3, 0.3, 0.3], [0.6] * 20 + [0.2] * 40, seed=9)  # too late, at step 26
+    misled = run([0.3, 0.3, 0.3], [0.6] * 20 + [0.2] * 40, seed=10, correlation=0)  # at step 16
+    between = run([0.8, 0.8, 0.68], [0.8] * 60, seed=11)  # neither collapsed nor healthy
+    seen = run([0.8, 0.8, 0.8], [0.8] * 60, seed=4)
     rows, training = [base], {}
-    for row, metrics in (early, late, healthy, false, from_base, between):
+    for row, metrics in (early, late, healthy, false, from_base, misled, between, seen):
         rows.append(row)
         training |= metrics
-    counts = ablation_report.alarm_counts({"runs": rows}, training)["arm"]
-    assert counts == {"collapsed": 3, "caught": 1, "healthy": 2, "false": 1}
+    counts = ablation_report.alarm_counts({"runs": rows}, training)
+    assert counts["arm"] == {"collapsed": 4, "caught": 2, "healthy": 2, "false": 1}
+    chosen = counts["arm, thresholds chosen on these"]
+    assert chosen == {"collapsed": 0, "caught": 0, "healthy": 1, "false": 0}
+    table = ablation_report.alarm_table({"runs": rows}, training)
+    assert "| all others | 4 | 2 | 50 % | 2 | 1 | 50 % |" in " ".join(table.split())
+    assert "| all | 4 | 2 | 50 % | 3 | 1 | 33 % |" in " ".join(table.split())
 
 
 # --- documents --------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from transformers import AutoModelForImageTextToText
 
 import reward
 import sayo_mini
-from analysis.alarms import ALARMS, decline, first_decline, print_alarms
-from analysis.html_report import metric_charts
+from analysis.alarms import ALARMS, print_alarms, trend_alarms
+from analysis.html_report import first_alarm, metric_charts
 from config import TINY as PRESET
 from config import Config
 from model import Completions
@@ -594,29 +594,55 @@ def test_every_epoch_visits_every_example_in_a_new_order():
 def shares(*blocks):
     """Rows of metrics.jsonl: (steps, share of right samples) after one another."""
     values = [share for steps, share in blocks for _ in range(steps)]
-    return [{"step": i, "rewards/accuracy/mean": share} for i, share in enumerate(values, 1)]
+    related = {"attention/corr_accuracy": 0.5}
+    return [{"step": i, "rewards/accuracy/mean": v} | related for i, v in enumerate(values, 1)]
+
+
+SAYO_WEIGHTS = {"attention": 1.0, "format": 1.0}
+
+
+def alarm_steps(rows, prompts_per_step=8, weights=SAYO_WEIGHTS):
+    """{name of the alarm: its first step}."""
+    found = list(trend_alarms(rows, prompts_per_step, weights))
+    return {name: step for step, name, _ in reversed(found)}
 
 
 def test_answers_that_get_worse_raise_an_alarm():
     """With 8 questions per step, means over 16 steps are compared."""
     falling = shares((16, 0.5), (16, 0.7), (20, 0.5))
-    # The mean falls by 0.2 / 16 per step; it is 0.1 lower after 8 steps.
-    assert first_decline(falling, 8) == 40
-    best, recent = decline(falling[:40], 8)
-    assert (best, recent) == (pytest.approx(0.7), pytest.approx(0.6))
-    assert decline(falling[:39], 8) is None
-    assert first_decline(shares((16, 0.5), (16, 0.7), (60, 0.61)), 8) is None
-    assert first_decline(shares((5, 0.9), (11, 0.1)), 8) is None  # too short for two means
-    assert first_decline(falling, 128) == 33  # every step has enough questions
+    # The mean falls by 0.2 / 16 per step; it is 0.15 lower after 12 steps.
+    assert alarm_steps(falling) == {"answers get worse": 44}
+    first = next(trend_alarms(falling, 8, SAYO_WEIGHTS))
+    assert "55% of the recent samples are right, 70% were at best" in first[2]
+    assert not alarm_steps(falling[:43])
+    assert not alarm_steps(shares((16, 0.5), (16, 0.7), (60, 0.56)))
+    assert not alarm_steps(shares((2, 0.9), (13, 0.1)))  # too short for a mean
+    assert alarm_steps(falling, 128) == {"answers get worse": 33}  # every step has enough questions
+
+
+def test_an_attention_reward_unrelated_to_right_answers_raises_an_alarm():
+    unrelated = {"attention/corr_accuracy": 0.0}
+    rows = [row | unrelated for row in shares((60, 0.5))]
+    assert alarm_steps(rows) == {"attention misleads": 16}
+    related = [row | {"attention/corr_accuracy": 0.1} for row in rows[:16]]
+    # The mean falls by 0.1 / 16 per step: it is 0.1 * 7 / 16 < 0.05 after 9 steps.
+    assert alarm_steps(related + rows) == {"attention misleads": 25}
+    assert not alarm_steps(rows, weights=SAYO_WEIGHTS | {"accuracy": 1.0})
+    assert not alarm_steps(rows, weights={"attention": 0.0, "format": 1.0})
+    for share in (0.0, 0.05, 0.95, 1.0):  # hardly any right (or wrong) samples, or no answers known
+        assert not alarm_steps([row | unrelated for row in shares((60, share))])
 
 
 def test_the_alarm_for_worse_answers_is_printed_once_and_marked_in_the_report(capsys):
     rows, warned = shares((16, 0.5), (16, 0.7), (20, 0.5)), set()
     rows = [row | dict.fromkeys(ALARMS, 0.0) for row in rows]
     for step in range(1, len(rows) + 1):
-        print_alarms(rows[:step], 8, warned)
+        print_alarms(rows[:step], Config(prompts_per_step=8), warned)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "answers get worse" in line]
-    assert line.startswith("step 40: ") and "60% of the recent samples" in line and "70%" in line
-    charts = metric_charts(rows, first_decline(rows, 8))
+    assert (
+        line.startswith("step 44: answers get worse: 55% of the recent samples") and "70%" in line
+    )
+    settings = {"prompts_per_step": 8, "reward_weights": "attention=1,format=1"}
+    charts = metric_charts(rows, first_alarm(rows, settings))
     assert all("answers get worse" in chart for chart in charts if chart)
     assert not any("answers get worse" in chart for chart in metric_charts(rows))
