@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import sayo_mini
-from bench import ablation_claims, ablation_plots, ablation_report, second_looks
+from bench import ablation_claims, ablation_plots, ablation_report, ablation_stats, second_looks
 from bench.ablation_arms import (
     ACCURACY,
     ARMS,
@@ -109,7 +109,7 @@ class Job:
 
     @property
     def key(self):
-        return ablation_report.run_key(asdict(self))
+        return ablation_stats.run_key(asdict(self))
 
 
 @contextmanager
@@ -242,7 +242,7 @@ def validation_accuracy(vlm, cfg, count):
 def run_jobs(jobs, args, results):
     """Run the jobs that have no row in the results yet, `args.jobs` at a time. Each adds its row
     when it finishes."""
-    done = {ablation_report.run_key(row) for row in results["runs"]}
+    done = {ablation_stats.run_key(row) for row in results["runs"]}
     jobs = [job for job in jobs if job.key not in done]
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         setup, folder = results["setup"], args.output_dir
@@ -346,8 +346,8 @@ def choose_rates(args, results, kind, rates, seeds):
     more = [(name, rate) for name in tuned for rate in rates]
     while more:
         run_jobs([Job(kind, n, seed, STEPS, r) for n, r in more for seed in seeds], args, results)
-        more = ablation_report.rates_beyond_the_edge(results, kind)
-    return ablation_report.chosen_rates(results, kind)
+        more = ablation_stats.rates_beyond_the_edge(results, kind)
+    return ablation_stats.chosen_rates(results, kind)
 
 
 def parse_args():
@@ -391,7 +391,7 @@ def write_docs(results, training):
     insert(docs / "algorithm.md", "study try this", changes)
     insert(ROOT / "README.md", "results", ablation_report.readme_table(results))
     ablation_plots.plot_arms(results, docs / "ablation.png")
-    if ablation_report.group_by_arm(results, "noise"):
+    if ablation_stats.group_by_arm(results, "noise"):
         ablation_plots.plot_noise(results, docs / "noise.png")
 
 

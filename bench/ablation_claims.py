@@ -17,13 +17,8 @@ from bench.ablation_arms import (
     SAYO,
     SHUFFLED_SCORES,
 )
-from bench.ablation_report import (
-    collapse_step,
-    format_interval,
-    group_by_arm,
-    measured,
-    paired_difference,
-)
+from bench.ablation_collapse import collapse_step
+from bench.ablation_stats import format_interval, group_by_arm, measured, paired_difference
 
 
 class Study:

@@ -1,11 +1,7 @@
 """The tables and the pictures of `ablation.py`, made from its JSON alone."""
 
-from collections import defaultdict
-from math import sqrt
 from statistics import fmean as mean
-from statistics import stdev
 
-from analysis.alarms import trend_alarms
 from bench.ablation_arms import (
     ACCURACY,
     ARMS,
@@ -19,10 +15,27 @@ from bench.ablation_arms import (
     ROLLED_BOX,
     SAYO,
     SHUFFLED_SCORES,
-    remedies,
+)
+from bench.ablation_collapse import (
+    alarm_table,
+    collapse_table,
+    last_samples,
+    length_table,
+    remedy_table,
+)
+from bench.ablation_stats import (
+    chosen_rates,
+    format_interval,
+    format_mean,
+    group_by_arm,
+    half_width,
+    holm,
+    means,
+    measured,
+    paired_difference,
+    rate_scores,
 )
 from bench.doc_tables import markdown_table
-from config import parse_weights
 
 README_ARMS = ["base", SAYO, ACCURACY, BOTH, PLACE, ROLLED_BOX, SHUFFLED_SCORES]
 README_COLUMNS = {  # column -> metric
@@ -30,7 +43,6 @@ README_COLUMNS = {  # column -> metric
     "AUROC, own text": "auroc",
     "AUROC, ground-truth text": "ground_truth_auroc",
 }
-MAX_RATES = 9  # tried per arm
 COLUMNS = {
     "greedy accuracy": "accuracy",
     "names a cell of the card": "on_card",
@@ -47,54 +59,6 @@ COMPARISONS = [  # planned before the study: (ours, theirs, metric)
     (LOSS_FASTER, SHUFFLED_SCORES, "ground_truth_auroc"),
     (SAYO, SHUFFLED_SCORES, "ground_truth_auroc"),
 ]
-POINTS_LOST = 0.2  # accuracy below its best: a collapse
-HEALTHY = 0.1  # accuracy never further below its best so far
-PROMPTS_PER_STEP = 8
-
-
-COLLAPSE_CURVE = {  # column -> metric of the learning curve
-    "accuracy": "accuracy",
-    "names the card": "on_card",
-    "right if so": "accuracy_if_on_card",
-    "right if not": "accuracy_if_not_on_card",
-}
-COLLAPSE_TRAINING = {  # column -> metric of training
-    "r_v of samples": "rewards/attention/mean",
-    "right samples": "rewards/accuracy/mean",
-    "correlation of both": "attention/corr_accuracy",
-    "KL, nats": "kl",
-    "entropy, nats": "entropy",
-}
-
-
-# --- rates ---
-
-
-def rate_scores(results, kind="rate"):
-    """{arm: {rate: validation accuracy, averaged over the seeds}}."""
-    scores = defaultdict(lambda: defaultdict(list))
-    for row in results["runs"]:
-        if row["kind"] == kind:
-            scores[row["arm"]][row["rate"]].append(row["validation_accuracy"])
-    return {arm: {r: mean(v) for r, v in sorted(by.items())} for arm, by in scores.items()}
-
-
-def chosen_rates(results, kind="rate"):
-    """{arm: the rate with the highest validation accuracy}."""
-    return {arm: max(by, key=by.get) for arm, by in rate_scores(results, kind).items()}
-
-
-def rates_beyond_the_edge(results, kind="rate"):
-    """The rates to try next, a list of (arm, rate): half the lowest or twice the highest, for arms
-    whose best rate is the lowest or the highest that was tried."""
-    more, scores = [], rate_scores(results, kind)
-    for arm, best in chosen_rates(results, kind).items():
-        lowest, *_, highest = scores[arm]
-        if len(scores[arm]) == MAX_RATES:
-            continue
-        more += [(arm, best / 2)] if best == lowest else []
-        more += [(arm, best * 2)] if best == highest else []
-    return more
 
 
 def rate_table(results, kind="rate"):
@@ -106,74 +70,6 @@ def rate_table(results, kind="rate"):
         cells = [f"**{c}**" if r == chosen[arm] else c for r, c in zip(rates, cells)]
         rows.append([arm, *cells])
     return markdown_table(["arm", *(f"{rate:.1e}" for rate in rates)], rows)
-
-
-# --- statistics ---
-
-
-def half_width(values):
-    """Half of the 95 % confidence interval of the mean (Student's t); None for a single value."""
-    from scipy.stats import t
-
-    n = len(values)
-    return t.ppf(0.975, n - 1).item() * stdev(values) / sqrt(n) if n > 1 else None
-
-
-def format_interval(value, half, sign=""):
-    return f"{value:{sign}.3f}" + (f" ± {half:.3f}" if half is not None else "")
-
-
-def format_mean(values):
-    return format_interval(mean(values), half_width(values))
-
-
-def paired_difference(ours, theirs, metric):
-    """The difference of two arms, over the seeds that both have.
-    Returns: its mean, half of its 95 % confidence interval, and p of the paired t-test."""
-    from scipy.stats import ttest_rel
-
-    seeds = sorted(set(ours) & set(theirs))
-    a, b = [ours[s][metric] for s in seeds], [theirs[s][metric] for s in seeds]
-    differences = [x - y for x, y in zip(a, b)]
-    p = ttest_rel(a, b).pvalue.item() if len(seeds) > 1 else float("nan")
-    return mean(differences), half_width(differences), p
-
-
-def run_key(row):
-    return tuple(row[name] for name in ("kind", "arm", "seed", "steps", "rate"))
-
-
-def group_by_arm(results, kind="arm", steps=None):
-    """{arm: {seed: row}} of the rows of a stage, ordered by the first run of each arm."""
-    arms = defaultdict(dict)
-    for row in sorted(results["runs"], key=lambda row: row["seed"]):
-        if row["kind"] == kind and steps in (None, row["steps"]):
-            arms[row["arm"]][row["seed"]] = row
-    return arms
-
-
-def measured(arm):
-    """{seed: measurements} of {seed: row}."""
-    return {seed: row["measured"] for seed, row in arm.items()}
-
-
-def holm(p_values):
-    """Holm's step-down correction of a family of p values."""
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        corrected[i] = largest
-    return corrected
-
-
-# --- tables ---
-
-
-def means(arm, metrics):
-    """The cells of one arm, {seed: row}."""
-    rows = measured(arm).values()
-    return [format_mean([row[metric] for row in rows]) for metric in metrics]
 
 
 def headline_table(results, kinds=("arm",), order=None):
@@ -250,167 +146,6 @@ def looks_table(results, shown):
     return markdown_table(["arm", "early look on", "if right", "if wrong", *looks], rows)
 
 
-def curve(row, metric="accuracy"):
-    return [point[metric] for point in row["curve"]]
-
-
-def collapse_step(row, lost=POINTS_LOST):
-    """The first step at which a run's validation accuracy is `lost` below its best so far, if it
-    never recovers to within half of that; else None."""
-    best = 0.0
-    values = curve(row)
-    for i, point in enumerate(row["curve"]):
-        best = max(best, point["accuracy"])
-        if best - point["accuracy"] >= lost and best - max(values[i:]) >= lost / 2:
-            return point["step"]
-    return None
-
-
-def length_table(results):
-    """Accuracy of the main arms after more steps."""
-    rows = []
-    for name in MAIN_ARMS:
-        row = [name]
-        for kind, steps in (("arm", 60), ("length", 120), ("length", 180), ("length", 300)):
-            arm = group_by_arm(results, kind, steps).get(name, {})
-            runs = [run for seed, run in arm.items() if seed < 5]
-            values = [run["measured"]["accuracy"] for run in runs]
-            lost = sum(collapse_step(run) is not None for run in runs)
-            text = f"{lost} of {len(runs)} collapsed"
-            row.append(f"{format_mean(values)}; {text}" if runs else "")
-        rows.append(row)
-    return markdown_table(["arm", *(f"{n} steps" for n in (60, 120, 180, 300))], rows)
-
-
-def collapse_table(results, training):
-    """What happens around the collapse of SAYO, averaged over its runs with most steps that have
-    collapsed: metrics of training, each the mean over the 20 steps that end there, and what is
-    measured there on validation questions."""
-    runs = [
-        (row, metrics, collapse_step(row))
-        for row, metrics in with_training(results, training)
-        if (row["kind"], row["arm"]) == ("length", SAYO) and collapse_step(row)
-    ]
-    runs = [run for run in runs if run[0]["steps"] == max(row["steps"] for row, *_ in runs)]
-    moments = {"step 20": lambda row, at: 20}
-    for steps in (60, 40, 20):
-        moments[f"{steps} steps before"] = lambda row, at, steps=steps: at - steps
-    moments |= {"0.2 lost": lambda row, at: at, "40 steps after": lambda row, at: at + 40}
-    moments["last step"] = lambda row, at: row["steps"]
-    rows = []
-    for name, moment in moments.items():
-        seen = defaultdict(list)
-        for row, metrics, at in runs:
-            step = moment(row, at)
-            point = next((p for p in row["curve"] if p["step"] == step), None)
-            if not point or step < 20:
-                continue
-            for metric in COLLAPSE_CURVE.values():
-                seen[metric].append(point[metric])
-            for metric in COLLAPSE_TRAINING.values():
-                if metric in metrics:  # the first runs did not keep them all
-                    seen[metric].append(mean(metrics[metric][step - 20 : step]))
-        columns = (COLLAPSE_CURVE | COLLAPSE_TRAINING).values()
-        if seen:
-            cells = [f"{mean(seen[c]):.2f}" if seen[c] else "" for c in columns]
-            rows.append([f"{name} ({len(seen['accuracy'])})", *cells])
-    return markdown_table(["when (runs)", *COLLAPSE_CURVE, *COLLAPSE_TRAINING], rows)
-
-
-def last_samples(results):
-    """What the samples of SAYO looked like in the last step of long runs, as Markdown."""
-    lines = [
-        f"- seed {seed}: " + "; ".join(f"`{text}`" for text in row["samples"])
-        for seed, row in group_by_arm(results, "length", 300).get(SAYO, {}).items()
-        if row.get("samples")
-    ]
-    return "\n".join(lines)
-
-
-def remedy_table(results):
-    """Validation accuracy of every remedy after 300 steps, and its best during training."""
-    arms = {SAYO: group_by_arm(results, "length", 300)[SAYO]} | group_by_arm(results, "remedy")
-    rows = []
-    for name, arm in arms.items():
-        last = [curve(row)[-1] for row in arm.values()]
-        lost = sum(collapse_step(row) is not None for row in arm.values())
-        best = [max(curve(row)) for row in arm.values()]
-        cells = [format_mean(best), format_mean(last), f"{min(last):.3f}", f"{lost} of {len(arm)}"]
-        rows.append([f"{name} ({len(arm)})", *cells])
-    header = ["remedy (seeds)", "best on the way", "after 300 steps", "lowest seed", "collapsed"]
-    return markdown_table(header, rows)
-
-
-def alarm_counts(results, training):
-    """How the alarms of `analysis.alarms` judge the runs with a learning curve.
-
-    Args: training, {key of a run: its metrics}. Returns: {stage: counts}, of collapsed runs and how
-    many of them had an alarm before POINTS_LOST were lost, and of healthy runs (never HEALTHY
-    below their best so far) and how many had a false alarm.
-    """
-    counts = defaultdict(lambda: dict.fromkeys(("collapsed", "caught", "healthy", "false"), 0))
-    for row, metrics in with_training(results, training):
-        alarm, collapse = first_alarm(row, metrics), collapse_step(row)
-        stage = counts[alarm_stage(row)]
-        if collapse:
-            stage["collapsed"] += 1
-            stage["caught"] += alarm is not None and alarm <= collapse
-        elif largest_loss(row) < HEALTHY:
-            stage["healthy"] += 1
-            stage["false"] += alarm is not None
-    return counts
-
-
-def alarm_stage(row):
-    """The stage of a run, and whether the thresholds of the alarms were chosen on it."""
-    chosen_on = row["seed"] < {"arm": 5, "length": 2 * (row["steps"] == 300)}.get(row["kind"], 0)
-    return f"{row['kind']}, thresholds chosen on these" if chosen_on else row["kind"]
-
-
-def with_training(results, training):
-    """(row, metrics of its training) of the runs with a learning curve, which starts with the base
-    model here."""
-    base = {r["kind"]: r["curve"] for r in results["runs"] if r["arm"] == "base"}
-    for row in results["runs"]:
-        metrics = training.get(run_key(row))
-        if row.get("curve") and metrics:
-            start = base["looks" if row["kind"] == "looks" else "arm"]
-            yield row | {"curve": start + row["curve"]}, metrics
-
-
-def first_alarm(row, metrics):
-    """The step of the first trend alarm of a run, or None."""
-    arm = (ARMS | remedies()).get(row["arm"], ARMS[SAYO])
-    weights = parse_weights(arm.flags[arm.flags.index("--reward_weights") + 1])
-    names = "rewards/accuracy/mean", "attention/corr_accuracy"
-    rows = [dict(zip(names, values)) for values in zip(*(metrics[name] for name in names))]
-    return next((step for step, *_ in trend_alarms(rows, PROMPTS_PER_STEP, weights)), None)
-
-
-def largest_loss(row):
-    """The largest drop of the validation accuracy below its best so far."""
-    values = curve(row)
-    return max(max(values[: i + 1]) - value for i, value in enumerate(values))
-
-
-def alarm_table(results, training):
-    counts, rows = alarm_counts(results, training), []
-    new = {name: c for name, c in counts.items() if "chosen" not in name}
-    totals = {
-        label: {n: sum(c[n] for c in some.values()) for n in next(iter(counts.values()))}
-        for label, some in (("all others", new), ("all", counts))
-    }
-    for stage, c in (counts | totals).items():
-        shares = [
-            f"{100 * part / whole:.0f} %" if whole else ""
-            for part, whole in ((c["caught"], c["collapsed"]), (c["false"], c["healthy"]))
-        ]
-        cells = c["collapsed"], c["caught"], shares[0], c["healthy"], c["false"], shares[1]
-        rows.append([stage, *map(str, cells)])
-    header = ["stage", "collapsed", "caught", "share", "healthy", "false alarms", "share"]
-    return markdown_table(header, rows)
-
-
 def second_looks_table(results):
     """The arms in the world of second looks."""
     arms = group_by_arm(results, "looks")
@@ -446,7 +181,7 @@ def tables(results, training):
         "length": ({"length"}, lambda: length_table(results)),
         "collapse": ({"length"}, lambda: collapse_table(results, training)),
         "samples": ({"length"}, lambda: last_samples(results)),
-        "remedies": ({"length", "remedy"}, lambda: remedy_table(results)),
+        "remedies": ({"length", "remedy"}, lambda: remedy_table(results, training)),
         "alarm": ({"arm", "length"}, lambda: alarm_table(results, training)),
         "noise": ({"noise"}, lambda: noise + noise_table(results)),
         "variants": ({"variant"}, lambda: headline_table(results, ["variant"])),

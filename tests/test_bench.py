@@ -17,9 +17,11 @@ from bench import (
     ablation,
     ablation_arms,
     ablation_claims,
+    ablation_collapse,
     ablation_loss,
     ablation_measure,
     ablation_report,
+    ablation_stats,
     second_looks,
 )
 from bench.doc_tables import insert, marked
@@ -164,7 +166,7 @@ def test_jobs_train_through_the_program_and_add_their_rows(tmp_path):
     for name in ("base", ablation_arms.LENGTH):
         assert all(isinstance(v, float | int) for v in rows[name]["measured"].values())
     training = ablation.load_training(file)
-    trained = training[ablation_report.run_key(rows[ablation_arms.LENGTH])]
+    trained = training[ablation_stats.run_key(rows[ablation_arms.LENGTH])]
     assert len(trained["rewards/accuracy/mean"]) == 1
 
 
@@ -422,13 +424,13 @@ def test_answers_of_stage_2_are_careless_and_all_words_count():
 
 def test_intervals_and_paired_test_by_hand():
     t = 4.30265  # t(0.975, 2)
-    assert ablation_report.half_width([1.0, 2.0, 3.0]) == pytest.approx(t / 3**0.5, rel=1e-5)
-    assert ablation_report.half_width([1.0]) is None
-    assert ablation_report.format_mean([0.25]) == "0.250"
+    assert ablation_stats.half_width([1.0, 2.0, 3.0]) == pytest.approx(t / 3**0.5, rel=1e-5)
+    assert ablation_stats.half_width([1.0]) is None
+    assert ablation_stats.format_mean([0.25]) == "0.250"
     ours, theirs = (
         {seed: {"m": v} for seed, v in enumerate(values)} for values in ([2, 4, 6], [1, 2, 3, 9])
     )  # one seed has no partner
-    difference, half, p = ablation_report.paired_difference(ours, theirs, "m")
+    difference, half, p = ablation_stats.paired_difference(ours, theirs, "m")
     assert difference == 2 and half == pytest.approx(t / 3**0.5, rel=1e-5)
     # t = 2 * 3**0.5 with 2 degrees of freedom: 1 - t / (2 + t * t)**0.5
     assert p == pytest.approx(0.0742, abs=1e-4)
@@ -451,15 +453,15 @@ def test_each_arm_gets_the_rate_that_is_best_on_average_and_not_at_the_edge():
         b={1e-4: [0.9], 2e-4: [0.6]},
         c={1e-4: [0.2], 2e-4: [0.6]},
     )
-    assert ablation_report.chosen_rates(results) == {"a": 2e-4, "b": 1e-4, "c": 2e-4}
-    assert ablation_report.rates_beyond_the_edge(results) == [("b", 5e-5), ("c", 4e-4)]
-    many = {2**i * 1e-4: [i] for i in range(ablation_report.MAX_RATES)}
-    assert ablation_report.rates_beyond_the_edge(rate_runs(a=many)) == []
+    assert ablation_stats.chosen_rates(results) == {"a": 2e-4, "b": 1e-4, "c": 2e-4}
+    assert ablation_stats.rates_beyond_the_edge(results) == [("b", 5e-5), ("c", 4e-4)]
+    many = {2**i * 1e-4: [i] for i in range(ablation_stats.MAX_RATES)}
+    assert ablation_stats.rates_beyond_the_edge(rate_runs(a=many)) == []
 
 
 def test_holms_correction_by_hand():
-    assert ablation_report.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
-    assert ablation_report.holm([0.5, 0.9]) == pytest.approx([1, 1])
+    assert ablation_stats.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert ablation_stats.holm([0.5, 0.9]) == pytest.approx([1, 1])
 
 
 def test_naming_and_reading_add_up_to_the_gain():
@@ -486,14 +488,45 @@ def run(accuracies, samples, kind="arm", arm="a", seed=0, correlation=0.5):
     row = dict(kind=kind, arm=arm, seed=seed, steps=len(samples), rate=1e-3, curve=curve)
     related = [correlation] * len(samples)
     metrics = {"rewards/accuracy/mean": samples, "attention/corr_accuracy": related}
-    return row, {ablation_report.run_key(row): metrics}
+    return row, {ablation_stats.run_key(row): metrics}
 
 
 def test_a_collapse_is_lasting():
-    assert ablation_report.collapse_step(run([0.8, 0.85, 0.6, 0.5], [])[0]) == 60
-    assert ablation_report.collapse_step(run([0.8, 0.6, 0.8], [])[0]) is None  # recovers
-    assert ablation_report.collapse_step(run([0.8, 0.7, 0.65], [])[0]) is None
-    assert ablation_report.largest_loss(run([0.8, 0.7, 0.9, 0.65], [])[0]) == pytest.approx(0.25)
+    assert ablation_collapse.collapse_step(run([0.8, 0.85, 0.6, 0.5], [])[0]) == 60
+    assert ablation_collapse.collapse_step(run([0.8, 0.6, 0.8], [])[0]) is None  # recovers
+    assert ablation_collapse.collapse_step(run([0.8, 0.7, 0.65], [])[0]) is None
+    assert ablation_collapse.largest_loss(run([0.8, 0.7, 0.9, 0.65], [])[0]) == pytest.approx(0.25)
+
+
+def test_the_kept_adapter_is_that_of_the_most_right_samples():
+    """--keep_best compares the means of 20 steps each."""
+    row, metrics = run([0.6, 0.7, 0.2], [0.5] * 20 + [0.8] * 20 + [0.9] * 10 + [0.1] * 10)
+    assert ablation_collapse.kept_accuracy(row, *metrics.values()) == 0.7
+
+
+def test_the_moments_of_a_collapse_are_counted_from_it():
+    base = dict(kind="arm", arm="base", seed=0, steps=0, rate=0.0)
+    base["curve"] = [{"step": 0, "accuracy": 0.6}]
+    row, training = run(
+        [0.8, 0.9, 0.6, 0.3, 0.2], [0.5] * 40 + [0.4] * 60, "length", ablation_arms.SAYO
+    )
+    for point in row["curve"]:
+        names = "on_card", "accuracy_if_on_card", "accuracy_if_not_on_card"
+        point |= dict.fromkeys(names, point["accuracy"] / 2)
+    results = {
+        "runs": [base, row, *run([0.8] * 5, [0.5] * 100, "length", ablation_arms.SAYO, 1)[:1]]
+    }
+    table = ablation_collapse.collapse_table(results, training)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    found = {line[0]: line[1:3] + line[6:7] for line in lines[2:]}
+    assert found == {
+        "step 20 (1)": ["0.80", "0.40", "0.50"],
+        "40 steps before (1)": ["0.80", "0.40", "0.50"],
+        "20 steps before (1)": ["0.90", "0.45", "0.50"],
+        "0.2 lost (1)": ["0.60", "0.30", "0.40"],
+        "40 steps after (1)": ["0.20", "0.10", "0.40"],
+        "last step (1)": ["0.20", "0.10", "0.40"],
+    }
 
 
 def test_the_alarm_is_judged_against_the_collapse():
@@ -511,11 +544,11 @@ def test_the_alarm_is_judged_against_the_collapse():
     for row, metrics in (early, late, healthy, false, from_base, misled, between, seen):
         rows.append(row)
         training |= metrics
-    counts = ablation_report.alarm_counts({"runs": rows}, training)
+    counts = ablation_collapse.alarm_counts({"runs": rows}, training)
     assert counts["arm"] == {"collapsed": 4, "caught": 2, "healthy": 2, "false": 1}
     chosen = counts["arm, thresholds chosen on these"]
     assert chosen == {"collapsed": 0, "caught": 0, "healthy": 1, "false": 0}
-    table = ablation_report.alarm_table({"runs": rows}, training)
+    table = ablation_collapse.alarm_table({"runs": rows}, training)
     assert "| all others | 4 | 2 | 50 % | 2 | 1 | 50 % |" in " ".join(table.split())
     assert "| all | 4 | 2 | 50 % | 3 | 1 | 33 % |" in " ".join(table.split())
 
