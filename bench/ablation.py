@@ -9,13 +9,13 @@ The stages run in this order:
 
     rate      learning rates of each arm, chosen on validation questions
     arm       60 steps, five seeds, all arms; the base model
-    length    the three main arms, 300 steps, five seeds
+    length    the three main arms and the text-only reward, 300 steps, five seeds
     looks     a model that can look twice (made first, see second_looks.py): 60 steps, five seeds
     remedy    changes that might prevent the collapse of the attention reward, 300 steps
     noise     wrong labels, wrong boxes, few questions, few labels
     arm       five more seeds
-    length    180 and 120 steps
     variant   other tokens, layers and heads
+    length    180 and 120 steps
 
 Every run calls `sayo_mini.main` with different flags. Runs with the same seed share the scenes,
 their order and the initial adapter. Each finished run is added to --results, so the same command
@@ -51,6 +51,7 @@ from bench.ablation_arms import (
     COMMON_FLAGS,
     MAIN_ARMS,
     PAPER,
+    PLACE,
     ROLLED_BOX,
     SAYO,
     discriminative_head,
@@ -322,11 +323,12 @@ def run_study(args):
     run_jobs([Job("arm", "base", 0, 0, 0.0), *jobs("arm", range(5))], args, results)
     run_jobs(jobs("length", range(5), LONG[-1], MAIN_ARMS), args, results)
     run_looks(jobs, args, results)
+    run_jobs(jobs("length", range(5), LONG[-1], [PLACE]), args, results)
     stages = jobs("remedy", range(3), LONG[-1]) + jobs("noise", range(3))
-    stages += jobs("arm", range(5, 10))
+    stages += jobs("arm", range(5, 10)) + jobs("variant", range(3))
     for steps in reversed(LONG[:-1]):
         stages += jobs("length", range(5), steps, MAIN_ARMS)
-    run_jobs([*stages, *jobs("variant", range(3))], args, results)
+    run_jobs(stages, args, results)
     return results
 
 

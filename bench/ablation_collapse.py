@@ -4,7 +4,7 @@ from collections import defaultdict
 from statistics import fmean as mean
 
 from analysis.alarms import trend_alarms
-from bench.ablation_arms import ARMS, MAIN_ARMS, SAYO, remedies
+from bench.ablation_arms import ARMS, MAIN_ARMS, PLACE, SAYO, remedies
 from bench.ablation_stats import format_mean, group_by_arm, run_key
 from bench.doc_tables import markdown_table
 from config import Config, parse_weights
@@ -46,9 +46,9 @@ def collapse_step(row, lost=POINTS_LOST):
 
 
 def length_table(results):
-    """Accuracy of the main arms after more steps."""
+    """Accuracy after more steps."""
     rows = []
-    for name in MAIN_ARMS:
+    for name in [*MAIN_ARMS, PLACE]:
         row = [name]
         for kind, steps in (("arm", 60), ("length", 120), ("length", 180), ("length", 300)):
             arm = group_by_arm(results, kind, steps).get(name, {})

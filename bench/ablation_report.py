@@ -39,7 +39,7 @@ from bench.doc_tables import markdown_table
 
 README_ARMS = ["base", SAYO, ACCURACY, BOTH, PLACE, ROLLED_BOX, SHUFFLED_SCORES]
 README_COLUMNS = {  # column -> metric
-    "greedy accuracy": "accuracy",
+    "accuracy, 60 steps": "accuracy",
     "AUROC, own text": "auroc",
     "AUROC, ground-truth text": "ground_truth_auroc",
 }
@@ -205,7 +205,7 @@ def readme_table(results):
             cells.insert(1, format_mean(late) if late else "")
         rows.append([name, *cells])
     first, *rest = README_COLUMNS
-    return markdown_table(["reward", first, *["after 300 steps"] * complete, *rest], rows)
+    return markdown_table(["reward", first, *["300 steps"] * complete, *rest], rows)
 
 
 def try_this_table(results):
