@@ -3,11 +3,11 @@
 import re
 from statistics import fmean as mean
 
-from bench.ablation_arms import ACCURACY, BOTH, MAIN_ARMS, SAYO
+from bench.ablation_arms import ACCURACY, BOTH, MAIN_ARMS, PLACE, SAYO
 from bench.ablation_collapse import curve
 from bench.ablation_stats import group_by_arm, half_width, measured
 
-COLORS = {SAYO: "#0072b2", BOTH: "#009e73", ACCURACY: "#d55e00"}
+COLORS = {SAYO: "#0072b2", BOTH: "#009e73", ACCURACY: "#d55e00", PLACE: "#cc79a7"}
 
 
 def axes(width, count):
