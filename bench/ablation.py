@@ -30,7 +30,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
@@ -184,10 +184,7 @@ def rounded(values):
 def load_trained(folder, kind="arm"):
     """Load the model of a stage in the setting of all arms, with the adapter of the run in `folder`
     if that is not None. Returns: (Vlm, Config)."""
-    cfg = Config(**TINY | PAPER)
-    if "looks" in kind:
-        settings = {"model_name_or_path": str(second_looks.MODEL)}
-        cfg = replace(cfg, max_completion_length=second_looks.MAX_TOKENS, **settings)
+    cfg = Config(**TINY | PAPER | (second_looks.SETTINGS if "looks" in kind else {}))
     vlm = load_vlm(cfg.model_name_or_path, device="cpu", max_pixels=cfg.max_pixels)
     torch.set_num_threads(1)
     if folder:

@@ -19,6 +19,7 @@ from bench import second_looks
 from bench.ablation_loss import attention_loss
 from bench.doc_tables import ROOT
 from commands.probe import best_layer_and_heads, most_discriminative_head, probe
+from config import TINY
 from sources.scenes import NAMES, Scenes
 
 # The paper's values of the settings that the preset of the tiny model changes.
@@ -283,8 +284,15 @@ def noise_arms():
 def looks_arms():
     """The arms in the world of second looks. Returns: {name: Arm}."""
     names = (SAYO, BOTH, ACCURACY, PLACE, ROLLED_BOX, SHUFFLED_SCORES, CENTERED_BOX)
-    flags = [*second_looks.FLAGS, "--model_name_or_path", str(second_looks.MODEL)]
-    return {name: replace(ARMS[name], flags=[*ARMS[name].flags, *flags]) for name in names}
+    flags = [as_flag(*item) for item in (TINY | PAPER | second_looks.SETTINGS).items()]
+    return {name: replace(ARMS[name], flags=[*flags, *ARMS[name].flags]) for name in names}
+
+
+def as_flag(name, value):
+    """A setting as it is written on the command line."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"
 
 
 # --- heads ---

@@ -46,7 +46,8 @@ def plot_arms(results, path):
             right.plot(steps, curve(row), color=COLORS[name], alpha=0.7, label=label)
     right.set_xlabel("step of 300")
     right.set_ylabel("greedy accuracy, validation")
-    right.legend(*right.get_legend_handles_labels(), frameon=False, fontsize=8)
+    place = dict(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    right.legend(*right.get_legend_handles_labels(), frameon=False, fontsize=8, **place)
     figure.savefig(path, dpi=110)
 
 

@@ -50,7 +50,11 @@ MOST_LOOKS = 4
 CARELESS, LOOK_AGAIN = 0.8, 0.35
 CRITERIA = ("accuracy", "first_off_if_wrong", "corrected", "looked_again_if_first_off")
 MAX_TOKENS = 34  # of an answer; four looks have 31
-FLAGS = ["--max_completion_length", str(MAX_TOKENS), "--format_lengths", "10,31"]
+SETTINGS = {  # of the runs with this model; the others are those of the tiny model
+    "model_name_or_path": str(MODEL),
+    "max_completion_length": MAX_TOKENS,
+    "format_lengths": "10,31",
+}
 
 
 def look_text(card):

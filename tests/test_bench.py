@@ -504,6 +504,18 @@ def test_the_kept_adapter_is_that_of_the_most_right_samples():
     assert ablation_collapse.kept_accuracy(row, *metrics.values()) == 0.7
 
 
+def test_the_arms_of_second_looks_differ_from_the_others_only_in_the_model():
+    """The preset of the tiny model does not apply by itself to a model in another folder."""
+    looks = ablation_arms.looks_arms()
+    for name, arm in looks.items():
+        flags = [*ablation_arms.COMMON_FLAGS, *arm.flags, "--output_dir", "x"]
+        with arm.change(0):  # which adds rewards
+            cfg = parse_config(flags)
+        assert f"--reward_weights={cfg.reward_weights}" in "=".join(ablation_arms.ARMS[name].flags)
+        for setting, value in (TINY | ablation_arms.PAPER | second_looks.SETTINGS).items():
+            assert getattr(cfg, setting) == value, setting
+
+
 def test_the_moments_of_a_collapse_are_counted_from_it():
     base = dict(kind="arm", arm="base", seed=0, steps=0, rate=0.0)
     base["curve"] = [{"step": 0, "accuracy": 0.6}]
