@@ -13,9 +13,9 @@ The stages run in this order:
     looks     a model that can look twice (made first, see second_looks.py): 60 steps, five seeds
     remedy    changes that might prevent the collapse of the attention reward, 300 steps
     noise     wrong labels, wrong boxes, few questions, few labels
-    arm       five more seeds
     variant   other tokens, layers and heads
     length    180 and 120 steps
+    arm       five more seeds
 
 Every run calls `sayo_mini.main` with different flags. Runs with the same seed share the scenes,
 their order and the initial adapter. Each finished run is added to --results, so the same command
@@ -48,6 +48,7 @@ from bench import ablation_claims, ablation_plots, ablation_report, ablation_sta
 from bench.ablation_arms import (
     ACCURACY,
     ARMS,
+    BOTH,
     COMMON_FLAGS,
     MAIN_ARMS,
     PAPER,
@@ -322,9 +323,12 @@ def run_study(args):
     run_looks(jobs, args, results)
     run_jobs(jobs("length", range(5), LONG[-1], [PLACE]), args, results)
     stages = jobs("remedy", range(3), LONG[-1]) + jobs("noise", range(3))
-    stages += jobs("arm", range(5, 10)) + jobs("variant", range(3))
+    stages += jobs("variant", range(3))
     for steps in reversed(LONG[:-1]):
-        stages += jobs("length", range(5), steps, MAIN_ARMS)
+        stages += jobs("length", range(5), steps, [SAYO])
+    stages += jobs("arm", range(5, 10))
+    for steps in reversed(LONG[:-1]):
+        stages += jobs("length", range(5), steps, [BOTH, ACCURACY])
     run_jobs(stages, args, results)
     return results
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText
 import reward
 import sayo_mini
 from analysis.alarms import ALARMS, print_alarms, trend_alarms
-from analysis.html_report import first_alarm, metric_charts
+from analysis.html_report import first_alarm, line_chart, metric_charts
 from config import TINY as PRESET
 from config import Config
 from model import Completions
@@ -642,7 +642,12 @@ def test_the_alarm_for_worse_answers_is_printed_once_and_marked_in_the_report(ca
     assert (
         line.startswith("step 44: answers get worse: 55% of the recent samples") and "70%" in line
     )
+    recovered = rows + [dict(rows[0], **row) for row in shares((40, 0.7))]  # a run that is resumed
+    print_alarms(recovered, Config(prompts_per_step=8), set())
+    assert "answers get worse" not in capsys.readouterr().out
     settings = {"prompts_per_step": 8, "reward_weights": "attention=1,format=1"}
     charts = metric_charts(rows, first_alarm(rows, settings))
     assert all("answers get worse" in chart for chart in charts if chart)
     assert not any("answers get worse" in chart for chart in metric_charts(rows))
+    marked = line_chart("title", {"a": [0.0, 1.0, 2.0]}, mark=(2, "name"))
+    assert 'class="alarm" d="M230.0,' in marked  # in the middle of 52 to 408
