@@ -284,7 +284,8 @@ def noise_arms():
 def looks_arms():
     """The arms in the world of second looks. Returns: {name: Arm}."""
     names = (SAYO, BOTH, ACCURACY, PLACE, ROLLED_BOX, SHUFFLED_SCORES, CENTERED_BOX)
-    flags = [as_flag(*item) for item in (TINY | PAPER | second_looks.SETTINGS).items()]
+    settings = TINY | PAPER | second_looks.SETTINGS
+    flags = [as_flag(n, value) for n, value in settings.items() if n != "learning_rate"]
     return {name: replace(ARMS[name], flags=[*flags, *ARMS[name].flags]) for name in names}
 
 

@@ -508,11 +508,13 @@ def test_the_arms_of_second_looks_differ_from_the_others_only_in_the_model():
     """The preset of the tiny model does not apply by itself to a model in another folder."""
     looks = ablation_arms.looks_arms()
     for name, arm in looks.items():
-        flags = [*ablation_arms.COMMON_FLAGS, *arm.flags, "--output_dir", "x"]
+        rate = ["--learning_rate", "0.5"]  # an arm must not change the rate of its run
+        flags = [*ablation_arms.COMMON_FLAGS, *rate, *arm.flags, "--output_dir", "x"]
         with arm.change(0):  # which adds rewards
             cfg = parse_config(flags)
         assert f"--reward_weights={cfg.reward_weights}" in "=".join(ablation_arms.ARMS[name].flags)
-        for setting, value in (TINY | ablation_arms.PAPER | second_looks.SETTINGS).items():
+        settings = TINY | ablation_arms.PAPER | second_looks.SETTINGS | {"learning_rate": 0.5}
+        for setting, value in settings.items():
             assert getattr(cfg, setting) == value, setting
 
 
