@@ -6,7 +6,7 @@ A control replaces one function of the program during its run; see docs/evidence
 import random
 import re
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from unittest.mock import patch
@@ -14,12 +14,13 @@ from unittest.mock import patch
 import torch
 
 import reward
+import runtime.parser
 import sayo_mini
+import sources
 from bench import second_looks
 from bench.ablation_loss import attention_loss
 from bench.doc_tables import ROOT
 from commands.probe import best_layer_and_heads, most_discriminative_head, probe
-from config import TINY
 from sources.scenes import NAMES, Scenes
 
 # The paper's values of the settings that the preset of the tiny model changes.
@@ -284,16 +285,21 @@ def noise_arms():
 def looks_arms():
     """The arms in the world of second looks. Returns: {name: Arm}."""
     names = (SAYO, BOTH, ACCURACY, PLACE, ROLLED_BOX, SHUFFLED_SCORES, CENTERED_BOX)
-    settings = TINY | PAPER | second_looks.SETTINGS
-    flags = [as_flag(n, value) for n, value in settings.items() if n != "learning_rate"]
-    return {name: replace(ARMS[name], flags=[*flags, *ARMS[name].flags]) for name in names}
+    settings = second_looks.SETTINGS.items()
+    flags = [part for name, value in settings for part in (f"--{name}", str(value))]
+    arms = {name: ARMS[name] for name in names}
+    return {
+        name: replace(arm, flags=[*arm.flags, *flags], change=partial(as_tiny, arm.change))
+        for name, arm in arms.items()
+    }
 
 
-def as_flag(name, value):
-    """A setting as it is written on the command line."""
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
-    return f"--{name}={value}"
+@contextmanager
+def as_tiny(change, seed):
+    """Give the model of second looks what only the tiny model gets: its preset and its scenes."""
+    is_tiny = patch.object(runtime.parser, "is_tiny", lambda model: True)
+    with is_tiny, patch.object(sources, "is_tiny", lambda model: True), change(seed):
+        yield
 
 
 # --- heads ---

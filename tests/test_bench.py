@@ -13,6 +13,7 @@ from conftest import ask, load
 
 import reward
 import sayo_mini
+import sources
 from bench import (
     ablation,
     ablation_arms,
@@ -504,18 +505,20 @@ def test_the_kept_adapter_is_that_of_the_most_right_samples():
     assert ablation_collapse.kept_accuracy(row, *metrics.values()) == 0.7
 
 
-def test_the_arms_of_second_looks_differ_from_the_others_only_in_the_model():
-    """The preset of the tiny model does not apply by itself to a model in another folder."""
-    looks = ablation_arms.looks_arms()
-    for name, arm in looks.items():
+def test_the_arms_of_second_looks_train_in_the_tiny_world():
+    """The preset and the scenes of the tiny model do not come by themselves in another folder."""
+    settings = TINY | ablation_arms.PAPER | second_looks.SETTINGS
+    settings |= {"learning_rate": 0.5, "eval_examples": 0}
+    for name, arm in ablation_arms.looks_arms().items():
         rate = ["--learning_rate", "0.5"]  # an arm must not change the rate of its run
         flags = [*ablation_arms.COMMON_FLAGS, *rate, *arm.flags, "--output_dir", "x"]
         with arm.change(0):  # which adds rewards
             cfg = parse_config(flags)
+            train_set, _ = sources.load_datasets(cfg)
         assert f"--reward_weights={cfg.reward_weights}" in "=".join(ablation_arms.ARMS[name].flags)
-        settings = TINY | ablation_arms.PAPER | second_looks.SETTINGS | {"learning_rate": 0.5}
-        for setting, value in settings.items():
-            assert getattr(cfg, setting) == value, setting
+        assert {setting: getattr(cfg, setting) for setting in settings} == settings
+        example = train_set[0]
+        assert example.image.size == (112, 112) and "color is the dot" in example.question
 
 
 def test_the_moments_of_a_collapse_are_counted_from_it():
