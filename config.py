@@ -1,6 +1,7 @@
 """Every setting of a run is a flag. Only the standard library is imported here, so that `--help`
 and mistyped flags are answered before torch loads."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,10 +38,7 @@ class Config:
     )
     max_pixels: int = flag(2**18, "downscale larger images to this many pixels", minimum=1)
     device: str = flag(
-        "auto",
-        "auto: CUDA if available, else CPU",
-        may_change=True,
-        choices=["auto", "cuda", "cpu"],
+        "auto", "auto: CUDA if found, else CPU", may_change=True, choices=["auto", "cuda", "cpu"]
     )
     deterministic: bool = flag(False, "use slower, deterministic CUDA kernels, for exact resume")
     cuda_graph: bool = flag(False, "sample with a CUDA graph; untested on a GPU", may_change=True)
@@ -131,10 +129,11 @@ TINY = dict(
 
 
 def is_tiny(model):
-    """Whether the folder `model` is tiny/ of this or any other checkout."""
+    """Whether the folder `model` holds the model in tiny/, or one trained further from it."""
     try:
-        mine, given = (Path(x, "config.json").read_bytes() for x in (ROOT / "tiny", model))
-    except (OSError, ValueError):
+        files = (Path(x, "config.json").read_text("utf-8") for x in (ROOT / "tiny", model))
+        mine, given = (json.loads(text) | {"transformers_version": None} for text in files)
+    except (OSError, ValueError, TypeError):
         return False
     return mine == given
 

@@ -6,7 +6,7 @@ A control replaces one function of the program during its run; see docs/evidence
 import random
 import re
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from unittest.mock import patch
@@ -14,9 +14,7 @@ from unittest.mock import patch
 import torch
 
 import reward
-import runtime.parser
 import sayo_mini
-import sources
 from bench import second_looks
 from bench.ablation_loss import attention_loss
 from bench.doc_tables import ROOT
@@ -287,19 +285,7 @@ def looks_arms():
     names = (SAYO, BOTH, ACCURACY, PLACE, ROLLED_BOX, SHUFFLED_SCORES, CENTERED_BOX)
     settings = second_looks.SETTINGS.items()
     flags = [part for name, value in settings for part in (f"--{name}", str(value))]
-    arms = {name: ARMS[name] for name in names}
-    return {
-        name: replace(arm, flags=[*arm.flags, *flags], change=partial(as_tiny, arm.change))
-        for name, arm in arms.items()
-    }
-
-
-@contextmanager
-def as_tiny(change, seed):
-    """Give the model of second looks what only the tiny model gets: its preset and its scenes."""
-    is_tiny = patch.object(runtime.parser, "is_tiny", lambda model: True)
-    with is_tiny, patch.object(sources, "is_tiny", lambda model: True), change(seed):
-        yield
+    return {name: replace(ARMS[name], flags=[*ARMS[name].flags, *flags]) for name in names}
 
 
 # --- heads ---

@@ -505,8 +505,12 @@ def test_the_kept_adapter_is_that_of_the_most_right_samples():
     assert ablation_collapse.kept_accuracy(row, *metrics.values()) == 0.7
 
 
-def test_the_arms_of_second_looks_train_in_the_tiny_world():
-    """The preset and the scenes of the tiny model do not come by themselves in another folder."""
+def test_the_arms_of_second_looks_train_in_the_tiny_world(tmp_path, monkeypatch):
+    """The model lies in another folder, and another version of transformers may have saved it."""
+    saved = json.loads((ROOT / "tiny" / "config.json").read_text())
+    saved["transformers_version"] = "6.0"
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    monkeypatch.setitem(second_looks.SETTINGS, "model_name_or_path", str(tmp_path))
     settings = TINY | ablation_arms.PAPER | second_looks.SETTINGS
     settings |= {"learning_rate": 0.5, "eval_examples": 0}
     for name, arm in ablation_arms.looks_arms().items():
