@@ -52,6 +52,7 @@ COLUMNS = {
     "mass / area, ground-truth text": "ground_truth_mass_over_area",
     "AUROC, discriminative head": "discriminative_head_auroc",
 }
+TWO_BY_TWO = {"on_on": "on, on", "on_off": "on, off", "off_on": "off, on", "off_off": "off, off"}
 COMPARISONS = [  # planned before the study: (ours, theirs, metric)
     *((SAYO, other, "accuracy") for other in ARMS if other != SAYO),
     (BOTH, ACCURACY, "accuracy"),
@@ -137,13 +138,10 @@ def looks_table(results, shown):
             name,
             *means(arms[name], ["early_look", "early_look_if_right", "early_look_if_wrong"]),
         ]
-        for cell in ("on_on", "on_off", "off_on", "off_off"):
-            share = mean(m[f"looks_{cell}"] for m in measured(arms[name]).values())
-            right = mean(m[f"accuracy_looks_{cell}"] for m in measured(arms[name]).values())
-            row.append(f"{share:.3f} ({right:.2f})")
-        rows.append(row)
-    looks = "on, on", "on, off", "off, on", "off, off"
-    return markdown_table(["arm", "early look on", "if right", "if wrong", *looks], rows)
+        rows.append([*row, *two_by_two(measured(arms[name]).values(), "looks")])
+    return markdown_table(
+        ["arm", "early look on", "if right", "if wrong", *TWO_BY_TWO.values()], rows
+    )
 
 
 def second_looks_table(results):
@@ -151,14 +149,41 @@ def second_looks_table(results):
     arms = group_by_arm(results, "looks")
     metrics = {
         "greedy accuracy": "accuracy",
-        "first place on the card": "first_on_card",
-        "last place on the card": "last_on_card",
+        "first look on the card": "first_on_card",
+        "last look on the card": "last_on_card",
+        "looks again if the first is off": "looked_again_if_first_off",
         "wrong first looks corrected": "corrected",
-        "looks again if wrong, samples": "sampled_looked_again_if_first_off",
+        "looks again if off, samples": "sampled_looked_again_if_first_off",
         "AUROC, own text": "auroc",
     }
     rows = [[f"{name} ({len(arm)})", *means(arm, metrics.values())] for name, arm in arms.items()]
     return markdown_table(["arm (seeds)", *metrics], rows)
+
+
+def first_and_last_look_table(results):
+    """The first and the last look on the card or off it, and how many answers are right then."""
+    arms, rows = group_by_arm(results, "looks"), []
+    for name in arms:
+        rows.append([name, *two_by_two(measured(arms[name]).values(), "named")])
+    return markdown_table(["arm", *TWO_BY_TWO.values()], rows)
+
+
+def two_by_two(rows, looks):
+    """Cells "share (accuracy)" of each combination of a first and a last look."""
+    shares = [mean(row[f"{looks}_{cell}"] for row in rows) for cell in TWO_BY_TWO]
+    right = [mean(row[f"accuracy_{looks}_{cell}"] for row in rows) for cell in TWO_BY_TWO]
+    return [f"{share:.3f} ({accuracy:.2f})" for share, accuracy in zip(shares, right)]
+
+
+def second_looks_samples(results):
+    """Two samples of the last step of each arm, with seed 0, as Markdown."""
+    arms = group_by_arm(results, "looks")
+    lines = [
+        f"- {name}: " + "; ".join(f"`{text}`" for text in arm[0]["samples"])
+        for name, arm in arms.items()
+        if arm[0].get("samples")
+    ]
+    return "\n".join(lines)
 
 
 def noise_table(results):
@@ -187,6 +212,8 @@ def tables(results, training):
         "variants": ({"variant"}, lambda: headline_table(results, ["variant"])),
         "second looks rates": ({"looks"}, lambda: rate_table(results, "looks rate")),
         "second looks": ({"looks"}, lambda: second_looks_table(results)),
+        "first and last look": ({"looks"}, lambda: first_and_last_look_table(results)),
+        "second looks samples": ({"looks"}, lambda: second_looks_samples(results)),
     }
     missing = "Not run yet; `python bench/ablation.py` continues the study."
     made = {name: make() if need <= stages else missing for name, (need, make) in needs.items()}
