@@ -387,7 +387,7 @@ def main():
 def write_docs(results, training):
     """Write the tables and sentences of the documents, and the pictures."""
     tables, docs = ablation_report.tables(results, training), ROOT / "docs"
-    tables["study reading"] = ablation_claims.reading(results)
+    tables["study reading"] = ablation_claims.reading(results, training)
     for name, text in tables.items():
         insert(docs / "evidence.md", name, text)
     changes = ablation_report.try_this_table(results)

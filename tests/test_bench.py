@@ -592,8 +592,8 @@ def test_documents_show_the_committed_results():
     training = ablation.load_training(ROOT / "bench" / "results" / "ablation.json")
     for name, text in ablation_report.tables(results, training).items():
         assert marked(name, text) in evidence, name
-    assert marked("study reading", ablation_claims.reading(results)) in evidence
-    for sentence, holds in ablation_claims.claims(results):
+    assert marked("study reading", ablation_claims.reading(results, training)) in evidence
+    for sentence, holds in ablation_claims.claims(results, training):
         assert holds, sentence
     changes = marked("study try this", ablation_report.try_this_table(results))
     assert changes in (ROOT / "docs" / "algorithm.md").read_text()
