@@ -133,7 +133,7 @@ def length_claims(study, training):
             60 steps: {study.mean(SAYO):.3f}). With the accuracy reward alone, {lost(ACCURACY)}
             of {len(study.long(ACCURACY))} have collapsed ({last(ACCURACY):.3f}), with both
             rewards {lost(BOTH)} of {len(study.long(BOTH))} ({last(BOTH):.3f}), though one of
-            these falls to {lowest:.3f} on the way. `--keep_best` would have kept {kept:.3f}
+            them falls to {lowest:.3f} on the way. `--keep_best` would have kept {kept:.3f}
             instead of {end:.3f} on the validation questions.""",
             lost(SAYO) > 0 and last(SAYO) < study.mean(SAYO) and kept > end + 0.3,
         )
@@ -148,9 +148,9 @@ def looks_claims(looks):
     placebos = [again(arm) for arm in (ROLLED_BOX, SHUFFLED_SCORES, CENTERED_BOX)]
     return [
         (
-            f"""**A model that can look twice learns to look again.** Of its samples whose first look
-            is off the card, {again("base"):.3f} look again before training and {again(SAYO):.3f}
-            after SAYO; with a wrong box or shuffled scores, at most {max(placebos):.3f} do.
+            f"""**A model that can look twice learns to look again.** Of its samples whose first
+            look is off the card, {again("base"):.3f} look again before training and
+            {again(SAYO):.3f} after SAYO; with a wrong box or shuffled scores, at most {max(placebos):.3f} do.
             Accuracy rises from {acc("base"):.3f} to {acc(SAYO):.3f}. Again, the text-only reward
             does the same ({again(PLACE):.3f}, {acc(PLACE):.3f}).""",
             again(SAYO) > again("base") + 0.3
