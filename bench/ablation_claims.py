@@ -150,9 +150,9 @@ def looks_claims(looks):
         (
             f"""**A model that can look twice learns to look again.** Of its samples whose first
             look is off the card, {again("base"):.3f} look again before training and
-            {again(SAYO):.3f} after SAYO; with a wrong box or shuffled scores, at most {max(placebos):.3f} do.
-            Accuracy rises from {acc("base"):.3f} to {acc(SAYO):.3f}. Again, the text-only reward
-            does the same ({again(PLACE):.3f}, {acc(PLACE):.3f}).""",
+            {again(SAYO):.3f} after SAYO; with a wrong box or shuffled scores, at most
+            {max(placebos):.3f} do. Accuracy rises from {acc("base"):.3f} to {acc(SAYO):.3f}.
+            Again, the text-only reward does the same ({again(PLACE):.3f}, {acc(PLACE):.3f}).""",
             again(SAYO) > again("base") + 0.3
             and max(placebos) < again("base")
             and min(acc(SAYO), acc(PLACE)) > acc("base") + 0.2
