@@ -6,9 +6,9 @@ from tqdm import tqdm
 
 from config import parse_weights
 
-WINDOW = 128  # questions: the trends below are means over the steps that have so many
-DECLINE = 0.15  # of the share of right samples, from its best
-UNRELATED = 0.05  # correlation of the attention reward with being right
+RIGHT_WINDOW = 128  # questions over which the share of right samples is averaged
+DECLINE = 0.15  # of that share, from its best
+CORRELATION_WINDOW = 64  # questions over which the correlation of r_v with being right is averaged
 MIXED = 0.1, 0.9  # share of right samples in a step whose correlation counts
 ADVICE = "stop, reward accuracy too, or end with the best adapter (--keep_best)"
 
@@ -36,34 +36,33 @@ def trend_alarms(rows, prompts_per_step, weights):
     """The signs that the reward leads away from right answers.
 
     - answers get worse: the share of right samples is DECLINE below its best.
-    - attention misleads: it is rewarded, accuracy is not, and right samples earn about as much
-      attention reward as wrong ones. This comes first if a reward is wrong from the start.
+    - attention misleads: it is rewarded, accuracy is not, and right samples earn less attention
+      reward than wrong ones. This comes first if a reward is wrong from the start.
 
-    Both are means over the steps that have WINDOW questions. docs/evidence.md says how many
-    collapses they catch.
+    Both are means over the steps that have RIGHT_WINDOW or CORRELATION_WINDOW questions, and need
+    questions with answers. docs/evidence.md says how many collapses they catch.
 
     Args: rows of metrics.jsonl; weights, {reward: weight}. Yields: (row number from 1, name of the
     alarm, message), for every row that has it.
     """
-    size = -(-WINDOW // prompts_per_step)  # steps
+    many, few = (-(-n // prompts_per_step) for n in (RIGHT_WINDOW, CORRELATION_WINDOW))  # steps
     only_attention = weights.get("attention", 0) > 0 and not weights.get("accuracy")
     shares, correlations, best = [], [], 0.0
     for number, row in enumerate(rows, 1):
         shares.append(row.get("rewards/accuracy/mean") or 0.0)
         if MIXED[0] <= shares[-1] <= MIXED[1]:
             correlations.append(row["attention/corr_accuracy"])
-        if len(shares) >= size:
-            recent = fmean(shares[-size:])
+        if len(shares) >= many:
+            recent = fmean(shares[-many:])
             best = max(best, recent)
             if best - recent >= DECLINE - 1e-9:
                 why = f"{recent:.0%} of the recent samples are right, {best:.0%} were at best"
                 yield number, "answers get worse", f"{why}; {ADVICE}"
-        if only_attention and len(correlations) >= size:
-            recent = fmean(correlations[-size:])
-            if recent < UNRELATED:
-                why = "right samples earn about as much attention reward as wrong ones"
-                message = f"{why} (correlation {recent:.2f}); {ADVICE}"
-                yield number, "attention misleads", message
+        if only_attention and len(correlations) >= few:
+            recent = fmean(correlations[-few:])
+            if recent < 0:
+                why = f"right samples earn less attention reward (correlation {recent:.2f})"
+                yield number, "attention misleads", f"{why}; {ADVICE}"
 
 
 def print_alarms(rows, cfg, warned):

@@ -17,7 +17,7 @@ from bench.ablation_arms import (
     SAYO,
     SHUFFLED_SCORES,
 )
-from bench.ablation_collapse import collapse_step, curve, kept_accuracy
+from bench.ablation_collapse import collapse_step, curve, kept_accuracy, largest_loss
 from bench.ablation_stats import (
     format_interval,
     group_by_arm,
@@ -25,6 +25,8 @@ from bench.ablation_stats import (
     paired_difference,
     run_key,
 )
+
+PARTS = (-20, None), (20, 40)  # steps of a long run: the last ones, and the best ones
 
 
 class Study:
@@ -41,6 +43,10 @@ class Study:
         """Returns: the mean over seeds, half of its 95 % interval, and p."""
         return paired_difference(self.measured[ours], self.measured[theirs], metric)
 
+    def rate(self, arm):
+        rows = group_by_arm(self.results)[arm].values()
+        return next(row["rate"] for row in rows)
+
     def long(self, arm, steps=300):
         """The runs of an arm with more steps, a list of rows."""
         return list(group_by_arm(self.results, "length", steps).get(arm, {}).values())
@@ -54,7 +60,7 @@ def claims(results, training):
     if study.measured:
         found += arm_claims(study)
     if ACCURACY in looks.measured:
-        found += looks_claims(looks)
+        found += looks_claims(looks, study)
     return found
 
 
@@ -65,51 +71,65 @@ def arm_claims(study):
     both, both_half, _ = study.difference(BOTH, ACCURACY)
     loss, loss_half, _ = study.difference(LOSS_AND_ACCURACY, ACCURACY)
     wrong = [acc(arm) for arm in (ROLLED_BOX, CENTERED_BOX, ALL_CARDS)]
+    explained = study.mean("base", "r_v_explained_by_cell")
+    own = [study.mean(arm, "auroc") for arm in (BOTH, "base")]
     early = [study.mean("base", f"early_look_if_{name}") for name in ("right", "wrong")]
+    rate = study.rate(BOTH)
     return [
         (
-            f"""**A reward without attention does as well.** After 60 steps, rewarding a text for
-            naming a cell of the card reaches an accuracy of {acc(PLACE):.3f}, SAYO {sayo:.3f}
-            (difference {format_interval(place, half, "+")}). On this task, attention at the
-            uncertain words is a way to read which place the text names.""",
-            abs(place) < 0.05,
+            f"""**A reward on the text alone does as well.** After 60 steps, rewarding the model
+            when its text names a cell of the card gives an accuracy of {acc(PLACE):.3f}, SAYO
+            {sayo:.3f} (difference {format_interval(place, half, "+")}). Both use the same boxes.
+            Within a group, the named cell explains {explained:.3f} of the variance of the untrained model's
+            r_v: here, attention at the uncertain words reads which place the text names.""",
+            abs(place) < 0.05 and explained > 0.95,
         ),
         (
-            f"""**The box matters, as a place.** SAYO raises accuracy from {base:.3f} to {sayo:.3f}
-            without knowing any answer. With the box rolled to another place, at the center of
-            the image, or around all cards, it falls to {wrong[0]:.3f}, {wrong[1]:.3f} and
-            {wrong[2]:.3f}; with shuffled scores it is {acc(SHUFFLED_SCORES):.3f}, with the
-            format reward alone {acc(FORMAT):.3f}.""",
-            sayo > base + 0.1 and max(wrong) < base - 0.05 and abs(acc(FORMAT) - base) < 0.03,
+            f"""**The box must be in the right place.** SAYO raises accuracy from {base:.3f} to
+            {sayo:.3f} without answer labels. With its scores shuffled within the group, accuracy
+            is {acc(SHUFFLED_SCORES):.3f}, with the format reward alone {acc(FORMAT):.3f}. With the
+            box rolled to another place, at the center of the image, or around all cards, answers
+            get worse: {wrong[0]:.3f}, {wrong[1]:.3f} and {wrong[2]:.3f}.""",
+            sayo > base + 0.1
+            and max(wrong) < base - 0.05
+            and abs(acc(FORMAT) - base) < 0.03
+            and abs(acc(SHUFFLED_SCORES) - base) < 0.05,
         ),
         (
-            f"""**Rewarding accuracy teaches this task better**: {acc(ACCURACY):.3f}. Adding
-            attention to it gains nothing ({format_interval(both, both_half, "+")}). As in the
-            paper, every real reward beats the base model. Unlike in the paper, attention does
-            not beat accuracy. With both, most answers no longer name the card
-            ({study.mean(BOTH, "on_card"):.3f} do), right as they are.""",
-            acc(ACCURACY) > sayo + 0.05
-            and both - both_half < 0
-            and min(acc(BOTH), sayo) > base
-            and study.mean(BOTH, "on_card") < 0.5,
+            f"""**Rewarding accuracy teaches this task better**: {acc(ACCURACY):.3f}. No gain from
+            adding attention is found ({format_interval(both, both_half, "+")}). As in the paper,
+            attention, accuracy and both beat the base model. Unlike in the paper, attention does
+            not beat accuracy.""",
+            acc(ACCURACY) > sayo + 0.05 and both < 0 and min(acc(BOTH), sayo) > base,
         ),
         (
-            f"""**SAYO moves the text; a loss moves attention.** On ground-truth text, AUROC is
-            {fixed("base"):.3f} before and {fixed(SAYO):.3f} after SAYO (after the text-only
-            reward: {fixed(PLACE):.3f}). The attention loss raises it to {fixed(LOSS_FASTER):.3f},
-            and with the accuracy reward to {fixed(LOSS_AND_ACCURACY):.3f}. Answers do not get
-            better by that: accuracy is {acc(LOSS_FASTER):.3f} ({base:.3f} before), and
-            {acc(LOSS_AND_ACCURACY):.3f} with the accuracy reward,
-            {format_interval(loss, loss_half, "+")} compared with that reward alone.""",
+            f"""**With both rewards, answers get better and looks get worse.** Accuracy is
+            {acc(BOTH):.3f}, but {study.mean(BOTH, "on_card"):.3f} of the answers name the card
+            ({study.mean("base", "on_card"):.3f} before), and the AUROC of their attention is
+            {own[0]:.3f} ({own[1]:.3f} before), although attention is rewarded. One reason may be
+            the learning rate, {rate:.1e}, which was chosen for accuracy.""",
+            study.mean(BOTH, "on_card") < study.mean("base", "on_card") - 0.1
+            and own[0] < own[1]
+            and acc(BOTH) > base,
+        ),
+        (
+            f"""**SAYO does not move attention on a fixed text.** On the right answer, AUROC is
+            {fixed("base"):.3f} before and {fixed(SAYO):.3f} after ({fixed(PLACE):.3f} after the
+            text-only reward). A differentiable attention loss moves it: to {fixed(LOSS_FASTER):.3f}
+            at a rate of 2e-4, to {fixed(LOSS_AND_ACCURACY):.3f} with the accuracy reward. Neither
+            makes more answers right: {acc(LOSS_FASTER):.3f} ({base:.3f} before), and
+            {acc(LOSS_AND_ACCURACY):.3f} with the accuracy reward, compared with that reward alone
+            {format_interval(loss, loss_half, "+")}. The weight of the loss was not tuned.""",
             abs(fixed(SAYO) - fixed("base")) < 0.02
             and fixed(LOSS_FASTER) > fixed("base") + 0.03
             and acc(LOSS_FASTER) < base + 0.02
-            and loss - loss_half < 0,
+            and loss < 0,
         ),
         (
-            f"""**The model does look; it names wrongly.** At the color word, before any place is
-            written, one head of the untrained model looks at the card in {early[0]:.3f} of
-            right and {early[1]:.3f} of wrong answers.""",
+            f"""**The model sees the card, and names another.** At the color word, before any place
+            is written, the strongest cell of one head of the untrained model is on the card in
+            {100 * early[0]:.1f} % of right and {100 * early[1]:.1f} % of wrong answers. So the
+            information is there; whether the model uses it was not tested.""",
             min(early) > 0.9,
         ),
     ]
@@ -122,25 +142,28 @@ def length_claims(study, training):
     def lost(arm):
         return sum(collapse_step(row) is not None for row in study.long(arm))
 
-    sayo, runs = study.long(SAYO), len(study.long(SAYO))
+    sayo = study.long(SAYO)
     kept = mean(kept_accuracy(row, training[run_key(row)]) for row in sayo)
     end = mean(curve(row)[-1] for row in sayo)
     lowest = min(value for row in study.long(BOTH) for value in curve(row))
+    dips = [largest_loss(row) for row in study.long(BOTH)]
     rewards = [training[run_key(row)]["rewards/attention/mean"] for row in sayo]
-    early_r_v, r_v = (
-        mean(mean(run[part]) for run in rewards) for part in (slice(20, 40), slice(-20, None))
-    )
+    r_v, early_r_v = (mean(sum((run[a:b] for run in rewards), [])) for a, b in PARTS)
     named = [mean(curve(row, "on_card")[i] for row in sayo) for i in (1, -1)]
+    ends = [row["measured"]["accuracy"] for row in sayo]
     return [
         (
-            f"""**The attention reward alone does not last.** After 300 steps, {lost(SAYO)} of
-            {runs} runs of SAYO have collapsed, and the mean accuracy is {last(SAYO):.3f} (after
-            60 steps: {study.mean(SAYO):.3f}). With the accuracy reward alone, {lost(ACCURACY)}
-            of {len(study.long(ACCURACY))} have collapsed ({last(ACCURACY):.3f}), with both
-            rewards {lost(BOTH)} of {len(study.long(BOTH))} ({last(BOTH):.3f}), though one of
-            them falls to {lowest:.3f} on the way. `--keep_best` would have kept {kept:.3f}
-            instead of {end:.3f} on the validation questions.""",
-            lost(SAYO) > 0 and last(SAYO) < study.mean(SAYO) and kept > end + 0.3,
+            f"""**The attention reward alone does not last.** From step 60 to 300, the accuracy of
+            SAYO falls from {study.mean(SAYO):.3f} to {last(SAYO):.3f} ({min(ends):.3f} to
+            {max(ends):.3f}): {lost(SAYO)} of {len(sayo)} runs collapse. With the accuracy reward
+            alone, none does ({last(ACCURACY):.3f}). With both, none ends collapsed
+            ({last(BOTH):.3f}), but all lose {min(dips):.2f} to {max(dips):.2f} on the
+            way, and one falls to {lowest:.3f}. `--keep_best` would have ended SAYO's runs with
+            {kept:.3f} instead of {end:.3f} (validation questions).""",
+            lost(SAYO) == len(sayo)
+            and lost(ACCURACY) == lost(BOTH) == 0
+            and min(dips) > 0.05
+            and kept > end + 0.3,
         ),
         (
             f"""**Attention can stay on the card while the text leaves it.** A reward for naming
@@ -157,34 +180,44 @@ def length_claims(study, training):
     ]
 
 
-def looks_claims(looks):
+def looks_claims(looks, study):
     def again(arm):
-        return looks.mean(arm, "sampled_looked_again_if_first_off")
+        return looks.mean(arm, "sampled_looked_again")
 
-    acc, last = looks.mean, lambda arm: looks.mean(arm, "last_on_card")
-    placebos = [again(arm) for arm in (ROLLED_BOX, SHUFFLED_SCORES, CENTERED_BOX)]
+    acc, wrong_box = looks.mean, max(again(arm) for arm in (ROLLED_BOX, CENTERED_BOX))
+    first, last = (lambda arm, m=m: looks.mean(arm, f"{m}_on_card") for m in ("first", "last"))
+    shuffled = [m["sampled_looked_again"] for m in looks.measured[SHUFFLED_SCORES].values()]
+    fixed, spoiled = (looks.mean(SAYO, f"named_{name}") for name in ("off_on", "on_off"))
+    by_seed = [m["last_on_card"] for m in looks.measured[ACCURACY].values()]
+    one_look = [study.mean(arm, "on_card") for arm in (BOTH, ACCURACY)]
     return [
         (
-            f"""**A model that can look twice learns to look again.** Of its samples whose first
-            look is off the card, {again("base"):.3f} look again before training and
-            {again(SAYO):.3f} after SAYO; with a wrong box or shuffled scores, at most
-            {max(placebos):.3f} do. Accuracy rises from {acc("base"):.3f} to {acc(SAYO):.3f}.
-            Again, the text-only reward does the same ({again(PLACE):.3f}, {acc(PLACE):.3f}).""",
+            f"""**A model that can look twice learns to look again, always.** {again("base"):.3f} of
+            its samples look again before training, {again(SAYO):.3f} after SAYO, whether the first
+            look was right or not; with a wrong box at most {wrong_box:.3f} do, with shuffled scores
+            {min(shuffled):.3f} to {max(shuffled):.3f}. Accuracy rises from {acc("base"):.3f} to
+            {acc(SAYO):.3f}, because the first look gets better: it is on the card in
+            {first(SAYO):.3f} of the answers ({first("base"):.3f} before). Further looks come to the
+            card in {fixed:.3f} of the answers, and leave it in {spoiled:.3f}. Again, the text-only
+            reward does as well ({acc(PLACE):.3f}).""",
             again(SAYO) > again("base") + 0.3
-            and max(placebos) < again("base")
+            and wrong_box < again("base") / 2
+            and max(shuffled) < again(SAYO)
             and min(acc(SAYO), acc(PLACE)) > acc("base") + 0.2
-            and again(PLACE) > again("base") + 0.3,
+            and first(SAYO) > first("base") + 0.2
+            and abs(fixed - spoiled) < 0.05,
         ),
         (
-            f"""**Rewarded answers become right; rewarded looks become true.** There, the accuracy
-            reward alone makes {acc(ACCURACY):.3f} of the answers right, but the last place that
-            they name is on the card in {last(ACCURACY):.3f}, less than before
-            ({last("base"):.3f}). With both rewards, it is {last(BOTH):.3f}, and accuracy is
-            {acc(BOTH):.3f}.""",
+            f"""**Right answers do not need true looks.** In that world, the accuracy reward makes
+            {acc(ACCURACY):.3f} of the answers right, but the last place that they name is on the
+            card in {last(ACCURACY):.3f} ({min(by_seed):.3f} to {max(by_seed):.3f};
+            {last("base"):.3f} before). With both rewards it is {last(BOTH):.3f}, with an accuracy
+            of {acc(BOTH):.3f}. With one look it is the other way round: {one_look[0]:.3f} of the
+            answers name the card with both, {one_look[1]:.3f} with accuracy alone.""",
             acc(ACCURACY) > acc(SAYO)
-            and last(ACCURACY) < last("base")
-            and last(BOTH) > last("base") + 0.1
-            and abs(acc(BOTH) - acc(ACCURACY)) < 0.05,
+            and last(BOTH) > last(ACCURACY) + 0.1
+            and abs(acc(BOTH) - acc(ACCURACY)) < 0.05
+            and one_look[0] < one_look[1],
         ),
     ]
 

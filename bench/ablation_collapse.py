@@ -1,6 +1,7 @@
 """How long the rewards of `ablation.py` last: collapses, what prevents them, and the alarms."""
 
 from collections import defaultdict
+from itertools import pairwise
 from statistics import fmean as mean
 
 from analysis.alarms import trend_alarms
@@ -12,6 +13,7 @@ from config import Config, parse_weights
 POINTS_LOST = 0.2  # accuracy below its best: a collapse
 HEALTHY = 0.1  # accuracy never further below its best so far
 PROMPTS_PER_STEP = 8
+CHOSEN_ON = "the thresholds were chosen on these"
 
 
 COLLAPSE_CURVE = {  # column -> metric of the learning curve
@@ -136,27 +138,45 @@ def kept_accuracy(row, metrics):
 def alarm_counts(results, training):
     """How the alarms of `analysis.alarms` judge the runs with a learning curve.
 
-    Args: training, {key of a run: its metrics}. Returns: {stage: counts}, of collapsed runs and how
-    many of them had an alarm before POINTS_LOST were lost, and of healthy runs (never HEALTHY
-    below their best so far) and how many had a false alarm.
+    Args: training, {key of a run: its metrics}. Returns: {group of runs: counts}, of collapsed
+    runs and how many of them had an alarm before POINTS_LOST were lost; of healthy runs (never
+    HEALTHY below their best so far) and how many had an alarm; of the others and the same.
     """
-    counts = defaultdict(lambda: dict.fromkeys(("collapsed", "caught", "healthy", "false"), 0))
+    names = "collapsed", "caught", "healthy", "false", "between", "warned"
+    counts = defaultdict(lambda: dict.fromkeys(names, 0))
     for row, metrics in with_training(results, training):
-        alarm, collapse = first_alarm(row, metrics), collapse_step(row)
-        stage = counts[alarm_stage(row)]
-        if collapse:
-            stage["collapsed"] += 1
-            stage["caught"] += alarm is not None and alarm <= collapse
+        alarm, group = first_alarm(row, metrics), counts[alarm_group(row)]
+        if collapse_step(row):
+            group["collapsed"] += 1
+            group["caught"] += alarm is not None and lost_at(row, alarm) < POINTS_LOST
         elif largest_loss(row) < HEALTHY:
-            stage["healthy"] += 1
-            stage["false"] += alarm is not None
+            group["healthy"] += 1
+            group["false"] += alarm is not None
+        else:
+            group["between"] += 1
+            group["warned"] += alarm is not None
     return counts
 
 
-def alarm_stage(row):
-    """The stage of a run, and whether the thresholds of the alarms were chosen on it."""
-    chosen_on = row["seed"] < {"arm": 5, "length": 2 * (row["steps"] == 300)}.get(row["kind"], 0)
-    return f"{row['kind']}, thresholds chosen on these" if chosen_on else row["kind"]
+def alarm_group(row):
+    """The group of a run in the table of alarms: the runs that had ended when the thresholds were
+    chosen, and the others by stage."""
+    seeds = {"arm": range(5), "looks": range(5)}.get(row["kind"], ())
+    if row["seed"] in seeds or (row["kind"], row["steps"]) == ("length", 300):
+        return CHOSEN_ON
+    return row["kind"]
+
+
+def lost_at(row, step):
+    """How far the validation accuracy is below its best so far at a step, which may lie between two
+    points of the curve."""
+    best = 0.0
+    for start, end in pairwise(row["curve"]):
+        best = max(best, start["accuracy"])
+        if step <= end["step"]:
+            share = (step - start["step"]) / (end["step"] - start["step"])
+            return best - start["accuracy"] - share * (end["accuracy"] - start["accuracy"])
+    raise ValueError(f"step {step} lies behind the curve")
 
 
 def with_training(results, training):
@@ -186,18 +206,18 @@ def largest_loss(row):
 
 
 def alarm_table(results, training):
-    counts, rows = alarm_counts(results, training), []
-    new = {name: c for name, c in counts.items() if "chosen" not in name}
+    counts = alarm_counts(results, training)
+    new = [c for name, c in counts.items() if name != CHOSEN_ON]
     totals = {
-        label: {n: sum(c[n] for c in some.values()) for n in next(iter(counts.values()))}
-        for label, some in (("all others", new), ("all", counts))
+        name: {key: sum(c[key] for c in some) for key in next(iter(counts.values()))}
+        for name, some in (("all others", new), ("all", counts.values()))
     }
-    for stage, c in (counts | totals).items():
-        shares = [
-            f"{100 * part / whole:.0f} %" if whole else ""
-            for part, whole in ((c["caught"], c["collapsed"]), (c["false"], c["healthy"]))
-        ]
-        cells = c["collapsed"], c["caught"], shares[0], c["healthy"], c["false"], shares[1]
-        rows.append([stage, *map(str, cells)])
-    header = ["stage", "collapsed", "caught", "share", "healthy", "false alarms", "share"]
+    header = ["stage", "collapsed", "caught", "healthy", "false alarms", "in between", "warned"]
+    rows = []
+    for name, c in (counts | totals).items():
+        cells = []
+        for whole, part in (("collapsed", "caught"), ("healthy", "false"), ("between", "warned")):
+            share = f" ({100 * c[part] / c[whole]:.0f} %)" if c[whole] else ""
+            cells += [f"{c[whole]}", f"{c[part]}{share}"]
+        rows.append([name, *cells])
     return markdown_table(header, rows)

@@ -119,14 +119,18 @@ def naming_and_reading(base, arm):
 
 def mediation_table(results, shown):
     arms, rows = group_by_arm(results), []
+    rest = ("on_card", "accuracy_if_on_card", "accuracy_if_not_on_card")
+    explained = ["r_v_explained_by_cell"]
     (base,) = measured(arms["base"]).values()
     for name in shown:
         parts = [naming_and_reading(base, row) for row in measured(arms[name]).values()]
         cells = [format_interval(mean(v), half_width(v), sign="+") for v in zip(*parts)]
-        rest = ("on_card", "accuracy_if_on_card", "accuracy_if_not_on_card")
-        rows.append([name, *means(arms[name], rest), *cells])
+        rows.append([name, *means(arms[name], rest), *cells, *means(arms[name], explained)])
     names = "names the card", "right if so", "right if not", "gain", "by naming", "by reading"
-    rows.insert(0, ["base", *means(arms["base"], rest), "", "", ""])
+    names = *names, "r_v explained by the named cell"
+    rows.insert(
+        0, ["base", *means(arms["base"], rest), "", "", "", *means(arms["base"], explained)]
+    )
     return markdown_table(["arm", *names], rows)
 
 
@@ -151,9 +155,9 @@ def second_looks_table(results):
         "greedy accuracy": "accuracy",
         "first look on the card": "first_on_card",
         "last look on the card": "last_on_card",
-        "looks again if the first is off": "looked_again_if_first_off",
         "wrong first looks corrected": "corrected",
-        "looks again if off, samples": "sampled_looked_again_if_first_off",
+        "samples look again": "sampled_looked_again",
+        "if the first look is off": "sampled_looked_again_if_first_off",
         "AUROC, own text": "auroc",
     }
     rows = [[f"{name} ({len(arm)})", *means(arm, metrics.values())] for name, arm in arms.items()]
@@ -169,10 +173,15 @@ def first_and_last_look_table(results):
 
 
 def two_by_two(rows, looks):
-    """Cells "share (accuracy)" of each combination of a first and a last look."""
-    shares = [mean(row[f"{looks}_{cell}"] for row in rows) for cell in TWO_BY_TWO]
-    right = [mean(row[f"accuracy_{looks}_{cell}"] for row in rows) for cell in TWO_BY_TWO]
-    return [f"{share:.3f} ({accuracy:.2f})" for share, accuracy in zip(shares, right)]
+    """Cells "share (accuracy)" of each combination of a first and a last look, over all answers of
+    all seeds."""
+    cells = []
+    for cell in TWO_BY_TWO:
+        pairs = [(row[f"{looks}_{cell}"], row[f"accuracy_{looks}_{cell}"]) for row in rows]
+        share = mean(share for share, _ in pairs)
+        right = sum(share * accuracy for share, accuracy in pairs) / len(pairs)
+        cells.append(f"{share:.3f} ({right / share:.2f})" if share else "0")
+    return cells
 
 
 def second_looks_samples(results):
@@ -232,7 +241,7 @@ def readme_table(results):
             cells.insert(1, format_mean(late) if late else "")
         rows.append([name, *cells])
     first, *rest = README_COLUMNS
-    return markdown_table(["reward", first, *["300 steps"] * complete, *rest], rows)
+    return markdown_table(["reward", first, *["accuracy, 300 steps"] * complete, *rest], rows)
 
 
 def try_this_table(results):

@@ -21,7 +21,12 @@ def format_interval(value, half, sign=""):
 
 
 def format_mean(values):
-    return format_interval(mean(values), half_width(values))
+    """The mean with half of its interval, or with the lowest and the highest value if these differ
+    so much that an interval would mislead."""
+    half = half_width(values)
+    if half is not None and half > 0.1 * max(1, mean(values)):
+        return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    return format_interval(mean(values), half)
 
 
 def paired_difference(ours, theirs, metric):

@@ -553,12 +553,12 @@ def test_the_moments_of_a_collapse_are_counted_from_it():
 def test_the_alarm_is_judged_against_the_collapse():
     base = dict(kind="arm", arm="base", seed=0, steps=0, rate=0.0)
     base["curve"] = [{"step": 0, "accuracy": 0.6}]
-    early = run([0.8, 0.8, 0.5], [0.5] * 20 + [0.8] * 16 + [0.3] * 24, seed=5)
+    early = run([0.8, 0.8, 0.5], [0.5] * 20 + [0.8] * 16 + [0.3] * 24, seed=5)  # step 41
     late = run([0.8, 0.5, 0.5], [0.8] * 60, seed=6)
     healthy = run([0.8, 0.8, 0.8], [0.8] * 60, seed=7)
     false = run([0.8, 0.8, 0.8], [0.8] * 40 + [0.5] * 20, seed=8)
     from_base = run([0.3, 0.3, 0.3], [0.6] * 20 + [0.2] * 40, seed=9)  # too late, at step 26
-    misled = run([0.3, 0.3, 0.3], [0.6] * 20 + [0.2] * 40, seed=10, correlation=0)  # at step 16
+    misled = run([0.3, 0.3, 0.3], [0.6] * 20 + [0.2] * 40, seed=10, correlation=-0.1)  # at step 8
     between = run([0.8, 0.8, 0.68], [0.8] * 60, seed=11)  # neither collapsed nor healthy
     seen = run([0.8, 0.8, 0.8], [0.8] * 60, seed=4)
     rows, training = [base], {}
@@ -566,12 +566,14 @@ def test_the_alarm_is_judged_against_the_collapse():
         rows.append(row)
         training |= metrics
     counts = ablation_collapse.alarm_counts({"runs": rows}, training)
-    assert counts["arm"] == {"collapsed": 4, "caught": 2, "healthy": 2, "false": 1}
-    chosen = counts["arm, thresholds chosen on these"]
-    assert chosen == {"collapsed": 0, "caught": 0, "healthy": 1, "false": 0}
+    numbers = dict(collapsed=4, caught=2, healthy=2, false=1, between=1, warned=0)
+    assert counts["arm"] == numbers
+    assert counts[ablation_collapse.CHOSEN_ON] == dict.fromkeys(numbers, 0) | {"healthy": 1}
     table = ablation_collapse.alarm_table({"runs": rows}, training)
-    assert "| all others | 4 | 2 | 50 % | 2 | 1 | 50 % |" in " ".join(table.split())
-    assert "| all | 4 | 2 | 50 % | 3 | 1 | 33 % |" in " ".join(table.split())
+    assert "| all others | 4 | 2 (50 %) | 2 | 1 (50 %) | 1 | 0 (0 %) |" in " ".join(table.split())
+    assert "| all | 4 | 2 (50 %) | 3 | 1 (33 %) | 1 | 0 (0 %) |" in " ".join(table.split())
+    # Between 0.8 at step 40 and 0.5 at step 60, whose best is 0.8.
+    assert ablation_collapse.lost_at(early[0], 50) == pytest.approx(0.15)
 
 
 # --- documents --------------------------------------------------------------------------------

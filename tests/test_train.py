@@ -620,17 +620,21 @@ def test_answers_that_get_worse_raise_an_alarm():
     assert alarm_steps(falling, 128) == {"answers get worse": 33}  # every step has enough questions
 
 
-def test_an_attention_reward_unrelated_to_right_answers_raises_an_alarm():
-    unrelated = {"attention/corr_accuracy": 0.0}
-    rows = [row | unrelated for row in shares((60, 0.5))]
-    assert alarm_steps(rows) == {"attention misleads": 16}
-    related = [row | {"attention/corr_accuracy": 0.1} for row in rows[:16]]
-    # The mean falls by 0.1 / 16 per step: it is 0.1 * 7 / 16 < 0.05 after 9 steps.
-    assert alarm_steps(related + rows) == {"attention misleads": 25}
-    assert not alarm_steps(rows, weights=SAYO_WEIGHTS | {"accuracy": 1.0})
-    assert not alarm_steps(rows, weights={"attention": 0.0, "format": 1.0})
+def test_an_attention_reward_that_misleads_raises_an_alarm():
+    """With 8 questions per step, correlations are averaged over 8 steps."""
+
+    def correlated(value, steps, share=0.5):
+        return [row | {"attention/corr_accuracy": value} for row in shares((steps, share))]
+
+    assert alarm_steps(correlated(-0.1, 20)) == {"attention misleads": 8}
+    # The mean falls by 0.2 / 8 per step from 0.1: it is below 0 after 5 steps.
+    changed = correlated(0.1, 16) + correlated(-0.1, 20)
+    assert alarm_steps(changed) == {"attention misleads": 21}
+    assert not alarm_steps(correlated(0.0, 20))
+    assert not alarm_steps(changed, weights=SAYO_WEIGHTS | {"accuracy": 1.0})
+    assert not alarm_steps(changed, weights={"attention": 0.0, "format": 1.0})
     for share in (0.0, 0.05, 0.95, 1.0):  # hardly any right (or wrong) samples, or no answers known
-        assert not alarm_steps([row | unrelated for row in shares((60, share))])
+        assert not alarm_steps(correlated(-0.1, 20, share))
 
 
 def test_the_alarm_for_worse_answers_is_printed_once_and_marked_in_the_report(capsys):
