@@ -40,6 +40,8 @@ PLACE = "place named + format (text only)"
 LOSS = "attention loss + format"
 LOSS_FASTER = "attention loss + format, rate 2e-4"  # the best rate for answers moves no attention
 LOSS_AND_ACCURACY = "attention loss + accuracy + format"
+BOTH_SLOWER = "attention + accuracy + format, rate 4e-4"  # SAYO's rate
+ACCURACY_SLOWER = "accuracy + format, rate 4e-4"
 LOWEST_ENTROPY = "lowest-entropy 30 % of tokens"
 
 
@@ -220,6 +222,10 @@ ARMS = {
     SAYO: Arm(weight_flags(attention=1)),
     BOTH: Arm(weight_flags(attention=1, accuracy=1)),
     ACCURACY: Arm(weight_flags(accuracy=1)),
+    BOTH_SLOWER: Arm(
+        [*weight_flags(attention=1, accuracy=1), "--learning_rate", "4e-4"], rate_of=BOTH
+    ),
+    ACCURACY_SLOWER: Arm([*weight_flags(accuracy=1), "--learning_rate", "4e-4"], rate_of=ACCURACY),
     PLACE: Arm(weight_flags(place=1), lambda seed: add_rewards(place=place_reward)),
     LOSS: Arm(weight_flags(), lambda seed: attention_loss()),
     LOSS_FASTER: Arm(

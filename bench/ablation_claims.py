@@ -81,7 +81,7 @@ def arm_claims(study):
             when its text names a cell of the card gives an accuracy of {acc(PLACE):.3f}, SAYO
             {sayo:.3f} (difference {format_interval(place, half, "+")}). Both use the same boxes.
             Within a group, the named cell explains {explained:.3f} of the variance of the untrained
-            model's r_v: here, attention at the uncertain words reads which place the text names.""",
+            model's r_v: here, attention at the uncertain words reads which place is named.""",
             abs(place) < 0.05 and explained > 0.95,
         ),
         (
