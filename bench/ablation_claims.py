@@ -17,7 +17,14 @@ from bench.ablation_arms import (
     SAYO,
     SHUFFLED_SCORES,
 )
-from bench.ablation_collapse import collapse_step, curve, kept_accuracy, largest_loss
+from bench.ablation_collapse import (
+    CHOSEN_ON,
+    alarm_counts,
+    collapse_step,
+    curve,
+    kept_accuracy,
+    largest_loss,
+)
 from bench.ablation_stats import (
     format_interval,
     group_by_arm,
@@ -61,6 +68,9 @@ def claims(results, training):
         found += arm_claims(study)
     if ACCURACY in looks.measured:
         found += looks_claims(looks, study)
+    if remedies := group_by_arm(results, "remedy"):
+        found += remedy_claims(remedies)
+        found += alarm_claims(alarm_counts(results, training))
     return found
 
 
@@ -219,6 +229,44 @@ def looks_claims(looks, study):
             and abs(acc(BOTH) - acc(ACCURACY)) < 0.05
             and one_look[0] < one_look[1],
         ),
+    ]
+
+
+def remedy_claims(remedies):
+    runs = {name: list(arm.values()) for name, arm in remedies.items()}
+    ends = {name: mean(curve(row)[-1] for row in rows) for name, rows in runs.items()}
+    held = [name for name, rows in runs.items() if not any(map(collapse_step, rows))]
+    lost = [name for name in runs if name not in held]
+
+    def listed(names):
+        names = sorted(names, key=ends.get, reverse=True)
+        return ", ".join(f"{name} ({ends[name]:.3f})" for name in names)
+
+    return [
+        (
+            f"""**Some changes prevent the collapse of SAYO.** With these, none of
+            {len(runs[held[0]])} runs of 300 steps collapses (in parentheses, the validation
+            accuracy at the end): {listed(held)}. With these, at least one does: {listed(lost)}.""",
+            min(map(ends.get, held)) > 0.7,
+        )
+    ]
+
+
+def alarm_claims(counts):
+    def total(name, groups):
+        return sum(group[name] for group in groups)
+
+    every, new = list(counts.values()), [c for name, c in counts.items() if name != CHOSEN_ON]
+    return [
+        (
+            f"""**Most collapses are announced.** {total("caught", every)} of
+            {total("collapsed", every)} have a warning before 0.2 is lost, and
+            {total("false", every)} of {total("healthy", every)} healthy runs have one. Without the
+            runs on which the thresholds were chosen, it is {total("caught", new)} of
+            {total("collapsed", new)} and {total("false", new)} of {total("healthy", new)}.""",
+            total("caught", every) >= 0.8 * total("collapsed", every)
+            and total("false", every) <= 0.1 * total("healthy", every),
+        )
     ]
 
 
