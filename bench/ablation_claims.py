@@ -5,8 +5,10 @@ from textwrap import fill
 
 from bench.ablation_arms import (
     ACCURACY,
+    ACCURACY_SLOWER,
     ALL_CARDS,
     BOTH,
+    BOTH_SLOWER,
     CENTERED_BOX,
     FORMAT,
     LOSS_AND_ACCURACY,
@@ -79,12 +81,13 @@ def arm_claims(study):
     base, sayo = acc("base"), acc(SAYO)
     place, half, _ = study.difference(SAYO, PLACE)
     both, both_half, _ = study.difference(BOTH, ACCURACY)
+    slow, slow_half, _ = study.difference(BOTH_SLOWER, ACCURACY_SLOWER)
     loss, loss_half, _ = study.difference(LOSS_AND_ACCURACY, ACCURACY)
     wrong = [acc(arm) for arm in (ROLLED_BOX, CENTERED_BOX, ALL_CARDS)]
     explained = study.mean("base", "r_v_explained_by_cell")
-    own = [study.mean(arm, "auroc") for arm in (BOTH, "base")]
+    own = [study.mean(arm, "auroc") for arm in (BOTH, BOTH_SLOWER)]
+    named = [study.mean(arm, "on_card") for arm in (BOTH, BOTH_SLOWER)]
     early = [study.mean("base", f"early_look_if_{name}") for name in ("right", "wrong")]
-    rate = study.rate(BOTH)
     return [
         (
             f"""**A reward on the text alone does as well.** After 60 steps, rewarding the model
@@ -106,21 +109,25 @@ def arm_claims(study):
             and abs(acc(SHUFFLED_SCORES) - base) < 0.05,
         ),
         (
-            f"""**Rewarding accuracy teaches this task better**: {acc(ACCURACY):.3f}. No gain from
-            adding attention is found ({format_interval(both, both_half, "+")}). As in the paper,
-            attention, accuracy and both beat the base model. Unlike in the paper, attention does
-            not beat accuracy.""",
-            acc(ACCURACY) > sayo + 0.05 and both < 0 and min(acc(BOTH), sayo) > base,
+            f"""**Rewarding accuracy teaches this task better**: {acc(ACCURACY):.3f}
+            ({acc(ACCURACY_SLOWER):.3f} at SAYO's rate). No gain from adding attention is found
+            ({format_interval(both, both_half, "+")}; {format_interval(slow, slow_half, "+")} at
+            SAYO's rate). As in the paper, attention, accuracy and both beat the base model. Unlike
+            in the paper, attention does not beat accuracy.""",
+            min(acc(ACCURACY), acc(ACCURACY_SLOWER)) > sayo + 0.05
+            and max(both, slow) < 0
+            and min(acc(BOTH), sayo) > base,
         ),
         (
-            f"""**With both rewards, answers get better and looks get worse.** Accuracy is
-            {acc(BOTH):.3f}, but {study.mean(BOTH, "on_card"):.3f} of the answers name the card
-            ({study.mean("base", "on_card"):.3f} before), and the AUROC of their attention is
-            {own[0]:.3f} ({own[1]:.3f} before), although attention is rewarded. One reason may be
-            the learning rate, {rate:.1e}, which was chosen for accuracy.""",
-            study.mean(BOTH, "on_card") < study.mean("base", "on_card") - 0.1
-            and own[0] < own[1]
-            and acc(BOTH) > base,
+            f"""**At a high rate, both rewards give right answers and wrong looks.** At the rate that
+            is best for their accuracy ({study.rate(BOTH):.1e}), it is {acc(BOTH):.3f}, but
+            {named[0]:.3f} of the answers name the card ({study.mean("base", "on_card"):.3f} before),
+            and the AUROC of their attention is {own[0]:.3f} ({study.mean("base", "auroc"):.3f}
+            before), although attention is rewarded. At SAYO's rate, accuracy is
+            {acc(BOTH_SLOWER):.3f}, {named[1]:.3f} name the card, and the AUROC is {own[1]:.3f}.""",
+            named[0] < study.mean("base", "on_card") - 0.1 < named[1] - 0.2
+            and own[0] < study.mean("base", "auroc") < own[1]
+            and acc(BOTH) > acc(BOTH_SLOWER),
         ),
         (
             f"""**SAYO does not move attention on a fixed text.** On the right answer, AUROC is
