@@ -42,7 +42,7 @@ class Study:
     """Means and differences of the results of a stage, by arm and metric."""
 
     def __init__(self, results, kind="arm"):
-        self.results = results
+        self.results, self.kind = results, kind
         self.measured = {arm: measured(rows) for arm, rows in group_by_arm(results, kind).items()}
 
     def mean(self, arm, metric="accuracy"):
@@ -53,8 +53,9 @@ class Study:
         return paired_difference(self.measured[ours], self.measured[theirs], metric)
 
     def rate(self, arm):
-        rows = group_by_arm(self.results)[arm].values()
-        return next(row["rate"] for row in rows)
+        """The learning rate of an arm, as 3.2e-3."""
+        rows = group_by_arm(self.results, self.kind)[arm].values()
+        return next(f"{row['rate']:.1e}".replace("e-0", "e-") for row in rows)
 
     def long(self, arm, steps=300):
         """The runs of an arm with more steps, a list of rows."""
@@ -87,6 +88,7 @@ def arm_claims(study):
     explained = study.mean("base", "r_v_explained_by_cell")
     own = [study.mean(arm, "auroc") for arm in (BOTH, BOTH_SLOWER)]
     named = [study.mean(arm, "on_card") for arm in (BOTH, BOTH_SLOWER)]
+    base_own, base_named = study.mean("base", "auroc"), study.mean("base", "on_card")
     early = [study.mean("base", f"early_look_if_{name}") for name in ("right", "wrong")]
     return [
         (
@@ -119,14 +121,14 @@ def arm_claims(study):
             and min(acc(BOTH), sayo) > base,
         ),
         (
-            f"""**At a high rate, both rewards give right answers and wrong looks.** At the rate that
-            is best for their accuracy ({study.rate(BOTH):.1e}), it is {acc(BOTH):.3f}, but
-            {named[0]:.3f} of the answers name the card ({study.mean("base", "on_card"):.3f} before),
-            and the AUROC of their attention is {own[0]:.3f} ({study.mean("base", "auroc"):.3f}
-            before), although attention is rewarded. At SAYO's rate, accuracy is
-            {acc(BOTH_SLOWER):.3f}, {named[1]:.3f} name the card, and the AUROC is {own[1]:.3f}.""",
-            named[0] < study.mean("base", "on_card") - 0.1 < named[1] - 0.2
-            and own[0] < study.mean("base", "auroc") < own[1]
+            f"""**At a high rate, both rewards give right answers and wrong looks.** At the rate
+            that is best for their accuracy ({study.rate(BOTH)}), it is {acc(BOTH):.3f}, but
+            {named[0]:.3f} of the answers name the card ({base_named:.3f} before), and the AUROC of
+            their attention is {own[0]:.3f} ({base_own:.3f} before), although attention is rewarded.
+            At SAYO's rate, accuracy is {acc(BOTH_SLOWER):.3f}, {named[1]:.3f} name the card, and
+            the AUROC is {own[1]:.3f}.""",
+            named[0] < base_named - 0.1 < named[1] - 0.2
+            and own[0] < base_own < own[1]
             and acc(BOTH) > acc(BOTH_SLOWER),
         ),
         (
@@ -225,12 +227,13 @@ def looks_claims(looks, study):
             and abs(fixed - spoiled) < 0.05,
         ),
         (
-            f"""**Right answers do not need true looks.** In that world, the accuracy reward makes
-            {acc(ACCURACY):.3f} of the answers right, but the last place that they name is on the
-            card in {last(ACCURACY):.3f} ({min(by_seed):.3f} to {max(by_seed):.3f};
-            {last("base"):.3f} before). With both rewards it is {last(BOTH):.3f}, with an accuracy
-            of {acc(BOTH):.3f}. With one look it is the other way round: {one_look[0]:.3f} of the
-            answers name the card with both, {one_look[1]:.3f} with accuracy alone.""",
+            f"""**Right answers do not need true looks.** In that world, the accuracy reward, at its
+            best rate ({looks.rate(ACCURACY)}), makes {acc(ACCURACY):.3f} of the answers right, but
+            the last place that they name is on the card in {last(ACCURACY):.3f}
+            ({min(by_seed):.3f} to {max(by_seed):.3f}; {last("base"):.3f} before). With both rewards
+            (rate {looks.rate(BOTH)}) it is {last(BOTH):.3f}, with an accuracy of {acc(BOTH):.3f}.
+            With one look it is the other way round: {one_look[0]:.3f} of the answers name the card
+            with both, {one_look[1]:.3f} with accuracy alone.""",
             acc(ACCURACY) > acc(SAYO)
             and last(BOTH) > last(ACCURACY) + 0.1
             and abs(acc(BOTH) - acc(ACCURACY)) < 0.05
