@@ -10,7 +10,6 @@ RIGHT_WINDOW = 128  # questions over which the share of right samples is average
 DECLINE = 0.15  # of that share, from its best
 CORRELATION_WINDOW = 64  # questions over which the correlation of r_v with being right is averaged
 MIXED = 0.1, 0.9  # share of right samples in a step whose correlation counts
-ADVICE = "stop, reward accuracy too, or end with the best adapter (--keep_best)"
 
 ALARMS = {  # metric -> (threshold, what it means)
     "frac_reward_zero_std": (
@@ -57,12 +56,14 @@ def trend_alarms(rows, prompts_per_step, weights):
             best = max(best, recent)
             if best - recent >= DECLINE - 1e-9:
                 why = f"{recent:.0%} of the recent samples are right, {best:.0%} were at best"
-                yield number, "answers get worse", f"{why}; {ADVICE}"
+                advice = "stop here, or end runs with the best adapter (--keep_best)"
+                yield number, "answers get worse", f"{why}; {advice}"
         if only_attention and len(correlations) >= few:
             recent = fmean(correlations[-few:])
             if recent < 0:
                 why = f"right samples earn less attention reward (correlation {recent:.2f})"
-                yield number, "attention misleads", f"{why}; {ADVICE}"
+                advice = "check the boxes, or reward accuracy, too"
+                yield number, "attention misleads", f"{why}; {advice}"
 
 
 def print_alarms(rows, cfg, warned):

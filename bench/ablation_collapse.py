@@ -15,7 +15,6 @@ HEALTHY = 0.1  # accuracy never further below its best so far
 PROMPTS_PER_STEP = 8
 CHOSEN_ON = "the thresholds were chosen on these"
 
-
 COLLAPSE_CURVE = {  # column -> metric of the learning curve
     "accuracy": "accuracy",
     "names the card": "on_card",
