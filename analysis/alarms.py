@@ -10,6 +10,8 @@ RIGHT_WINDOW = 128  # questions over which the share of right samples is average
 DECLINE = 0.15  # of that share, from its best
 CORRELATION_WINDOW = 64  # questions over which the correlation of r_v with being right is averaged
 MIXED = 0.1, 0.9  # share of right samples in a step whose correlation counts
+UNRELATED, EARLY_DECLINE = 0.25, 0.12  # below this correlation, this decline is enough
+MISLEADING = -0.05  # a correlation below this needs no decline
 
 ALARMS = {  # metric -> (threshold, what it means)
     "frac_reward_zero_std": (
@@ -34,36 +36,37 @@ def alarms(row):
 def trend_alarms(rows, prompts_per_step, weights):
     """The signs that the reward leads away from right answers.
 
-    - answers get worse: the share of right samples is DECLINE below its best.
-    - attention misleads: it is rewarded, accuracy is not, and right samples earn less attention
-      reward than wrong ones. This comes first if a reward is wrong from the start.
+    - answers get worse: the share of right samples is DECLINE below its best, or EARLY_DECLINE if
+      attention is rewarded, accuracy is not, and r_v hardly tells right samples from wrong ones.
+    - attention misleads: such a reward is higher for wrong samples. This comes first if a reward is
+      wrong from the start.
 
-    Both are means over the steps that have RIGHT_WINDOW or CORRELATION_WINDOW questions, and need
-    questions with answers. docs/evidence.md says how many collapses they catch.
+    Shares and correlations are means over the steps that have RIGHT_WINDOW and CORRELATION_WINDOW
+    questions, which must have answers. docs/evidence.md says how many collapses they catch.
 
     Args: rows of metrics.jsonl; weights, {reward: weight}. Yields: (row number from 1, name of the
     alarm, message), for every row that has it.
     """
     many, few = (-(-n // prompts_per_step) for n in (RIGHT_WINDOW, CORRELATION_WINDOW))  # steps
     only_attention = weights.get("attention", 0) > 0 and not weights.get("accuracy")
-    shares, correlations, best = [], [], 0.0
+    shares, correlations, best, correlation = [], [], 0.0, 1.0
     for number, row in enumerate(rows, 1):
         shares.append(row.get("rewards/accuracy/mean") or 0.0)
-        if MIXED[0] <= shares[-1] <= MIXED[1]:
+        if only_attention and MIXED[0] <= shares[-1] <= MIXED[1]:
             correlations.append(row["attention/corr_accuracy"])
+            if len(correlations) >= few:
+                correlation = fmean(correlations[-few:])
         if len(shares) >= many:
             recent = fmean(shares[-many:])
             best = max(best, recent)
-            if best - recent >= DECLINE - 1e-9:
+            if best - recent >= (EARLY_DECLINE if correlation < UNRELATED else DECLINE) - 1e-9:
                 why = f"{recent:.0%} of the recent samples are right, {best:.0%} were at best"
                 advice = "stop here, or end runs with the best adapter (--keep_best)"
                 yield number, "answers get worse", f"{why}; {advice}"
-        if only_attention and len(correlations) >= few:
-            recent = fmean(correlations[-few:])
-            if recent < 0:
-                why = f"right samples earn less attention reward (correlation {recent:.2f})"
-                advice = "check the boxes, or reward accuracy, too"
-                yield number, "attention misleads", f"{why}; {advice}"
+        if correlation < MISLEADING:
+            why = f"right samples earn less attention reward (correlation {correlation:.2f})"
+            advice = "check the boxes, or reward accuracy, too"
+            yield number, "attention misleads", f"{why}; {advice}"
 
 
 def print_alarms(rows, cfg, warned):

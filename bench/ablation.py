@@ -13,8 +13,8 @@ The stages run in this order:
     looks     a model that can look twice (made first, see second_looks.py): 60 steps, five seeds
     remedy    changes that might prevent the collapse of the attention reward, 300 steps
     noise     wrong labels, wrong boxes, few questions, few labels
-    variant   other tokens, layers and heads
     length    180 and 120 steps
+    variant   other tokens, layers and heads
     arm       five more seeds
 
 Every run calls `sayo_mini.main` with different flags. Runs with the same seed share the scenes,
@@ -71,6 +71,7 @@ from bench.ablation_measure import (
     choose_look_heads,
     grade_answers,
     grade_looks,
+    make_questions,
     measure,
     measure_looks_world,
     validation_questions,
@@ -217,6 +218,9 @@ def run_job(job, setup, output_dir):
         elif job.kind == "looks":
             count = setup["sizes"]["accuracy"]
             row["measured"] = rounded(measure_looks_world(vlm, cfg, count))
+        elif job.kind == "noise":
+            questions = make_questions(setup["sizes"]["accuracy"])
+            row["measured"] = rounded(LearningCurve(questions).point(vlm, cfg))
         elif job.kind != "remedy":  # a remedy is judged by its curve
             sizes = setup["sizes" if job.kind == "arm" else "small_sizes"]
             row["measured"] = rounded(measure(vlm, cfg, sizes, setup["heads"]))
@@ -323,10 +327,9 @@ def run_study(args):
     run_looks(jobs, args, results)
     run_jobs(jobs("length", range(5), LONG[-1], [PLACE]), args, results)
     stages = jobs("remedy", range(3), LONG[-1]) + jobs("noise", range(3))
-    stages += jobs("variant", range(3))
     for steps in reversed(LONG[:-1]):
         stages += jobs("length", range(5), steps, [SAYO])
-    stages += jobs("arm", range(5, 10))
+    stages += jobs("variant", range(3)) + jobs("arm", range(5, 10))
     for steps in reversed(LONG[:-1]):
         stages += jobs("length", range(5), steps, [BOTH, ACCURACY])
     run_jobs(stages, args, results)

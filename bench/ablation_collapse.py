@@ -160,7 +160,7 @@ def alarm_counts(results, training):
 def alarm_group(row):
     """The group of a run in the table of alarms: the runs that had ended when the thresholds were
     chosen, and the others by stage."""
-    seeds = {"arm": range(5), "looks": range(5)}.get(row["kind"], ())
+    seeds = {"arm": range(5), "looks": range(5), "remedy": range(3)}.get(row["kind"], ())
     if row["seed"] in seeds or (row["kind"], row["steps"]) == ("length", 300):
         return CHOSEN_ON
     return row["kind"]
@@ -193,6 +193,7 @@ def first_alarm(row, metrics):
     """The step of the first trend alarm of a run, or None."""
     arm = (ARMS | remedies()).get(row["arm"], ARMS[SAYO])
     weights = parse_weights(arm.flags[arm.flags.index("--reward_weights") + 1])
+    weights["attention"] = weights.get("attention", 0) + weights.get("before", 0)  # also r_v
     names = "rewards/accuracy/mean", "attention/corr_accuracy"
     rows = [dict(zip(names, values)) for values in zip(*(metrics[name] for name in names))]
     return next((step for step, *_ in trend_alarms(rows, PROMPTS_PER_STEP, weights)), None)

@@ -200,8 +200,8 @@ def second_looks_samples(results):
 
 def noise_table(results):
     arms = group_by_arm(results, "noise")
-    rows = [[name, *means(arm, ["accuracy", "on_card", "auroc"])] for name, arm in arms.items()]
-    return markdown_table(["arm", "greedy accuracy", "names the card", "AUROC, own text"], rows)
+    rows = [[f"{n} ({len(arm)})", *means(arm, ["accuracy", "on_card"])] for n, arm in arms.items()]
+    return markdown_table(["arm (seeds)", "greedy accuracy", "names the card"], rows)
 
 
 def tables(results, training):

@@ -620,21 +620,31 @@ def test_answers_that_get_worse_raise_an_alarm():
     assert alarm_steps(falling, 128) == {"answers get worse": 33}  # every step has enough questions
 
 
+def correlated(value, rows):
+    return [row | {"attention/corr_accuracy": value} for row in rows]
+
+
+def test_a_smaller_decline_is_enough_if_attention_hardly_tells_what_is_right():
+    falling = shares((16, 0.5), (16, 0.7), (20, 0.5))
+    # The mean falls by 0.2 / 16 per step; it is 0.12 lower after 10 steps.
+    assert alarm_steps(correlated(0.2, falling)) == {"answers get worse": 42}
+    assert alarm_steps(correlated(0.25, falling)) == {"answers get worse": 44}
+    for weights in (SAYO_WEIGHTS | {"accuracy": 1.0}, {"attention": 0.0, "format": 1.0}):
+        assert alarm_steps(correlated(0.2, falling), 8, weights) == {"answers get worse": 44}
+
+
 def test_an_attention_reward_that_misleads_raises_an_alarm():
     """With 8 questions per step, correlations are averaged over 8 steps."""
-
-    def correlated(value, steps, share=0.5):
-        return [row | {"attention/corr_accuracy": value} for row in shares((steps, share))]
-
-    assert alarm_steps(correlated(-0.1, 20)) == {"attention misleads": 8}
-    # The mean falls by 0.2 / 8 per step from 0.1: it is below 0 after 5 steps.
-    changed = correlated(0.1, 16) + correlated(-0.1, 20)
-    assert alarm_steps(changed) == {"attention misleads": 21}
-    assert not alarm_steps(correlated(0.0, 20))
+    rows = shares((20, 0.5))
+    assert alarm_steps(correlated(-0.1, rows)) == {"attention misleads": 8}
+    # The mean falls by 0.2 / 8 per step from 0.1: it is below -0.05 after 7 steps.
+    changed = correlated(0.1, rows[:16]) + correlated(-0.1, rows)
+    assert alarm_steps(changed) == {"attention misleads": 23}
+    assert not alarm_steps(correlated(-0.04, rows))
     assert not alarm_steps(changed, weights=SAYO_WEIGHTS | {"accuracy": 1.0})
     assert not alarm_steps(changed, weights={"attention": 0.0, "format": 1.0})
     for share in (0.0, 0.05, 0.95, 1.0):  # hardly any right (or wrong) samples, or no answers known
-        assert not alarm_steps(correlated(-0.1, 20, share))
+        assert not alarm_steps(correlated(-0.1, shares((20, share))))
 
 
 def test_the_alarm_for_worse_answers_is_printed_once_and_marked_in_the_report(capsys):
