@@ -269,7 +269,9 @@ def noise_arms():
     arms = {}
 
     def add(name, arm, function, count=None):
-        arms[f"{arm}, {name}"] = Arm(ARMS[arm].flags, on_data(function, count), arm)
+        arms[f"{arm}, {name}"] = replace(
+            ARMS[arm], change=on_data(function, count), rate_of=ARMS[arm].rate_of or arm
+        )
 
     for share in (0.2, 0.4, 0.6):
         add(f"{share:.0%} of labels wrong", ACCURACY, partial(wrong_label, share))
@@ -281,7 +283,7 @@ def noise_arms():
         for arm in MAIN_ARMS:
             add(f"{count} questions", arm, unchanged, count)
     for share in (0.05, 0.1, 0.25):
-        for arm in (ACCURACY, BOTH):
+        for arm in (ACCURACY, BOTH, BOTH_SLOWER):
             add(f"{share:.0%} of questions labeled", arm, partial(few_labels, share))
     return arms
 

@@ -3,11 +3,17 @@
 import re
 from statistics import fmean as mean
 
-from bench.ablation_arms import ACCURACY, BOTH, MAIN_ARMS, PLACE, SAYO
+from bench.ablation_arms import ACCURACY, BOTH, BOTH_SLOWER, MAIN_ARMS, PLACE, SAYO
 from bench.ablation_collapse import curve
 from bench.ablation_stats import group_by_arm, half_width, measured
 
-COLORS = {SAYO: "#0072b2", BOTH: "#009e73", ACCURACY: "#d55e00", PLACE: "#cc79a7"}
+COLORS = {
+    SAYO: "#0072b2",
+    BOTH: "#009e73",
+    BOTH_SLOWER: "#8fd3b6",
+    ACCURACY: "#d55e00",
+    PLACE: "#cc79a7",
+}
 
 
 def axes(width, count):
@@ -57,17 +63,14 @@ def plot_noise(results, path):
     figure, panels = axes(12, 3)
     clean, noise = group_by_arm(results), group_by_arm(results, "noise")
     patterns = [  # x of the clean arm, x and name of the noisy arms
-        ("share of training questions that are wrong", 0, r"(\d+)% of (?:labels|boxes).* wrong"),
-        ("training questions", 480, r"(\d+) questions$"),
+        ("questions with a wrong label or box, %", 0, r"(\d+)% of (?:labels|boxes).* wrong"),
+        ("training questions", 480, r"(\d+) questions"),
         ("share of questions with a label, %", 100, r"(\d+)% of questions labeled"),
     ]
     for panel, (label, clean_x, pattern) in zip(panels, patterns):
-        for arm in MAIN_ARMS:
-            found = {
-                int(match[1]): runs
-                for name, runs in noise.items()
-                if name.startswith(f"{arm}, ") and (match := re.search(pattern, name))
-            }
+        for arm in [*MAIN_ARMS, BOTH_SLOWER]:
+            names = {name: re.fullmatch(f"{re.escape(arm)}, {pattern}", name) for name in noise}
+            found = {int(match[1]): noise[name] for name, match in names.items() if match}
             if not found:
                 continue
             points = sorted((found | {clean_x: clean[arm]}).items())
@@ -78,8 +81,10 @@ def plot_noise(results, path):
             x, color = [x for x, _ in points], COLORS[arm]
             panel.errorbar(x, middle, yerr=spread, marker="o", capsize=3, color=color, label=arm)
         panel.set_xlabel(label)
+    sayo = mean(m["accuracy"] for m in measured(clean[SAYO]).values())
+    panels[2].axhline(sayo, color=COLORS[SAYO], linestyle=":", label=f"{SAYO}, no labels")
     panels[0].set_ylabel("greedy accuracy, test")
-    panels[0].legend(frameon=False, fontsize=8)
+    panels[2].legend(frameon=False, fontsize=8)
     panels[1].set_xscale("log", base=2)
     panels[1].set_xticks([16, 64, 256, 480], ["16", "64", "256", "480"])
     figure.savefig(path, dpi=110)
