@@ -255,9 +255,9 @@ def run_jobs(jobs, args, results):
                 if finished := future.result():
                     row, training = finished
                     results["runs"].append(row)
-                    save_results(results, args.results)
-                    with open(training_file(args.results), "a") as file:
+                    with open(training_file(args.results), "a") as file:  # first: a kill repeats it
                         file.write(json.dumps(training) + "\n")
+                    save_results(results, args.results)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -317,7 +317,7 @@ def run_study(args):
     def jobs(kind, seeds, steps=STEPS, names=None, rates=rates):
         arms = arms_of(kind, results["setup"])
         return [
-            Job(kind, name, seed, steps, rates[arms[name].rate_of or name])
+            Job(kind, name, seed, steps, arms[name].rate or rates[arms[name].rate_of or name])
             for seed in seeds
             for name in names or arms
         ]
@@ -348,7 +348,8 @@ def run_looks(jobs, args, results):
 def choose_rates(args, results, kind, rates, seeds):
     """Try the rates for every arm that has a rate of its own. While the best is the lowest or the
     highest that was tried, try the next one. Returns: {arm: the chosen rate}."""
-    tuned = [name for name, arm in arms_of(kind, results["setup"]).items() if not arm.rate_of]
+    arms = arms_of(kind, results["setup"]).items()
+    tuned = [name for name, arm in arms if not (arm.rate or arm.rate_of)]
     more = [(name, rate) for name in tuned for rate in rates]
     while more:
         run_jobs([Job(kind, n, seed, STEPS, r) for n, r in more for seed in seeds], args, results)

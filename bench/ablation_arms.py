@@ -47,12 +47,13 @@ LOWEST_ENTROPY = "lowest-entropy 30 % of tokens"
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train. `change(seed)` returns the context in which it trains; `rate_of` names the
-    arm whose learning rate it uses, by default itself."""
+    """A way to train. `change(seed)` returns the context in which it trains; `rate` is its learning
+    rate, by default that of the arm `rate_of`, by default its own best one."""
 
     flags: list[str]
     change: Callable = lambda seed: nullcontext()
     rate_of: str = ""
+    rate: float = 0.0
 
 
 def weight_flags(**weights):
@@ -222,15 +223,11 @@ ARMS = {
     SAYO: Arm(weight_flags(attention=1)),
     BOTH: Arm(weight_flags(attention=1, accuracy=1)),
     ACCURACY: Arm(weight_flags(accuracy=1)),
-    BOTH_SLOWER: Arm(
-        [*weight_flags(attention=1, accuracy=1), "--learning_rate", "4e-4"], rate_of=BOTH
-    ),
-    ACCURACY_SLOWER: Arm([*weight_flags(accuracy=1), "--learning_rate", "4e-4"], rate_of=ACCURACY),
+    BOTH_SLOWER: Arm(weight_flags(attention=1, accuracy=1), rate=4e-4),
+    ACCURACY_SLOWER: Arm(weight_flags(accuracy=1), rate=4e-4),
     PLACE: Arm(weight_flags(place=1), lambda seed: add_rewards(place=place_reward)),
     LOSS: Arm(weight_flags(), lambda seed: attention_loss()),
-    LOSS_FASTER: Arm(
-        [*weight_flags(), "--learning_rate", "2e-4"], lambda seed: attention_loss(), LOSS
-    ),
+    LOSS_FASTER: Arm(weight_flags(), lambda seed: attention_loss(), rate=2e-4),
     LOSS_AND_ACCURACY: Arm(weight_flags(accuracy=1), lambda seed: attention_loss()),
     FORMAT: Arm(weight_flags(), rate_of=SAYO),
     LENGTH: Arm(weight_flags(), lambda seed: reward_length(), SAYO),
@@ -251,10 +248,11 @@ def remedies():
         "beta 0.01": sayo + ["--beta", "0.01"],
         "beta 0.04": sayo + ["--beta", "0.04"],
         "beta 0.1": sayo + ["--beta", "0.1"],
-        "learning rate 1e-4": sayo + ["--learning_rate", "1e-4"],
+        "learning rate 1e-4": sayo,
         "half the attention, half accuracy": weight_flags(attention=0.5, accuracy=0.5),
     }
     arms = {name: Arm(value, rate_of=SAYO) for name, value in flags.items()}
+    arms["learning rate 1e-4"] = replace(arms["learning rate 1e-4"], rate=1e-4)
     arms["no division by std"] = Arm(sayo, lambda seed: std_plus(0, divide=False), SAYO)
     arms["std + 0.2"] = Arm(sayo, lambda seed: std_plus(0.2), SAYO)
     arms["tokens before the answer"] = Arm(

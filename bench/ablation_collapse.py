@@ -138,16 +138,18 @@ def alarm_counts(results, training):
     """How the alarms of `analysis.alarms` judge the runs with a learning curve.
 
     Args: training, {key of a run: its metrics}. Returns: {group of runs: counts}, of collapsed
-    runs and how many of them had an alarm before POINTS_LOST were lost; of healthy runs (never
-    HEALTHY below their best so far) and how many had an alarm; of the others and the same.
+    runs, how many of them had an alarm before the measurement that shows it, and how many before
+    POINTS_LOST were lost according to `lost_at`; of healthy runs (never HEALTHY below their best so
+    far) and how many had an alarm; of the others and the same.
     """
-    names = "collapsed", "caught", "healthy", "false", "between", "warned"
+    names = "collapsed", "caught", "early", "healthy", "false", "between", "warned"
     counts = defaultdict(lambda: dict.fromkeys(names, 0))
     for row, metrics in with_training(results, training):
         alarm, group = first_alarm(row, metrics), counts[alarm_group(row)]
         if collapse_step(row):
             group["collapsed"] += 1
-            group["caught"] += alarm is not None and lost_at(row, alarm) < POINTS_LOST
+            group["caught"] += alarm is not None and alarm <= collapse_step(row)
+            group["early"] += alarm is not None and lost_at(row, alarm) < POINTS_LOST
         elif largest_loss(row) < HEALTHY:
             group["healthy"] += 1
             group["false"] += alarm is not None
@@ -193,7 +195,7 @@ def first_alarm(row, metrics):
     """The step of the first trend alarm of a run, or None."""
     arm = (ARMS | remedies()).get(row["arm"], ARMS[SAYO])
     weights = parse_weights(arm.flags[arm.flags.index("--reward_weights") + 1])
-    weights["attention"] = weights.get("attention", 0) + weights.get("before", 0)  # also r_v
+    weights["attention"] = weights.get("attention", 0) + weights.get("before", 0)  # a kind of r_v
     names = "rewards/accuracy/mean", "attention/corr_accuracy"
     rows = [dict(zip(names, values)) for values in zip(*(metrics[name] for name in names))]
     return next((step for step, *_ in trend_alarms(rows, PROMPTS_PER_STEP, weights)), None)
@@ -212,12 +214,19 @@ def alarm_table(results, training):
         name: {key: sum(c[key] for c in some) for key in next(iter(counts.values()))}
         for name, some in (("all others", new), ("all", counts.values()))
     }
-    header = ["stage", "collapsed", "caught", "healthy", "false alarms", "in between", "warned"]
+    header = ["stage", "collapsed", "caught", "0.2 not lost", "healthy", "false alarms"]
+    header += ["in between", "warned"]
     rows = []
     for name, c in (counts | totals).items():
         cells = []
-        for whole, part in (("collapsed", "caught"), ("healthy", "false"), ("between", "warned")):
-            share = f" ({100 * c[part] / c[whole]:.0f} %)" if c[whole] else ""
-            cells += [f"{c[whole]}", f"{c[part]}{share}"]
+        for whole, *parts in (
+            ("collapsed", "caught", "early"),
+            ("healthy", "false"),
+            ("between", "warned"),
+        ):
+            cells.append(f"{c[whole]}")
+            for part in parts:
+                share = f" ({100 * c[part] / c[whole]:.0f} %)" if c[whole] else ""
+                cells.append(f"{c[part]}{share}")
         rows.append([name, *cells])
     return markdown_table(header, rows)

@@ -236,7 +236,7 @@ def readme_table(results):
     """The table of README.md."""
     arms, rows = group_by_arm(results), []
     long = group_by_arm(results, "length", 300)
-    complete = min(len(long.get(name, {})) for name in MAIN_ARMS) == 5
+    complete = min(len(long.get(name, {})) for name in [*MAIN_ARMS, PLACE]) == 5
     for name in README_ARMS:
         late = [row["measured"]["accuracy"] for row in long.get(name, {}).values()]
         cells = means(arms[name], README_COLUMNS.values())

@@ -566,12 +566,16 @@ def test_the_alarm_is_judged_against_the_collapse():
         rows.append(row)
         training |= metrics
     counts = ablation_collapse.alarm_counts({"runs": rows}, training)
-    numbers = dict(collapsed=4, caught=2, healthy=2, false=1, between=1, warned=0)
+    numbers = dict(collapsed=4, caught=2, early=2, healthy=2, false=1, between=1, warned=0)
     assert counts["arm"] == numbers
     assert counts[ablation_collapse.CHOSEN_ON] == dict.fromkeys(numbers, 0) | {"healthy": 1}
     table = ablation_collapse.alarm_table({"runs": rows}, training)
-    assert "| all others | 4 | 2 (50 %) | 2 | 1 (50 %) | 1 | 0 (0 %) |" in " ".join(table.split())
-    assert "| all | 4 | 2 (50 %) | 3 | 1 (33 %) | 1 | 0 (0 %) |" in " ".join(table.split())
+    assert "| all others | 4 | 2 (50 %) | 2 (50 %) | 2 | 1 (50 %) | 1 | 0 (0 %) |" in " ".join(
+        table.split()
+    )
+    assert "| all | 4 | 2 (50 %) | 2 (50 %) | 3 | 1 (33 %) | 1 | 0 (0 %) |" in " ".join(
+        table.split()
+    )
     # Between 0.8 at step 40 and 0.5 at step 60, whose best is 0.8.
     assert ablation_collapse.lost_at(early[0], 50) == pytest.approx(0.15)
 
