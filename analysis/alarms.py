@@ -52,7 +52,8 @@ def trend_alarms(rows, prompts_per_step, weights):
     shares, correlations, best, correlation = [], [], 0.0, 1.0
     for number, row in enumerate(rows, 1):
         shares.append(row.get("rewards/accuracy/mean") or 0.0)
-        if only_attention and MIXED[0] <= shares[-1] <= MIXED[1]:
+        known = row.get("attention/corr_accuracy") is not None
+        if only_attention and known and MIXED[0] <= shares[-1] <= MIXED[1]:
             correlations.append(row["attention/corr_accuracy"])
             if len(correlations) >= few:
                 correlation = fmean(correlations[-few:])

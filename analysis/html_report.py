@@ -272,7 +272,8 @@ def is_packed(content, grid):
 def first_alarm(steps, config):
     """(step, name) of the first of the `trend_alarms` of a run, or None.
     Args: steps, the rows of metrics.jsonl."""
-    weights = parse_weights(config["reward_weights"])
+    text = config.get("reward_weights")  # None in runs of an earlier version
+    weights = parse_weights(text) if text else {}
     found = trend_alarms(steps, config["prompts_per_step"], weights)
     return next(((step, name) for step, name, _ in found), None)
 
