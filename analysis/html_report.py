@@ -270,18 +270,17 @@ def is_packed(content, grid):
 
 
 def first_alarm(steps, config):
-    """(step, name) of the first of the `trend_alarms` of a run, or None.
+    """The first of the `trend_alarms` of a run, (step, name, message), or None.
     Args: steps, the rows of metrics.jsonl."""
     text = config.get("reward_weights")  # None in runs of an earlier version
     weights = parse_weights(text) if text else {}
-    found = trend_alarms(steps, config["prompts_per_step"], weights)
-    return next(((step, name) for step, name, _ in found), None)
+    return next(trend_alarms(steps, config["prompts_per_step"], weights), None)
 
 
 def metric_charts(steps, alarm=None):
     """The training curves of all logged rewards and of CURVES, as a list of SVGs.
 
-    Args: steps, the rows of metrics.jsonl; alarm, (step, its name) to mark, or None.
+    Args: steps, the rows of metrics.jsonl; alarm, from `first_alarm`, or None.
     """
     logged = dict.fromkeys(name for step in steps for name in step)  # an ordered set
     rewards = [name for name in logged if name.startswith("rewards/")]
@@ -336,8 +335,8 @@ def attention_by_position(results):
 def line_chart(title, lines, x_label="step", mark=None):
     """Draw a line chart as inline SVG.
 
-    Args: lines, {name: values at x = 1, 2, ...}, with None for a missing value; mark, (x, its
-    name) of a line to draw, or None.
+    Args: lines, {name: values at x = 1, 2, ...}, with None for a missing value; mark, an x
+    and its name (what follows them is ignored), or None.
     Returns: the SVG as a string, or "" if there are no values.
     """
     values = [v for line in lines.values() for v in line if v is not None]

@@ -1,5 +1,6 @@
 """The sentences of "In short" in docs/evidence.md, with what must hold in the results for each."""
 
+from functools import partial
 from statistics import fmean as mean
 from textwrap import fill
 
@@ -39,8 +40,6 @@ from bench.ablation_stats import (
     run_key,
 )
 
-PARTS = (-20, None), (20, 40)  # steps of a long run: the last ones, and the best ones
-
 
 class Study:
     """Means and differences of the results of a stage, by arm and metric."""
@@ -74,7 +73,7 @@ def claims(results, training):
     if all(study.long(arm) for arm in [*MAIN_ARMS, PLACE]):
         found += length_claims(study, training)
     if set(ARMS) <= set(study.measured):
-        found += arm_claims(study)
+        found += arm_claims(study) + attention_claims(study)
     if set(looks_arms()) <= set(looks.measured):
         found += looks_claims(looks)
     if set(noise_arms()) <= set(noise.measured):
@@ -86,18 +85,16 @@ def claims(results, training):
 
 
 def arm_claims(study):
-    acc, fixed = study.mean, lambda arm: study.mean(arm, "ground_truth_auroc")
+    acc = study.mean
     base, sayo = acc("base"), acc(SAYO)
     place, half, _ = study.difference(SAYO, PLACE)
     both, both_half, _ = study.difference(BOTH, ACCURACY)
     slow, slow_half, _ = study.difference(BOTH_SLOWER, ACCURACY_SLOWER)
-    loss, loss_half, _ = study.difference(LOSS_AND_ACCURACY, ACCURACY)
     wrong = [acc(arm) for arm in (ROLLED_BOX, CENTERED_BOX, ALL_CARDS)]
     explained = study.mean("base", "r_v_explained_by_cell")
     own = [study.mean(arm, "auroc") for arm in (BOTH, BOTH_SLOWER)]
     named = [study.mean(arm, "on_card") for arm in (BOTH, BOTH_SLOWER)]
     base_own, base_named = study.mean("base", "auroc"), study.mean("base", "on_card")
-    early = [study.mean("base", f"early_look_if_{name}") for name in ("right", "wrong")]
     return [
         (
             f"""**A reward on the text alone does as well.** After 60 steps, rewarding the model
@@ -139,6 +136,15 @@ def arm_claims(study):
             and own[0] < base_own < own[1]
             and acc(BOTH) > acc(BOTH_SLOWER),
         ),
+    ]
+
+
+def attention_claims(study):
+    acc, fixed = study.mean, partial(study.mean, metric="ground_truth_auroc")
+    loss, loss_half, _ = study.difference(LOSS_AND_ACCURACY, ACCURACY)
+    base = acc("base")
+    early = [study.mean("base", f"early_look_if_{name}") for name in ("right", "wrong")]
+    return [
         (
             f"""**SAYO does not move attention on a fixed text.** On the right answer, AUROC is
             {fixed("base"):.3f} before and {fixed(SAYO):.3f} after ({fixed(PLACE):.3f} after the
@@ -175,7 +181,7 @@ def length_claims(study, training):
     lowest = min(value for row in study.long(BOTH) for value in curve(row))
     dips = [largest_loss(row) for row in study.long(BOTH)]
     rewards = [training[run_key(row)]["rewards/attention/mean"] for row in sayo]
-    r_v, early_r_v = (mean(sum((run[a:b] for run in rewards), [])) for a, b in PARTS)
+    early_r_v, r_v = mean(mean(r[20:40]) for r in rewards), mean(mean(r[-20:]) for r in rewards)
     named = [mean(curve(row, "on_card")[i] for row in sayo) for i in (1, -1)]
     ends = [row["measured"]["accuracy"] for row in sayo]
     return [
@@ -196,8 +202,8 @@ def length_claims(study, training):
             f"""**Attention can stay on the card while the text leaves it.** A reward for naming
             the place, without attention, does not collapse ({lost(PLACE)} of
             {len(study.long(PLACE))} runs, {last(PLACE):.3f} after 300 steps), so a missing reward
-            for the answer does not explain it. In the last 20 steps of SAYO, samples still earn an
-            r_v of {r_v:.2f} ({early_r_v:.2f} in steps 21 to 40), but {named[1]:.2f} of the answers
+            for the answer alone does not explain it. In the last 20 steps of SAYO, samples still
+            earn an r_v of {r_v:.2f} ({early_r_v:.2f} in steps 21 to 40), but {named[1]:.2f} of the answers
             name the card ({named[0]:.2f} at step 40).""",
             lost(PLACE) == 0
             and last(PLACE) > last(SAYO) + 0.3
@@ -212,7 +218,8 @@ def looks_claims(looks):
         return looks.mean(arm, "sampled_looked_again")
 
     acc, wrong_box = looks.mean, max(again(arm) for arm in (ROLLED_BOX, CENTERED_BOX))
-    first, last = (lambda arm, m=m: looks.mean(arm, f"{m}_on_card") for m in ("first", "last"))
+    first = partial(looks.mean, metric="first_on_card")
+    last = partial(looks.mean, metric="last_on_card")
     shuffled = [m["sampled_looked_again"] for m in looks.measured[SHUFFLED_SCORES].values()]
     fixed, spoiled = (looks.mean(SAYO, f"named_{name}") for name in ("off_on", "on_off"))
     by_seed = [m["last_on_card"] for m in looks.measured[ACCURACY].values()]

@@ -8,11 +8,10 @@ from analysis.alarms import trend_alarms
 from bench.ablation_arms import ARMS, MAIN_ARMS, PLACE, SAYO, remedies
 from bench.ablation_stats import format_mean, group_by_arm, run_key
 from bench.doc_tables import markdown_table
-from config import Config, parse_weights
+from config import TINY, Config, parse_weights
 
 POINTS_LOST = 0.2  # accuracy below its best: a collapse
 HEALTHY = 0.1  # accuracy never further below its best so far
-PROMPTS_PER_STEP = 8
 CHOSEN_ON = "the thresholds were chosen on these"
 
 COLLAPSE_CURVE = {  # column -> metric of the learning curve
@@ -198,7 +197,7 @@ def first_alarm(row, metrics):
     weights["attention"] = weights.get("attention", 0) + weights.get("before", 0)  # a kind of r_v
     names = "rewards/accuracy/mean", "attention/corr_accuracy"
     rows = [dict(zip(names, values)) for values in zip(*(metrics[name] for name in names))]
-    return next((step for step, *_ in trend_alarms(rows, PROMPTS_PER_STEP, weights)), None)
+    return next((step for step, *_ in trend_alarms(rows, TINY["prompts_per_step"], weights)), None)
 
 
 def largest_loss(row):

@@ -428,6 +428,8 @@ def test_intervals_and_paired_test_by_hand():
     assert ablation_stats.half_width([1.0, 2.0, 3.0]) == pytest.approx(t / 3**0.5, rel=1e-5)
     assert ablation_stats.half_width([1.0]) is None
     assert ablation_stats.format_mean([0.25]) == "0.250"
+    assert ablation_stats.format_mean([0.0, 0.5, 1.0]) == "0.500 (0.000 to 1.000)"  # ± 1.24
+    assert ablation_stats.format_mean([0.5, 0.5, 0.5]) == "0.500 ± 0.000"
     ours, theirs = (
         {seed: {"m": v} for seed, v in enumerate(values)} for values in ([2, 4, 6], [1, 2, 3, 9])
     )  # one seed has no partner
@@ -497,6 +499,19 @@ def test_a_collapse_is_lasting():
     assert ablation_collapse.collapse_step(run([0.8, 0.6, 0.8], [])[0]) is None  # recovers
     assert ablation_collapse.collapse_step(run([0.8, 0.7, 0.65], [])[0]) is None
     assert ablation_collapse.largest_loss(run([0.8, 0.7, 0.9, 0.65], [])[0]) == pytest.approx(0.25)
+
+
+def test_combinations_of_looks_are_pooled_over_seeds():
+    """A seed without answers in a cell does not lower the accuracy there."""
+    rows = [{}, {}]
+    for cell, shares, right in (("on_on", (0.5, 0.25), (0.8, 0.4)), ("off_on", (0.2, 0), (0.9, 0))):
+        for row, share, accuracy in zip(rows, shares, right):
+            row |= {f"looks_{cell}": share, f"accuracy_looks_{cell}": accuracy}
+    for row in rows:
+        row |= dict.fromkeys(("looks_on_off", "accuracy_looks_on_off"), 0)
+        row |= dict.fromkeys(("looks_off_off", "accuracy_looks_off_off"), 0)
+    expected = ["0.375 (0.67)", "0", "0.100 (0.90)", "0"]  # (0.5 * 0.8 + 0.25 * 0.4) / 0.75
+    assert ablation_report.two_by_two(rows, "looks") == expected
 
 
 def test_the_kept_adapter_is_that_of_the_most_right_samples():
