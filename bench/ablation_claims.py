@@ -203,8 +203,8 @@ def length_claims(study, training):
             the place, without attention, does not collapse ({lost(PLACE)} of
             {len(study.long(PLACE))} runs, {last(PLACE):.3f} after 300 steps), so a missing reward
             for the answer alone does not explain it. In the last 20 steps of SAYO, samples still
-            earn an r_v of {r_v:.2f} ({early_r_v:.2f} in steps 21 to 40), but {named[1]:.2f} of the answers
-            name the card ({named[0]:.2f} at step 40).""",
+            earn an r_v of {r_v:.2f} ({early_r_v:.2f} in steps 21 to 40), but {named[1]:.2f} of the
+            answers name the card ({named[0]:.2f} at step 40).""",
             lost(PLACE) == 0
             and last(PLACE) > last(SAYO) + 0.3
             and r_v > early_r_v - 0.1
