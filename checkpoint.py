@@ -1,29 +1,85 @@
 """The folder of one run. It can be resumed after a kill at any time, bit-identically on a CPU.
 
-Files other than logs are replaced atomically. A kill can leave metrics.jsonl and samples.jsonl
-ahead of the checkpoint, or no adapter/. Resuming cuts both logs back and writes adapter/ again."""
+Files other than logs are replaced atomically. A kill can leave the logs ahead of the checkpoint, or
+no adapter/. Resuming cuts the logs back to the checkpoint and writes adapter/ again."""
 
 import json
 import os
+import shlex
 import shutil
-import time
+import signal
+import stat
+import zlib
 from contextlib import contextmanager
-from itertools import takewhile
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
 import torch
-from safetensors import SafetensorError
-from tqdm import tqdm
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save
 
-from config import InputError
-from runtime import run_folder
-from runtime.checkpoint_file import load_checkpoint, pack_checkpoint
-from runtime.run_folder import CHECKPOINTS, remove, resume_command, sync
-from runtime.settings import check_checkpoint, stored_settings
-from runtime.signals import Stopped
+from config import FIELDS, Config, InputError, build_config
 
+CHECKPOINTS = "checkpoint.safetensors", "checkpoint-previous.safetensors"  # newest first
 LOGS = "metrics.jsonl", "samples.jsonl"
+LIBRARIES = "torch", "transformers", "peft", "bitsandbytes"
+
+
+# --- settings of a new or resumed run ---
+
+
+def run_config(given):
+    """The Config of a new or resumed run, from the flags `given`. Raises: InputError if the folder
+    already contains a run, or if the run cannot be resumed with these flags."""
+    folder = Path(given.get("output_dir", Config.output_dir))
+    if not given.get("resume"):
+        if holds_run(folder):
+            advice = "--resume continues it, or choose a new --output_dir"
+            raise InputError(f"{folder} already contains a run: {advice}")
+        return build_config(given)
+    saved = load_settings(folder)
+    for name in [name for name in given if name not in ("output_dir", "resume")]:
+        old, new = saved[name], given[name]
+        if name == "max_steps" and new < old:
+            raise InputError(f"--max_steps {new}: the run in {folder} has {old}; it can only grow")
+        if old != new and not FIELDS[name].metadata["may_change"]:
+            advice = "leave the flag out, or start a new run in a different --output_dir"
+            raise InputError(f"--{name} {new}: the run in {folder} has {old}; {advice}")
+        if old != new:
+            print(f"{name} {old} -> {new}")
+    return build_config(given | {"output_dir": str(folder)}, saved)
+
+
+def load_settings(folder):
+    """The settings in a run's config.json, a dict. Raises: InputError."""
+    path = Path(folder) / "config.json"
+    try:
+        saved = json.loads(path.read_text("utf-8"))
+        return {name: saved[name] for name in FIELDS}
+    except OSError as error:
+        raise InputError(f"no run in {folder}: cannot read {path.name}: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error!r}): start again in a new folder") from None
+
+
+def holds_run(folder):
+    """Whether a new run in this folder would overwrite a logged step, a checkpoint (including those
+    of extras/scale_trl.py) or results. A run that ended before its first step has none of these."""
+    logged = folder / "metrics.jsonl"
+    if logged.exists() and logged.stat().st_size:
+        return True
+    names = [*CHECKPOINTS, "adapter", "after.json"]
+    return any((folder / name).exists() for name in names) or any(folder.glob("checkpoint-*/*"))
+
+
+def resume_command(folder, program="python sayo_mini.py"):
+    return f"{program} {shlex.join(['--resume', '--output_dir', str(folder)])}"
+
+
+# --- the folder ---
 
 
 class RunDirectory:
@@ -34,170 +90,116 @@ class RunDirectory:
     """
 
     def __init__(self, cfg, params, optimizer, generator, scaler=None):
-        self.folder, self.settings = Path(cfg.output_dir), stored_settings(cfg)
+        self.folder, self.settings = Path(cfg.output_dir), asdict(cfg) | {"resume": False}
         self.params, self.optimizer, self.generator = params, optimizer, generator
         self.scaler = scaler  # a GradScaler
-        self.step = 0
-        self.saved_step = None  # step of the newest checkpoint
+        self.step, self.saved_step = 0, None  # saved_step: of the newest checkpoint
         self.history = []  # the rows of metrics.jsonl
-        self.best = None  # (share of right samples, step, {name: weights}), for --keep_best
-        self.memory_reduced = False
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # only read if deterministic
-        torch.use_deterministic_algorithms(cfg.deterministic)
-        with self.writing("the run"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = run_folder.lock(self.folder)
-        # Checkpoints of scale_trl.py, which TRL resumes.
-        trl = any(self.folder.glob("checkpoint-*/trainer_state.json"))
-        ours = any((self.folder / name).exists() for name in CHECKPOINTS)
-        if trl if cfg.resume else ours:
-            program = "scale_trl.py" if trl else "sayo_mini.py"
-            raise InputError(f"{self.folder} contains a run of {program}: use a new --output_dir")
-        # Otherwise the settings behind a before.json are unknown.
-        self.resumed = cfg.resume and (ours or (self.folder / "config.json").exists())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # One process may open the folder again, for example in a notebook.
+        self.lock = FileLock(self.folder / "lock", timeout=0, is_singleton=True)
+        try:
+            self.lock.acquire()
+        except Timeout:
+            advice = "wait until it ends, or use a different --output_dir"
+            raise InputError(f"another process runs in {self.folder}: {advice}") from None
         if cfg.resume:
             self.restore()
-        texts = {name: self.logged_lines(name) for name in LOGS}
-        self.write_config(cfg)
-        for name, lines in texts.items():  # steps after the checkpoint run again
-            text = b"".join(line + b"\n" for line in lines)
-            self.atomic_write(name, lambda path, text=text: path.write_bytes(text))
-
-    @contextmanager
-    def writing(self, what):
-        """Turn a failure to write, such as a full disk, into a one-line InputError."""
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            advice = run_folder.write_error_advice(error, self.folder)
-            message = f"cannot write {what} to --output_dir {self.folder}: {reason}; {advice}"
-            raise InputError(message) from None
+        else:
+            for name in ("before.json", *LOGS, "timing.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)  # of a run without a step
+        for name in LOGS:
+            self.cut_log(name)
+        versions = {name: version(name) for name in LIBRARIES}
+        self.write_json("config.json", self.settings | {"made_with": versions})
+        self.tracker = open_tracker(cfg.report_to, self.folder, self.settings)
 
     def atomic_write(self, name, write):
-        """Call `write` with a temporary path, then rename that file or folder to `name`, which may
-        be in a subfolder. A file is always the old or the new one, even after a power cut; a folder
-        can be missing."""
+        """Call `write` with a temporary path, then rename that file or folder to `name`. A file is
+        always the old or the new one, even after a power cut; a folder can be missing."""
         final = self.folder / name
         unfinished = final.with_name(f"unfinished-{final.name}")
-        with self.writing(name):
-            try:
-                remove(unfinished)
-                write(unfinished)
-                for path in [unfinished, *unfinished.rglob("*")]:
-                    sync(path)
-                if final.is_dir():  # a rename cannot replace it
-                    shutil.rmtree(final)
-                os.replace(unfinished, final)
-                sync(final.parent)
-            except BaseException:
-                remove(unfinished)
-                raise
-
-    def write_json(self, name, content):
-        self.write_texts({name: json.dumps(content)})
-        return content
-
-    def write_texts(self, texts):
-        for name, text in texts.items():
-            self.atomic_write(name, lambda path, text=text: path.write_bytes(text.encode()))
-
-    def write_config(self, cfg):
-        self.settings = stored_settings(cfg)
-        self.write_json("config.json", self.settings | {"made_with": run_folder.made_with()})
-
-    def read_json(self, name, valid=lambda content: True):
-        """The JSON that an interrupted run wrote to `name`, or None. Raises: InputError if it is
-        damaged or not `valid`."""
-        path = self.folder / name
         try:
-            if not self.resumed or not path.exists():
-                return None
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if valid(content):
-                return content
-            raise ValueError("unexpected content")
-        except (OSError, ValueError) as error:
-            advice = "repair it, or start again with a new --output_dir"
-            raise InputError(f"{path} is damaged ({error}): {advice}") from None
-
-    def logged_lines(self, name):
-        """The lines of a log up to the checkpoint's step. A kill can cut the last line."""
-        path, kept, steps = self.folder / name, [], set()
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                if row["step"] > self.step:
-                    break
-            except (ValueError, KeyError, TypeError):
-                if number == len(lines):
-                    break
-                raise InputError(f"{path}:{number} is damaged: repair or remove it") from None
-            kept.append(line)
-            steps.add(row["step"])
-            self.history += [row] if name == "metrics.jsonl" else []
-        if steps != set(range(1, self.step + 1)):
-            advice = "restore it, or start again with a new --output_dir"
-            raise InputError(f"{path} lacks steps up to the checkpoint, {self.step}: {advice}")
-        return kept
-
-    def log(self, metrics, samples):
-        """Append a step. Raises: InputError if the last ten updates, or all, were skipped."""
-        self.step += 1
-        timing = {"seconds": self.seconds} | run_folder.peak_memory(self.generator.device)
-        for name, rows in zip((*LOGS, "timing.jsonl"), ([metrics], samples, [timing])):
-            text = "".join(json.dumps({"step": self.step} | row) + "\n" for row in rows)
-            with self.writing(name), open(self.folder / name, "ab") as file:
-                file.write(text.encode())
-        self.history.append({"step": self.step} | metrics)
-        every, last = self.settings["save_steps"], self.settings["max_steps"]
-        if self.settings["keep_best"] and (self.step % every == 0 or self.step == last):
-            self.update_best(self.history[-every:])
-        updates = reversed(self.history)
-        skipped = sum(1 for _ in takewhile(lambda row: row.get("skipped_updates"), updates))
-        if skipped:
-            reason = f"non-finite loss or gradient ({skipped} in a row)"
-            tqdm.write(f"step {self.step}: skipped update: {reason}")
-        if skipped >= min(10, self.settings["max_steps"]):
-            self.save()
-            advice = "lower --learning_rate or try --no-load_in_4bit, with a new --output_dir"
-            raise InputError(f"stopped after step {self.step}: {reason}; {advice}")
-
-    def update_best(self, rows):
-        """Remember the adapter if the samples of these last steps were right more often than those
-        of any earlier ones."""
-        score = fmean(row["rewards/accuracy/mean"] for row in rows)
-        if self.best is None or score > self.best[0]:
-            weights = {name: p.detach().cpu().clone() for name, p in self.params.items()}
-            self.best = score, self.step, weights
-
-    def use_best(self):
-        """With --keep_best, put the best adapter back into the model, once training has ended."""
-        if self.best:
-            score, step, weights = self.best
-            for name, p in self.params.items():
-                p.data.copy_(weights[name])
-            print(f"kept the adapter of step {step}: {score:.0%} of its recent samples were right")
-
-    @contextmanager
-    def roll_back_on_interrupt(self):
-        """Undo an interrupted step, then save. If the step has already updated the adapter
-        (possible if `num_iterations` is above 1), it cannot be undone and nothing is saved."""
-        state, start = self.generator.get_state(), time.perf_counter()
-        updates = self.count_updates()
-        try:
-            yield
-            self.seconds = round(time.perf_counter() - start, 3)
-        except (Stopped, InputError, torch.OutOfMemoryError):
-            self.optimizer.zero_grad()
-            self.generator.set_state(state)
-            if self.count_updates() == updates:
-                self.save()
+            remove(unfinished)
+            write(unfinished)
+            for path in [unfinished, *unfinished.rglob("*")]:
+                sync(path)
+            if final.is_dir():  # a rename cannot replace it
+                shutil.rmtree(final)
+            os.replace(unfinished, final)
+            sync(final.parent)
+        except BaseException:
+            remove(unfinished)
             raise
 
-    def count_updates(self):
-        return sum(int(state.get("step", 0)) for state in self.optimizer.state.values())
+    def write_text(self, name, text):
+        self.atomic_write(name, lambda path: path.write_bytes(text.encode()))
+
+    def write_json(self, name, content):
+        self.write_text(name, json.dumps(content))
+        return content
+
+    def read_json(self, name):
+        """The JSON that an interrupted run wrote to `name`, or None if there is none."""
+        path = self.folder / name
+        return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+    def save_adapter(self, model, name="adapter"):
+        """Write the adapter of a PEFT model to the folder `name`, in PEFT's format."""
+
+        def write(folder):
+            model.save_pretrained(folder)
+            path = folder / "adapter_config.json"
+            config = json.loads(path.read_text("utf-8"))
+            # PEFT stores the path that the model was loaded from, a folder of this machine.
+            base = self.settings["model_name_or_path"]
+            config["base_model_name_or_path"] = Path(base).name if Path(base).exists() else base
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+
+        self.atomic_write(name, write)
+
+    # --- logs ---
+
+    def log(self, metrics, samples, seconds):
+        """Append a step to the logs: a row of metrics, a row per completion, and the time."""
+        self.step += 1
+        timing = {"seconds": round(seconds, 3)}
+        if self.generator.device.type == "cuda":
+            timing["peak_memory_mb"] = torch.cuda.max_memory_allocated() // 10**6
+            torch.cuda.reset_peak_memory_stats()
+        for name, rows in zip((*LOGS, "timing.jsonl"), ([metrics], samples, [timing])):
+            lines = [json.dumps(finite({"step": self.step} | row)) + "\n" for row in rows]
+            with open(self.folder / name, "ab") as file:
+                file.write("".join(lines).encode())
+        self.history.append(finite({"step": self.step} | metrics))
+        if self.tracker:
+            self.tracker.log(metrics, step=self.step)
+
+    def is_best(self):
+        """Whether the samples of the last `save_steps` steps were right more often than those of
+        any earlier ones. It depends on the log only, so that a resumed run decides the same."""
+        every = self.settings["save_steps"]
+        shares = [row["rewards/accuracy/mean"] for row in self.history]
+        *earlier, last = [fmean(shares[i : i + every]) for i in range(0, len(shares), every)]
+        return all(last > share for share in earlier)
+
+    def cut_log(self, name):
+        """Remove the steps after the checkpoint, which run again; a kill can cut the last line."""
+        path, kept = self.folder / name, []
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > self.step:
+                break
+            kept.append(line)
+        rows = [json.loads(line) for line in kept]
+        if {row["step"] for row in rows} != set(range(1, self.step + 1)):
+            problem = f"{path} lacks steps up to the checkpoint, {self.step}"
+            raise InputError(f"{problem}: restore it, or start again with a new --output_dir")
+        if name == "metrics.jsonl":
+            self.history = rows
+        self.atomic_write(name, lambda path: path.write_bytes(b"".join(kept)))
+
+    # --- checkpoints ---
 
     def save(self):
         """Write a checkpoint of this step, keeping the previous one."""
@@ -207,72 +209,170 @@ class RunDirectory:
         for name, p in self.params.items():
             tensors |= {f"{name}|{k}": v.cpu() for k, v in self.optimizer.state[p].items()}
             tensors[f"{name}|value"] = p.detach().cpu()
-        if self.best:
-            score, step, weights = self.best
-            tensors["best"] = torch.tensor([score, step], dtype=torch.float64)
-            tensors |= {f"{name}|best": weight for name, weight in weights.items()}
-        if scale := self.scaler.state_dict():  # empty unless the model computes in fp16
-            tensors["loss_scale"] = torch.tensor([scale["scale"], scale["_growth_tracker"]])
+        state = {"step": self.step, "scaler": self.scaler.state_dict()}
+        state |= {"checksum": checksum(tensors, state)}
+        metadata = {"state": json.dumps(state)}  # one key: safetensors does not keep their order
         newest, previous = (self.folder / name for name in CHECKPOINTS)
-        with self.writing("a checkpoint"):
-            for name in LOGS:  # logs must reach the disk before the checkpoint
-                sync(self.folder / name)
-        content = pack_checkpoint(self.step, tensors, self.settings)
 
         def write(path):
-            path.write_bytes(content)
+            path.write_bytes(save(tensors, metadata))
             sync(path)
             if newest.exists():
                 os.replace(newest, previous)
 
+        for name in LOGS:  # logs must reach the disk before the checkpoint
+            sync(self.folder / name)
         self.atomic_write(newest.name, write)
         self.saved_step = self.step
 
     def restore(self):
         """Continue from the newest intact checkpoint."""
+        if any(self.folder.glob("checkpoint-*/trainer_state.json")):
+            program = "extras/scale_trl.py"
+            raise InputError(f"{self.folder} contains a run of {program}: resume it there")
         found = [self.folder / name for name in CHECKPOINTS if (self.folder / name).exists()]
         if not found:
             return print(f"no checkpoint in {self.folder} yet: starting from the beginning")
+        advice = "start again with a new --output_dir"
+        if not (self.folder / "before.json").exists():
+            raise InputError(f"{self.folder} has a checkpoint but no before.json: {advice}")
         for path in found:
             try:
-                step, tensors = load_checkpoint(path)
+                state, tensors = load_checkpoint(path)
                 break
             except Exception as error:  # a damaged file can raise anything
                 print(f"{path} is damaged ({error}): trying the previous checkpoint")
         else:
-            advice = "start again with a new --output_dir"
             raise InputError(f"no checkpoint in {self.folder} is intact: {advice}")
-        check_checkpoint(path, self.settings)
-        shapes = {f"{name}|value": p.shape for name, p in self.params.items()}
-        if shapes != {name: t.shape for name, t in tensors.items() if name.endswith("|value")}:
-            advice = "use that run's settings"
-            raise InputError(f"{path} was made with a different model or --lora_r: {advice}")
-        if not (self.folder / "before.json").exists():
-            advice = "restore it, or start again with a new --output_dir"
-            raise InputError(f"{self.folder} has a checkpoint but no before.json: {advice}")
-        self.step = self.saved_step = step
-        try:
-            self.generator.set_state(tensors.pop("generator"))
-        except RuntimeError:  # CPU and CUDA generators have different states
-            kind = "cpu" if self.generator.device.type == "cuda" else "cuda"
-            advice = f"{resume_command(self.folder)} --device {kind}"
-            raise InputError(f"{path} was made on {kind}: continue there with {advice}") from None
-        if "loss_scale" in tensors:
-            scale, count = tensors.pop("loss_scale").tolist()
-            changes = {"scale": scale, "_growth_tracker": int(count)}
-            self.scaler.load_state_dict(self.scaler.state_dict() | changes)
-        if "best" in tensors:
-            score, step = tensors.pop("best").tolist()
-            weights = {name: tensors.pop(f"{name}|best") for name in self.params}
-            self.best = score, int(step), weights
-        for key, tensor in tensors.items():
-            name, what = key.split("|")
-            p = self.params[name]
-            if what == "value":
-                p.data.copy_(tensor)
-            else:  # AdamW keeps its step count on the CPU
-                self.optimizer.state[p][what] = tensor if what == "step" else tensor.to(p.device)
         if path != found[0]:  # or the next save would keep the damaged file
             remove(found[0])
             os.replace(path, found[0])
+        self.step = self.saved_step = state["step"]
+        try:
+            self.generator.set_state(tensors["generator"])
+        except RuntimeError:  # CPU and CUDA generators have different states
+            raise InputError(f"{path} is from another kind of --device: {advice}") from None
+        if state["scaler"]:  # empty unless the model computes in fp16
+            self.scaler.load_state_dict(state["scaler"])
+        for name, p in self.params.items():
+            p.data.copy_(tensors[f"{name}|value"])
+            for key in ("step", "exp_avg", "exp_avg_sq"):  # of AdamW, after the first update
+                if (value := tensors.get(f"{name}|{key}")) is not None:
+                    # AdamW keeps its step count on the CPU.
+                    self.optimizer.state[p][key] = value if key == "step" else value.to(p.device)
         print(f"resuming {self.folder} after step {self.step}")
+
+
+def load_checkpoint(path):
+    """(state, tensors) of a checkpoint. Raises an exception of any type if the file is damaged."""
+    with safe_open(path, "pt") as saved:
+        metadata = saved.metadata()
+        # Copy, or the file stays mapped and Windows cannot replace it.
+        tensors = {name: saved.get_tensor(name).clone() for name in saved.keys()}
+    state = json.loads(metadata["state"])
+    if state.pop("checksum") != checksum(tensors, state):
+        raise ValueError("its checksum differs")
+    return state, tensors
+
+
+def checksum(tensors, state):
+    """CRC-32 of all data, names, shapes and types. safetensors itself only checks sizes."""
+    total = zlib.crc32(json.dumps(state).encode())
+    for name, tensor in sorted(tensors.items()):
+        total = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), total)
+        total = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), total)
+    return str(total)
+
+
+def open_tracker(name, folder, settings):
+    """An Accelerator that logs to TensorBoard, W&B or trackio, or None for "none".
+    Raises: InputError if the tracker is not installed."""
+    if name == "none":
+        return None
+    from accelerate import Accelerator  # here, because most runs do without
+    from accelerate.tracking import get_available_trackers
+
+    if name not in map(str, get_available_trackers()):
+        raise InputError(f"--report_to {name} is not installed: pip install {name}")
+    tracker = Accelerator(log_with=name, project_dir=folder)
+    tracker.init_trackers("sayo-mini", settings)
+    return tracker
+
+
+def finite(row):
+    """The row with NaN and infinity replaced by None, because JSON has neither. They occur in steps
+    whose update was skipped."""
+    return {
+        name: None if isinstance(value, float) and not abs(value) < torch.inf else value
+        for name, value in row.items()
+    }
+
+
+def sync(path):
+    """Flush a file or folder to disk (fsync). Windows cannot sync folders or files that are opened
+    read-only."""
+    if path.is_dir() and os.name == "nt":
+        return
+    file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def remove(path):
+    """Delete a file or folder, if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# --- signals ---
+
+
+@contextmanager
+def stop_signals():
+    """Append Ctrl-C, SIGTERM and SIGHUP to the yielded list, which training checks between steps.
+    A second Ctrl-C ends the program at once; the step in flight is lost."""
+    stop = []
+
+    def handler(number, frame):
+        if stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        mute_lost_terminal()
+        stop.append(number)
+
+    with handle_signals(handler):
+        yield stop
+
+
+def interrupt(number, frame):
+    """A signal handler that acts like Ctrl-C."""
+    mute_lost_terminal()
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def handle_signals(handler):
+    """Handle Ctrl-C, SIGTERM and SIGHUP with `handler` within the block."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)  # nohup ignores it
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def mute_lost_terminal():
+    """If the terminal is gone, e.g. after SIGHUP, discard output. Printing to it would raise an
+    exception before the run is saved."""
+    for number in (1, 2):
+        try:
+            if stat.S_ISCHR(os.fstat(number).st_mode) and not os.isatty(number):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        except OSError:  # already closed
+            pass

@@ -1,8 +1,14 @@
 """Every setting of a run is a flag. Only the standard library is imported here, so that `--help`
 and mistyped flags are answered before torch loads."""
 
-import json
-from dataclasses import dataclass, field
+import argparse
+import math
+import operator
+import os
+import signal
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -23,6 +29,19 @@ def flag(default, help, may_change=False, choices=None, **limits):
 class Config:
     """Each field is a flag of the same name. Settings that TRL has use TRL's name."""
 
+    # data
+    dataset: str = flag("scenes", "scenes (generated), or a .jsonl file, see docs/data.md")
+    skip_bad_examples: bool = flag(
+        False, "skip and count unusable examples instead of stopping", may_change=True
+    )
+    allow_absolute_paths: bool = flag(
+        False, "allow images outside the data set's folder", may_change=True
+    )
+    instruction: str = flag(
+        "First say where in the image the answer is and what you see there. "
+        "Then give the answer alone, as <answer>...</answer>.",
+        "text appended to every question",
+    )
     # model
     model_name_or_path: str = flag(
         "Qwen/Qwen3-VL-2B-Instruct", "hub name or local folder of a Qwen2.5-VL or Qwen3-VL"
@@ -42,23 +61,6 @@ class Config:
     )
     deterministic: bool = flag(False, "use slower, deterministic CUDA kernels, for exact resume")
     cuda_graph: bool = flag(False, "sample with a CUDA graph; untested on a GPU", may_change=True)
-    # data
-    dataset: str = flag(
-        "scenes", "scenes (generated), a .jsonl file, gqa, refocus; + joins several"
-    )
-    data_dir: str = flag("", "folder of GQA: questions, scene graphs, images/", may_change=True)
-    mix: str = flag("", "share of each joined data set; the paper's gqa+refocus: 0.8,0.2")
-    skip_bad_examples: bool = flag(
-        False, "skip and count unusable examples instead of stopping", may_change=True
-    )
-    allow_absolute_paths: bool = flag(
-        False, "allow images outside the data set's folder", may_change=True
-    )
-    instruction: str = flag(
-        "First say where in the image the answer is and what you see there. "
-        "Then give the answer alone, as <answer>...</answer>.",
-        "text appended to every question",
-    )
     # training
     max_steps: int = flag(200, "optimizer steps", may_change=True, minimum=0)
     num_generations: int = flag(8, "G, completions per question (official code: 16)", minimum=2)
@@ -105,13 +107,21 @@ class Config:
     )
     save_steps: int = flag(20, "steps between checkpoints", may_change=True, minimum=1)
     keep_best: bool = flag(False, "end with the adapter of the steps with the most right samples")
+    report_to: str = flag(
+        "none",
+        "also log to this tracker, which must be installed",
+        may_change=True,
+        choices=["none", "tensorboard", "wandb", "trackio"],
+    )
     resume: bool = flag(False, "continue the run in output_dir with its settings", may_change=True)
 
+
+FIELDS = {f.name: f for f in fields(Config)}
 
 # Defaults for the model in tiny/, which is small, already knows the format and learns fast. The
 # learning rate and the head were chosen on validation scenes, see docs/evidence.md.
 TINY = dict(
-    model_name_or_path=str(ROOT / "tiny"),
+    model_name_or_path="tiny",
     gradient_checkpointing=False,
     max_pixels=112 * 112,
     instruction="",
@@ -128,14 +138,13 @@ TINY = dict(
 )
 
 
+def model_path(name):
+    """Where to load a model from; "tiny" is the model that ships here, wherever that is."""
+    return str(ROOT / "tiny") if name == "tiny" else name
+
+
 def is_tiny(model):
-    """Whether the folder `model` holds the model in tiny/, or one trained further from it."""
-    try:
-        files = (Path(x, "config.json").read_text("utf-8") for x in (ROOT / "tiny", model))
-        mine, given = (json.loads(text) | {"transformers_version": None} for text in files)
-    except (OSError, ValueError, TypeError):
-        return False
-    return mine == given
+    return Path(model_path(model)).resolve() == ROOT / "tiny"
 
 
 def parse_ints(text):
@@ -143,7 +152,185 @@ def parse_ints(text):
     return None if text == "all" else [int(number) for number in text.split(",")]
 
 
+def parse_lengths(text):
+    """(60, 100) from "60,100". Raises: ValueError."""
+    shortest, longest = (int(number) for number in text.split(","))
+    if not 0 <= shortest <= longest or longest == 0:
+        raise ValueError
+    return shortest, longest
+
+
 def parse_weights(text):
-    """{"attention": 1.0, "format": 0.5} from "attention=1,format=0.5"."""
-    pairs = (item.split("=") for item in text.split(","))
-    return {name.strip(): float(weight) for name, weight in pairs}
+    """{"attention": 1.0, "format": 0.5} from "attention=1,format=0.5". Raises: ValueError."""
+    pairs = [item.split("=") for item in text.split(",")]
+    weights = {name.strip(): float(weight) for name, weight in pairs}
+    finite = all(map(math.isfinite, weights.values()))
+    if len(weights) < len(pairs) or not finite or not any(weights.values()):
+        raise ValueError
+    return weights
+
+
+FORMS = {  # settings that are text with a form of its own: (parser, what it expects)
+    "reward_weights": (
+        parse_weights,
+        "name=weight pairs such as attention=1,format=1: each reward once, not all 0",
+    ),
+    "layers": (parse_ints, "all, or integers such as 2,3"),
+    "heads": (parse_ints, "all, or integers such as 0,3"),
+    "format_lengths": (parse_lengths, "two integers min,max such as 60,100"),
+}
+
+
+# --- the command line ---
+
+COMMANDS = {
+    "train": "train, and evaluate before and after (the default)",
+    "look": "ask about one image and draw where the model looks",
+    "probe": "measure how well each layer and head finds the region, without training",
+    "check": "validate a .jsonl data set and draw its boxes; loads no model",
+    "fit": "predict the GPU memory of a run, and which cards it fits on; needs no GPU",
+}
+GROUPS = {  # the first flag of each group in --help -> its title
+    "dataset": "data",
+    "model_name_or_path": "model",
+    "max_steps": "training",
+    "reward_weights": "reward",
+    "eval_examples": "evaluation",
+    "output_dir": "run",
+}
+
+
+def parse_command_line(argv):
+    """Parse the command line. Returns: (command, a dict of the flags that were passed).
+    Raises: InputError for a flag that is unknown, not used by the command, or out of range."""
+    command, argv = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("train", argv)
+    parser = argparse.ArgumentParser(
+        usage=f"%(prog)s {command} [--flag value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.error = refuse  # argparse would print its usage as well
+    if command == "train":
+        lines = [f"  {name:7} {text}" for name, text in COMMANDS.items()]
+        parser.description = "\n".join(["commands, each with its own --help:", *lines])
+        add_all_flags(parser)
+    else:
+        from extras.commands import add_arguments  # here, because a training run needs no command
+
+        add_arguments(parser, command)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        if name.removeprefix("--") in FIELDS:
+            refuse(f"{command} does not use {name}")
+        nearest = get_close_matches(name, [*parser._option_string_actions, *COMMANDS], 1)
+        question = f": did you mean {nearest[0]}?" if nearest else ""
+        refuse(f"unrecognized arguments: {' '.join(unknown)}{question}")
+    check_settings(vars(given))
+    return command, vars(given)
+
+
+def add_all_flags(parser):
+    group = parser
+    for name in FIELDS:
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
+        add_flag(group, name)
+
+
+def add_flag(group, name):
+    setting = FIELDS[name]
+    choices, default = setting.metadata["choices"], shown(setting.default)
+    if name in TINY and name != "model_name_or_path":
+        default = f"{default}; tiny: {shown(TINY[name])}"
+    help = f"{setting.metadata['help']} (default: {default})".replace("%", "%%")
+    if setting.type is bool:
+        how = dict(action=argparse.BooleanOptionalAction)
+    else:
+        how = dict(type=setting.type, choices=choices, metavar=None if choices else "X")
+    group.add_argument(f"--{name}", help=help, **how)
+
+
+def shown(value):
+    return "none" if value == "" else value
+
+
+def refuse(message):
+    raise InputError(f"{message} (see --help)")
+
+
+def check_command_line(argv):
+    """Before torch loads, answer --help and refuse mistakes. Until `main` runs, Ctrl-C ends the
+    program without a traceback: C extensions would swallow or replace an exception."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        parse_command_line(argv)
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# --- from flags to a Config ---
+
+
+def check_settings(settings):
+    """Args: settings, a dict of some or all settings. Raises: InputError that names the flag that
+    cannot work, and values that can."""
+    for name, value in settings.items():
+        if name in FORMS:
+            parse, form = FORMS[name]
+            try:
+                parse(value)
+            except ValueError:
+                raise InputError(f"--{name} {value}: expected {form}") from None
+        elif name in FIELDS:
+            check_range(name, value)
+
+
+LIMITS = {
+    "minimum": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "maximum": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
+}
+
+
+def check_range(name, value):
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"--{name} {value}: must be a finite number")
+    limits = FIELDS[name].metadata["limits"]
+    if not all(LIMITS[kind][0](value, limit) for kind, limit in limits.items()):
+        allowed = " and ".join(f"{LIMITS[kind][1]} {limit}" for kind, limit in limits.items())
+        raise InputError(f"--{name} {value}: must be {allowed}")
+
+
+def build_config(given, base=None):
+    """A Config from the flags `given`, then `base` (a saved run's settings, or the tiny preset),
+    then the defaults. Raises: InputError that names the flag that cannot work."""
+    if base is None:
+        base = TINY if uses_tiny_model(given) else {}
+    if given.get("adapter"):  # rank and alpha come from the adapter
+        from model import adapter_settings  # here, because it loads torch
+
+        base = base | adapter_settings(given["adapter"], given)
+    cfg = Config(**(base | given))
+    check_settings(asdict(cfg))
+    from reward import REWARDS
+
+    if unknown := set(parse_weights(cfg.reward_weights)) - set(REWARDS):
+        known = ", ".join(REWARDS)
+        raise InputError(f"--reward_weights: no reward {unknown.pop()!r}; known: {known}")
+    return cfg
+
+
+def uses_tiny_model(given):
+    if "model_name_or_path" in given:
+        return is_tiny(given["model_name_or_path"])
+    from model import choose_device
+
+    if choose_device(given.get("device"))[0].type == "cuda":
+        return False
+    print("running on the CPU: using the tiny model in tiny/ (--model_name_or_path overrides it)")
+    return True

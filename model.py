@@ -5,26 +5,239 @@ prompt, scoring packs prompt and completions into one sequence. attention.py mak
 """
 
 import inspect
+import json
+import logging
+import os
+import shutil
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
-
-from attention import Capture, PackedGroup
-from config import InputError
-from sources.decoding import Decoder, GraphDecoder
-from sources.packing import image_features, split_by_tokens, stack_prompts
-from sources.pretrained import (
-    add_lora,
-    choose_device,
-    load_adapter,
-    load_pretrained,
-    resolve_indices,
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Qwen2_5_VLForConditionalGeneration,
 )
+from transformers.utils import cached_file
+from transformers.utils.logging import disable_progress_bar
 
+from attention import Capture, PackedGroup, PromptCache
+from config import InputError, model_path, parse_ints
+from decoding import Decoder, GraphDecoder
+
+SUPPORTED = ("qwen2_5_vl", "qwen3_vl")
+LORA_TARGETS = r".*language_model\.layers.*\.(q|k|v|o|gate|up|down)_proj"
+LORA_VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+TOKENS_PER_FORWARD = 2**12  # when prompts are prefilled or answers evaluated together
+SAMPLED_AT_ONCE = 64  # completions; up to about this many, each extra one costs little time
 LOGITS_PER_CHUNK = 2**24  # floats, 64 MiB: the logits of about 110 tokens with Qwen's vocabulary
 CHECK_DONE = {"cuda": 8}  # tokens between checks for the end of all completions: each waits
+
+# With fp16 as the compute type the vision tower stays in fp32, because it overflows in fp16.
+Qwen2_5_VLForConditionalGeneration._keep_in_fp32_modules = ["visual"]
+# PEFT 0.21 uses a deprecated name of transformers 5.24.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+# bitsandbytes warns about a kernel that is not used here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# transformers prints a table of missing tensors; `load_pretrained` reports them in one line.
+logging.getLogger("transformers.modeling_utils").addFilter(
+    lambda record: "LOAD REPORT" not in record.getMessage()
+)
+
+
+# --- loading: a frozen model in 4 bits, with LoRA ---
+
+
+def load_model(cfg):
+    """The model that a Config describes, with its adapter if there is one."""
+    vlm = load_vlm(
+        cfg.model_name_or_path,
+        load_in_4bit=cfg.load_in_4bit,
+        lora_r=cfg.lora_r,
+        lora_alpha=cfg.lora_alpha,
+        device=cfg.device,
+        max_pixels=cfg.max_pixels,
+        gradient_checkpointing=cfg.gradient_checkpointing,
+        completions_per_forward=cfg.completions_per_forward,
+        layers=parse_ints(cfg.layers),
+        heads=parse_ints(cfg.heads),
+    )
+    vlm.cuda_graph = cfg.cuda_graph
+    if cfg.adapter:
+        vlm.load_adapter(cfg.adapter)
+    return vlm
+
+
+def load_vlm(
+    name_or_path,
+    load_in_4bit=True,
+    lora_r=16,
+    lora_alpha=32,
+    device=None,
+    max_pixels=None,
+    gradient_checkpointing=False,
+    completions_per_forward=0,
+    layers=(-1,),
+    heads=None,
+    dtype=None,
+):
+    """Load a Qwen2.5-VL or Qwen3-VL from the hub or a folder, frozen except for LoRA on the
+    language model's linear layers, which are quantized to 4 bits by default.
+
+    Args: device, by default CUDA if available; max_pixels, images are scaled down to this area;
+    completions_per_forward, 0 for a whole group; layers and heads whose attention `score`
+    averages, None for all; dtype, from `choose_device`. Returns: Vlm. Raises: InputError.
+    """
+    device, dtype = choose_device(device, dtype)
+    name = model_path(str(name_or_path))
+    model, tokenizer, processor = load_pretrained(name, load_in_4bit, device, dtype)
+    if max_pixels:
+        least = min(processor.size["shortest_edge"], max_pixels // 2)  # must be below the limit
+        processor.size = {"shortest_edge": least, "longest_edge": max_pixels}
+    if model.num_parameters() < 1e7:
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more threads do not help
+    model = add_lora(model, lora_r, lora_alpha)
+    settings = layers, heads, completions_per_forward, gradient_checkpointing
+    return Vlm(model, tokenizer, processor, *settings)
+
+
+def choose_device(device=None, dtype=None):
+    """The device for a name, None or "auto", and its compute type.
+
+    Args: dtype, by default bf16 on a card that supports it, fp16 on other cards, fp32 on a CPU.
+    Returns: (torch.device, torch.dtype). Raises: InputError if CUDA cannot be used.
+    """
+    cuda, automatic = torch.cuda.is_available(), device in (None, "auto")
+    if automatic:  # an empty CUDA_VISIBLE_DEVICES hides the cards
+        expected = shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") not in (
+            "",
+            "-1",
+        )
+    else:
+        expected = torch.device(device).type == "cuda"
+    if expected and not cuda:
+        version = f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}"
+        page = "https://pytorch.org/get-started/locally/"
+        advice = f"install the build for your driver and card from {page}, or use --device cpu"
+        raise InputError(f"CUDA is not available ({version}): {advice}")
+    device = torch.device(("cuda" if cuda else "cpu") if automatic else device)
+    if device.type == "cpu":
+        return device, dtype or torch.float32
+    # Before compute capability 8.0, bf16 is emulated and slow.
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, dtype or (torch.bfloat16 if bf16 else torch.float16)
+
+
+def load_pretrained(name, load_in_4bit, device, dtype):
+    """Load a model from the hub or a folder. With `load_in_4bit` the language model is quantized to
+    NF4; vision tower, embeddings and output head are not.
+
+    Returns: the transformers model, its tokenizer and its image processor. Raises: InputError.
+    """
+    disable_progress_bar()
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=[".*visual", "lm_head"],
+    )
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if config.model_type not in SUPPORTED:
+            supported = " and ".join(SUPPORTED)
+            raise InputError(f"{name} has type {config.model_type}; supported: {supported}")
+        tokenizer = load_tokenizer(name, config)
+        processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            name,
+            dtype=dtype,
+            quantization_config=quantization if load_in_4bit else None,
+            use_safetensors=True,  # never a pickle
+            trust_remote_code=False,  # transformers would offer to run code from the folder
+            attn_implementation="sayo",
+            device_map={"": device},
+            output_loading_info=True,
+        )
+    except (InputError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        advice = "check the name and the network, or download it again"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"cannot load {name}: {advice} ({reason})") from None
+    if missing := sorted(report["missing_keys"]):  # transformers would leave them random
+        count = f"{len(missing)} tensors, including {missing[0]}"
+        raise InputError(f"the weights in {name} lack {count}: download it again")
+    for module in model.modules():
+        # On some CPUs bitsandbytes repacks frozen weights in bf16 when they are first used without
+        # gradient. Sampling and training would then use different weights.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model, tokenizer, processor
+
+
+def load_tokenizer(name, config):
+    """The tokenizer with its chat template. Raises: InputError."""
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if tokenizer.chat_template is None:  # some checkpoints store it where only processors look
+        path = cached_file(name, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        if path is None:
+            raise InputError(f"{name} has no chat template: use an Instruct model")
+        tokenizer.chat_template = json.loads(Path(path).read_text("utf-8"))["chat_template"]
+    if not tokenizer.convert_ids_to_tokens(config.image_token_id):
+        problem = f"{name} has no tokenizer, or that of a different model"
+        raise InputError(f"{problem}: download it again")
+    return tokenizer
+
+
+def add_lora(model, r, alpha):
+    """The PEFT model: LoRA on the language model's linear layers, everything else frozen."""
+    model.requires_grad_(False)
+    return get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, target_modules=LORA_TARGETS))
+
+
+def adapter_settings(folder, given):
+    """A saved adapter's settings, a dict of lora_r and lora_alpha. Raises: InputError if it cannot
+    be read, or if `given`, a dict of flags, contradicts it."""
+    path = Path(folder) / "adapter_config.json"
+    try:
+        saved = json.loads(path.read_text("utf-8"))
+        settings = {"lora_r": int(saved["r"]), "lora_alpha": int(saved["lora_alpha"])}
+    except OSError as error:
+        raise InputError(f"no adapter in {folder}: {path.name}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error!r}): save the adapter again") from None
+    if variant := next((name for name in LORA_VARIANTS if saved.get(name)), None):
+        raise InputError(f"{path} has {variant}: only plain LoRA can be loaded")
+    for name, value in settings.items():
+        if given.get(name, value) != value:
+            problem = f"--{name} {given[name]}: the adapter in {folder} has {value}"
+            raise InputError(f"{problem}; leave the flag out")
+    return settings
+
+
+def resolve_indices(what, indices, count):
+    """Sorted, non-negative indices; all `count` of them if `indices` is None.
+    Raises: InputError if one is out of range."""
+    for i in indices or ():
+        if not -count <= i < count:
+            last = f"{what}s 0 to {count - 1}, or -1 for the last"
+            raise InputError(f"no {what} {i}: the model has {last}")
+    return sorted({i % count for i in indices}) if indices else list(range(count))
+
+
+# --- a question as a prompt, a group as completions and scores ---
 
 
 @dataclass
@@ -96,8 +309,20 @@ class Vlm:
         self.pad_id = stop[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def load_adapter(self, folder):
-        """Load the weights of a saved adapter, in place. Raises: InputError if they do not fit."""
-        load_adapter(self.model, folder)
+        """Load a saved adapter. Raises: InputError if it does not fit; nothing is changed then."""
+        lora = self.model.peft_config[self.model.active_adapter]
+        adapter_settings(folder, {"lora_r": lora.r, "lora_alpha": lora.lora_alpha})
+        try:
+            weights = load_file(Path(folder) / "adapter_model.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"no adapter in {folder}: {error}") from None
+        expected = {name: p.shape for name, p in get_peft_model_state_dict(self.model).items()}
+        if wrong := expected.items() ^ {name: p.shape for name, p in weights.items()}.items():
+            raise InputError(f"the adapter in {folder} does not fit this model: {min(wrong)[0]}")
+        for name, p in weights.items():
+            if not p.isfinite().all():
+                raise InputError(f"the adapter in {folder} is damaged: NaN or infinity in {name}")
+        set_peft_model_state_dict(self.model, weights)
 
     def encode(self, image, question):
         """Lay out an image and a question by the model's chat template.
@@ -131,10 +356,17 @@ class Vlm:
 
     @torch.no_grad()
     def sample_groups(self, prompts, num_generations, max_tokens, temperature=1.0, generator=None):
-        """`num_generations` completions of up to `max_tokens` tokens for each of B prompts at once,
-        without top-p, so that sampling and scoring use one distribution. Temperature 0 is greedy.
+        """`num_generations` completions of up to `max_tokens` tokens for each of B prompts, without
+        top-p, so that sampling and scoring use one distribution. Temperature 0 is greedy.
         Returns: B Completions, to be scored at the same temperature (greedy ones at 1)."""
-        G, check_every = num_generations, CHECK_DONE.get(self.device.type, 1)
+        groups, most = [], max(1, SAMPLED_AT_ONCE // num_generations)
+        for i in range(0, len(prompts), most):
+            batch = prompts[i : i + most]
+            groups += self._sample(batch, num_generations, max_tokens, temperature, generator)
+        return groups
+
+    def _sample(self, prompts, G, max_tokens, temperature, generator):
+        check_every = CHECK_DONE.get(self.device.type, 1)
         hidden, prompt_caches, start = self._prefill(prompts, G)
         decoder, ids, live = self._decoder(prompt_caches, start, max_tokens), [], []
         done = torch.zeros(len(hidden), dtype=torch.bool, device=self.device)  # (B*G,)
@@ -143,7 +375,8 @@ class Vlm:
             if temperature == 0:
                 token = logits.argmax(-1)
             else:
-                p = logits.softmax(-1)  # torch.multinomial's draw, but safe with NaN
+                # p.multinomial(1) draws the same token, but waits for the GPU and fails on NaN.
+                p = logits.softmax(-1)
                 token = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
             ids.append(token.masked_fill(done, self.pad_id))
             live.append(~done)
@@ -189,19 +422,26 @@ class Vlm:
         Args: reference, switch the adapter off: the model before training.
         Returns: a list of Scores; the attention is the mean over this Vlm's layers and heads.
         """
-        size = self.completions_per_forward
         with self.model.disable_adapter() if reference else nullcontext():
-            if 0 < size < max(len(c.ids) for c in completions):
+            if 0 < self.completions_per_forward < max(len(c.ids) for c in completions):
                 groups = zip(prompts, completions)
-                return [self._score_in_parts(*group, attention, size) for group in groups]
+                return [self._score_in_parts(*group, attention) for group in groups]
             return self._score(prompts, completions, attention)
 
-    def _score_in_parts(self, prompt, completions, attention, size):
-        rows = [completions[i : i + size] for i in range(0, len(completions.ids), size)]
-        parts = [self._score([prompt], [part], attention)[0] for part in rows]
-        logps, entropy = (torch.cat([getattr(p, k) for p in parts]) for k in ("logps", "entropy"))
-        maps = torch.cat([p.attention for p in parts]) if attention else None
-        return Scores(logps, entropy, maps, parts[0].prompt_attention)
+    def _score_in_parts(self, prompt, completions, attention):
+        """The Scores of one group, a few completions at a time. The backward pass computes each
+        part again, so that only one part's activations are in memory."""
+
+        def score_part(start):
+            rows = completions[start : start + self.completions_per_forward]
+            (part,) = self._score([prompt], [rows], attention)
+            return part.logps, part.entropy, part.attention, part.prompt_attention
+
+        starts = range(0, len(completions.ids), self.completions_per_forward)
+        parts = [checkpoint(score_part, start, use_reentrant=False) for start in starts]
+        logps, entropy, maps, prompt_maps = zip(*parts)
+        maps = torch.cat(maps) if attention else None
+        return Scores(torch.cat(logps), torch.cat(entropy), maps, prompt_maps[0])
 
     def _score(self, prompts, completions, attention):
         capture = Capture(self.layers, self.heads) if attention else None
@@ -268,33 +508,56 @@ class Vlm:
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-def load_vlm(
-    name_or_path,
-    load_in_4bit=True,
-    lora_r=16,
-    lora_alpha=32,
-    device=None,
-    max_pixels=None,
-    gradient_checkpointing=False,
-    completions_per_forward=0,
-    layers=(-1,),
-    heads=None,
-    dtype=None,
-):
-    """Load a Qwen2.5-VL or Qwen3-VL from the hub or a folder, frozen except for LoRA on the
-    language model's linear layers, which are quantized to 4 bits by default.
+# --- several prompts in one forward pass ---
 
-    Args: device, by default CUDA if available; max_pixels, images are scaled down to this area;
-    completions_per_forward, 0 for a whole group; layers and heads whose attention `score`
-    averages, None for all; dtype, from `choose_device`. Returns: Vlm. Raises: InputError.
+
+def split_by_tokens(items, length):
+    """Yield lists of consecutive items with at most TOKENS_PER_FORWARD tokens in total, or of one
+    item. Args: items, an iterable; length, a function from an item to its number of tokens."""
+    batch, total = [], 0
+    for item in items:
+        tokens = length(item)
+        if batch and total + tokens > TOKENS_PER_FORWARD:
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += tokens
+    if batch:
+        yield batch
+
+
+def stack_prompts(caches):
+    """The keys and values of B prompts as a list of PromptCache, one per layer.
+
+    Args: caches, pairs of a transformers cache and the lengths of the prompts packed in it.
     """
-    device, dtype = choose_device(device, dtype)
-    model, tokenizer, processor = load_pretrained(str(name_or_path), load_in_4bit, device, dtype)
-    if max_pixels:
-        least = min(processor.size["shortest_edge"], max_pixels // 2)  # must be below the limit
-        processor.size = {"shortest_edge": least, "longest_edge": max_pixels}
-    if model.num_parameters() < 1e7:
-        torch.set_num_threads(min(2, torch.get_num_threads()))  # more threads do not help
-    model = add_lora(model, lora_r, lora_alpha)
-    settings = layers, heads, completions_per_forward, gradient_checkpointing
-    return Vlm(model, tokenizer, processor, *settings)
+    lengths = [length for _, group in caches for length in group]
+    padding = None
+    if len(set(lengths)) > 1:
+        device = caches[0][0].layers[0].keys.device
+        lengths_column = torch.tensor(lengths, device=device)[:, None]
+        padding = torch.arange(max(lengths), device=device) >= lengths_column  # (B, P)
+
+    def stack(layer, name):
+        parts = [getattr(c.layers[layer], name).split(group, 2) for c, group in caches]
+        parts = [part for group in parts for part in group]  # B of (1, H_kv, P, D)
+        return torch.cat([pad(x, (0, 0, 0, max(lengths) - x.shape[2])) for x in parts])
+
+    layers = range(len(caches[0][0].layers))
+    return [PromptCache(stack(i, "keys"), stack(i, "values"), padding) for i in layers]
+
+
+@torch.no_grad()
+def image_features(model, prompts):
+    """The vision tower's output for all `prompts`, as transformers expects it. The frozen tower
+    runs once per prompt, on the images of several prompts at once."""
+    new = [prompt for prompt in prompts if prompt.features is None]
+    if new:
+        pixels = torch.cat([prompt.pixel_values for prompt in new])
+        grids = torch.cat([prompt.image_grid_thw for prompt in new])
+        out = model.get_image_features(pixels, grids)
+        levels = out.pooler_output, *(getattr(out, "deepstack_features", None) or ())
+        for prompt, *features in zip(new, *levels):
+            prompt.features = features
+    levels = list(zip(*(prompt.features for prompt in prompts)))
+    return SimpleNamespace(pooler_output=levels[0], deepstack_features=levels[1:])

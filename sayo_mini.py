@@ -5,115 +5,120 @@ image, at the tokens where the model is least certain. Start at `train_step`; se
 """
 
 import math
+import os
 import sys
-from contextlib import nullcontext
+import time
 from dataclasses import dataclass
 
-sys.path.insert(0, __file__.removesuffix("sayo_mini.py"))  # for `python -m sayo_mini.sayo_mini`
-from runtime.parser import check_command_line, parse_command_line, run_config
+sys.path.insert(0, os.path.dirname(__file__))  # for `python -m sayo_mini.sayo_mini`
+from config import (
+    InputError,
+    check_command_line,
+    parse_command_line,
+    parse_lengths,
+    parse_weights,
+)
 
 if __name__ == "__main__":  # answer --help and refuse bad flags before torch takes seconds to load
     check_command_line(sys.argv[1:])
+# Tensors of many different lengths would fragment GPU memory. Supported only on Linux.
+if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled; saves a second
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import reward
-from analysis.alarms import print_alarms
-from analysis.evaluate import are_results, evaluate
-from analysis.metrics import attention_metrics, json_row, mean_rewards, sample_rows, step_metrics
-from analysis.report import save_adapter, write_report
-from checkpoint import RunDirectory, resume_command
-from commands import run_subcommand
-from config import parse_ints, parse_weights
-from data import Example, encode_example, example_region
-from model import Completions, Prompt, load_vlm
-from runtime.errors import one_line_errors
-from runtime.out_of_memory import halve_micro_batch
-from runtime.signals import Stopped, stop_signals
-from sources import load_datasets, step_examples
+from checkpoint import (
+    RunDirectory,
+    handle_signals,
+    interrupt,
+    resume_command,
+    run_config,
+    stop_signals,
+)
+from data import Example, encode_example, example_region, load_datasets, step_examples
+from evaluate import evaluate, results_table
+from metrics import Alarms, attention_metrics, sample_rows, step_metrics
+from model import Completions, Prompt, load_model
 
-SAMPLED_AT_ONCE = 64  # completions; up to about this many, each extra one costs little time
 NO_LOSS_SCALE = torch.amp.GradScaler(enabled=False)
 
 
 @dataclass
 class Group:
-    """One question, its G completions, and what the updates and the log need."""
+    """One question and its G completions of up to C tokens. `score_and_reward` fills the rest."""
 
     example: Example
     prompt: Prompt
     completions: Completions
-    rewards: dict[str, torch.Tensor]  # name -> (G,), unweighted
-    total_reward: torch.Tensor  # (G,), the weighted sum
-    advantages: torch.Tensor  # (G,)
-    zero_std: bool  # all total rewards are equal: nothing to learn
-    old_logps: torch.Tensor  # (G, C) under the policy that sampled
-    log: dict[str, float]  # means over the group
-    ref_logps: torch.Tensor | None = None  # (G, C) under the model before training, for the KL
+    rewards: dict[str, torch.Tensor] = None  # name -> (G,), unweighted
+    total_reward: torch.Tensor = None  # (G,), the weighted sum
+    advantages: torch.Tensor = None  # (G,)
+    old_logps: torch.Tensor = None  # (G, C) under the policy that sampled
+    ref_logps: torch.Tensor = None  # (G, C) under the model before training, for the KL
+    metrics: dict[str, float] = None  # means over the group
+    teaches: bool = True  # false if all rewards are equal up to rounding: the group is left out
 
 
-def train_step(vlm, examples, cfg, optimizer, generator, stop=(), scaler=NO_LOSS_SCALE):
-    """One batch of questions: sample completions, reward them, update the adapter.
+def train_step(vlm, examples, cfg, optimizer, generator, scaler=NO_LOSS_SCALE):
+    """One step of GRPO: sample G completions of every question, score and reward them, update.
 
-    Each group takes three forwards of P + G*C tokens: sampling, reference (unless `beta` is 0), and
-    one for rewards and gradient; a fourth if `completions_per_forward` splits the group.
-    Args: scaler, a GradScaler for a model in fp16. Returns: (metrics, see `step_metrics`; samples,
-    a dict per completion). Raises: Stopped once `stop` is non-empty, never after an update.
+    A forward pass scores all completions of one or more groups, `completions_per_forward` at a
+    time, and carries the gradient. Log-probabilities, entropies and attention come from the same
+    pass. Args: scaler, a GradScaler for a model in fp16.
+    Returns: (metrics, see `step_metrics`; samples, a dict per completion).
     """
-    rollouts = roll_out(vlm, examples, cfg, generator, stop)
-    step_tokens = sum(completions.mask.sum().item() for *_, completions in rollouts)
-    size = max(1, cfg.completions_per_forward // cfg.num_generations)  # groups per forward
-    groups, losses = [], []
-    for i in range(0, len(rollouts), size):  # one batch's activations are in memory at a time
-        if stop:
-            raise Stopped
-        batch, scores = score_and_reward(vlm, rollouts[i : i + size], cfg)
-        groups += batch
-        losses += accumulate_gradient(vlm, batch, cfg, step_tokens, scaler, scores)
-    updates = [update(optimizer, scaler, losses, cfg)]
-    for _ in range(cfg.num_iterations - 1):  # more updates on the same completions
-        batches = [groups[i : i + size] for i in range(0, len(groups), size)]
-        losses = [accumulate_gradient(vlm, batch, cfg, step_tokens, scaler) for batch in batches]
-        updates.append(update(optimizer, scaler, sum(losses, []), cfg))
-    return step_metrics(groups, updates), [row for group in groups for row in sample_rows(group)]
+    groups = sample(vlm, examples, cfg, generator)
+    step_tokens = sum(group.completions.mask.sum().item() for group in groups)
+    per_forward = max(1, cfg.completions_per_forward // cfg.num_generations)  # groups
+    updates = []
+    for iteration in range(cfg.num_iterations):
+        losses = []
+        for i in range(0, len(groups), per_forward):
+            batch = groups[i : i + per_forward]
+            prompts, completions = [g.prompt for g in batch], [g.completions for g in batch]
+            scores = vlm.score_groups(prompts, completions, attention=iteration == 0)
+            if iteration == 0:
+                score_and_reward(vlm, batch, scores, cfg)
+            loss, stats = batch_loss(batch, scores, cfg, step_tokens)
+            if stats:  # else no group of this batch teaches anything
+                scaler.scale(loss).backward()  # plain loss.backward() except in fp16
+            losses += stats
+        updates.append(update(optimizer, scaler, losses, cfg))
+    return step_metrics(groups, updates), sample_rows(groups)
 
 
-def roll_out(vlm, examples, cfg, generator, stop):
-    """Sample G completions of every question. Returns: a list of (example, prompt, completions)."""
-    prompts, completions = [encode_example(vlm, example, cfg) for example in examples], []
+def sample(vlm, examples, cfg, generator):
+    """Sample G completions of every question. Returns: a list of Group."""
+    prompts = [encode_example(vlm, example, cfg) for example in examples]
     settings = cfg.num_generations, cfg.max_completion_length, cfg.temperature
-    size = max(1, SAMPLED_AT_ONCE // cfg.num_generations)  # questions
-    for i in range(0, len(prompts), size):
-        if stop:
-            raise Stopped
-        completions += vlm.sample_groups(prompts[i : i + size], *settings, generator)
-    return list(zip(examples, prompts, completions))
+    completions = vlm.sample_groups(prompts, *settings, generator)
+    return [Group(*parts) for parts in zip(examples, prompts, completions)]
 
 
-def score_and_reward(vlm, rollouts, cfg):
-    """Score the groups of one forward, and compute their rewards and advantages.
-
-    Returns: a list of Group and a list of Scores, which carry the gradient if no group is split.
-    """
-    split, groups = 0 < cfg.completions_per_forward < cfg.num_generations, []
-    _, prompts, completions = zip(*rollouts)
-    with torch.no_grad() if split else nullcontext():
-        scores = vlm.score_groups(prompts, completions)
-    for rollout, part in zip(rollouts, scores):
-        rewards, inputs = compute_rewards(vlm, *rollout, part, cfg)
-        total = sum(w * rewards[name] for name, w in parse_weights(cfg.reward_weights).items())
-        mask, old_logps = rollout[-1].mask, part.logps.detach()
-        finite = old_logps[mask].isfinite().all().item()  # if not, `update` skips the step
-        zero_std = finite and total.std().item() < 1e-6  # equal up to rounding
-        values = rewards, total, reward.group_advantages(total), zero_std, old_logps
-        groups.append(Group(*rollout, *values, attention_metrics(part.entropy, mask, inputs)))
-    if cfg.beta and not all(group.zero_std for group in groups):
+def score_and_reward(vlm, groups, scores, cfg):
+    """Fill in the rewards, advantages and fixed log-probabilities of the groups of one forward.
+    Args: scores, a Scores per group."""
+    weights = parse_weights(cfg.reward_weights)
+    for group, score in zip(groups, scores):
+        mask = group.completions.mask
+        parts = group.example, group.prompt, group.completions
+        group.rewards, inputs = compute_rewards(vlm, *parts, score, cfg)
+        group.total_reward = sum(w * group.rewards[name] for name, w in weights.items())
+        group.advantages = reward.group_advantages(group.total_reward)
+        group.old_logps = score.logps.detach()
+        finite = group.old_logps[mask].isfinite().all().item()  # if not, `update` skips the step
+        group.teaches = not (finite and group.total_reward.std().item() < 1e-6)
+        group.metrics = attention_metrics(score.entropy, mask, inputs)
+    if cfg.beta and any(group.teaches for group in groups):
         with torch.no_grad():
+            prompts, completions = [g.prompt for g in groups], [g.completions for g in groups]
             references = vlm.score_groups(prompts, completions, attention=False, reference=True)
         for group, reference in zip(groups, references):
             group.ref_logps = reference.logps
-    return groups, scores
 
 
 def compute_rewards(vlm, example, prompt, completions, scores, cfg):
@@ -125,35 +130,36 @@ def compute_rewards(vlm, example, prompt, completions, scores, cfg):
         attention=reward.align_attention(scores.attention, scores.prompt_attention, cfg.alignment),
         region=example_region(example, prompt.grid).to(vlm.device),
         selected=reward.select_tokens(scores.entropy, completions.mask, cfg.token_fraction),
-        format_lengths=parse_ints(cfg.format_lengths),
+        format_lengths=parse_lengths(cfg.format_lengths),
     )
     rewards = {name: function(inputs) for name, function in reward.REWARDS.items()}
     dtype = {"dtype": torch.float32, "device": vlm.device}
     return {name: torch.as_tensor(value, **dtype) for name, value in rewards.items()}, inputs
 
 
-def accumulate_gradient(vlm, groups, cfg, step_tokens, scaler, scores=None):
-    """Backpropagate the loss of the groups of one forward, or of one group in micro-batches.
+def batch_loss(groups, scores, cfg, step_tokens):
+    """The loss of the groups of one forward, the sum over those that teach something.
 
-    Args: step_tokens, completion tokens of the whole step, which normalize the loss; scores of the
-    groups, reused if they require grad. Returns: a dict per group or micro-batch, for the log.
+    Args: step_tokens, completion tokens of the whole step, which normalize the loss.
+    Returns: (loss, a list with a dict per group for the log).
     """
-    reuse = scores is not None and scores[0].logps.requires_grad
-    kept = [i for i, group in enumerate(groups) if not group.zero_std]
-    groups, losses = [groups[i] for i in kept], []
-    size = cfg.completions_per_forward or cfg.num_generations
-    for i in range(0, cfg.num_generations, size) if groups else ():
-        rows, total = slice(i, i + size), 0
-        batch = [g.prompt for g in groups], [g.completions[rows] for g in groups]
-        parts = [scores[k] for k in kept] if reuse else vlm.score_groups(*batch, attention=False)
-        for g, completions, part in zip(groups, batch[1], parts):
-            ref_logps = g.ref_logps[rows] if cfg.beta else None
-            fixed = g.old_logps[rows], ref_logps, g.advantages[rows], completions.mask
-            loss, stats = reward.grpo_loss(part.logps, *fixed, cfg.epsilon, cfg.beta, step_tokens)
-            losses.append(stats | {"loss": loss.item(), "tokens": completions.mask.sum().item()})
-            total = total + loss
-        scaler.scale(total).backward()
-    return losses
+    loss, stats = 0, []
+    for group, score in zip(groups, scores):
+        if group.teaches:
+            group_loss, group_stats = reward.grpo_loss(
+                score.logps,
+                group.old_logps,
+                group.ref_logps,
+                group.advantages,
+                group.completions.mask,
+                clip=cfg.epsilon,
+                beta=cfg.beta,
+                denominator=step_tokens,
+            )
+            loss = loss + group_loss
+            tokens = group.completions.mask.sum().item()
+            stats.append(group_stats | {"loss": group_loss.item(), "tokens": tokens})
+    return loss, stats
 
 
 def update(optimizer, scaler, losses, cfg):
@@ -174,6 +180,7 @@ def update(optimizer, scaler, losses, cfg):
 def train(cfg):
     """One run, from loading the model to the report. Returns the exit code."""
     torch.manual_seed(cfg.seed)  # for LoRA's initial weights; sampling draws from `generator`
+    torch.use_deterministic_algorithms(cfg.deterministic)
     train_set, eval_set = load_datasets(cfg)
     vlm = load_model(cfg)
     generator = torch.Generator(vlm.device).manual_seed(cfg.seed)
@@ -182,54 +189,45 @@ def train(cfg):
     # In fp16, small gradients round to 0 unless the loss is scaled up for the backward pass.
     scaler = torch.amp.GradScaler(vlm.device.type, 2**10, enabled=vlm.dtype == torch.float16)
     run = RunDirectory(cfg, params, optimizer, generator, scaler)
-    before = run.read_json("before.json", lambda content: are_results(content, len(eval_set)))
-    compare = cfg.adapter and not cfg.max_steps  # no training: base model against adapter
-    with vlm.model.disable_adapter() if compare else nullcontext():
-        before = before or run.write_json("before.json", evaluate(vlm, eval_set, cfg, "before"))
-    warned = set()
+    before = run.read_json("before.json")
+    if before is None and cfg.adapter and not cfg.max_steps:  # compare an adapter with its base
+        with vlm.model.disable_adapter():
+            before = run.write_json("before.json", evaluate(vlm, eval_set, cfg, "before"))
+    if before is None:
+        before = run.write_json("before.json", evaluate(vlm, eval_set, cfg, "before"))
+    alarms = Alarms(cfg, run.history)
     with stop_signals() as stop, tqdm(total=cfg.max_steps, initial=run.step, desc="train") as bar:
         while run.step < cfg.max_steps and not stop:
+            start = time.perf_counter()
             rate = optimizer.param_groups[0]["lr"] = learning_rate(cfg, run.step)
-            try:
-                with run.roll_back_on_interrupt():
-                    examples = step_examples(train_set, run.step, cfg)
-                    state = optimizer, generator, stop, scaler
-                    metrics, samples = train_step(vlm, examples, cfg, *state)
-            except Stopped:
-                break
-            except torch.OutOfMemoryError:
-                if not halve_micro_batch(vlm, cfg, run):
-                    raise
-                continue
-            run.log(json_row(metrics | {"learning_rate": rate}), [json_row(row) for row in samples])
-            print_alarms(run.history, cfg, warned)
-            bar.set_postfix(mean_rewards(metrics), refresh=False)
+            examples = step_examples(train_set, run.step, cfg)
+            metrics, samples = train_step(vlm, examples, cfg, optimizer, generator, scaler)
+            metrics["learning_rate"] = rate
+            run.log(metrics, samples, seconds=time.perf_counter() - start)
+            alarms.check(metrics, run.step)
+            names = reward.REWARDS
+            bar.set_postfix({n: metrics[f"rewards/{n}/mean"] for n in names}, refresh=False)
             bar.update()
             if run.step % cfg.save_steps == 0 or run.step == cfg.max_steps:
+                if cfg.keep_best and run.is_best():
+                    run.save_adapter(vlm.model, "best")
                 run.save()
     if stop:
         run.save()
-        write_report(run, eval_set)
-        print(f"stopped after step {run.step}; continue with: {resume_command(cfg.output_dir)}")
+    else:
+        if cfg.keep_best and run.step:
+            vlm.load_adapter(run.folder / "best")
+        run.save_adapter(vlm.model)
+        after = run.write_json("after.json", evaluate(vlm, eval_set, cfg, "after", before))
+        print(results_table(before, after) if after else "no held-out questions: not evaluated")
+    from extras.report import write_report  # here, because no step needs it
+
+    write_report(run, eval_set)
+    if stop:
+        print(f"stopped after step {run.step}; continue with: {resume_command(run.folder)}")
         return 130
-    run.use_best()
-    save_adapter(run, vlm.model)
-    after = run.write_json("after.json", evaluate(vlm, eval_set, cfg, "after", before))
-    write_report(run, eval_set, before, after)
     print(f"open {run.folder / 'report.html'}; the adapter and the logs are next to it")
     return 0
-
-
-def load_model(cfg):
-    """The model that a Config describes."""
-    names = "load_in_4bit lora_r lora_alpha device max_pixels gradient_checkpointing"
-    settings = {name: getattr(cfg, name) for name in [*names.split(), "completions_per_forward"]}
-    settings |= {"layers": parse_ints(cfg.layers), "heads": parse_ints(cfg.heads)}
-    vlm = load_vlm(cfg.model_name_or_path, **settings)
-    vlm.cuda_graph = cfg.cuda_graph
-    if cfg.adapter:
-        vlm.load_adapter(cfg.adapter)
-    return vlm
 
 
 def learning_rate(cfg, step):
@@ -242,18 +240,38 @@ def learning_rate(cfg, step):
     return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def main(argv=None, train=train, program="python sayo_mini.py"):
-    """The command line; scale_trl.py passes its own `train`. Returns the exit code."""
+def main(argv=None):
+    """The command line. User errors and a full GPU end in one line and exit code 2, Ctrl-C and
+    SIGTERM in 130. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    with one_line_errors(argv, program) as outcome:
-        command, given, notice = parse_command_line(argv, program)
-        if notice:
-            print(notice)
-        if command == "train":
-            outcome.exit_code = train(run_config(given))
-        else:
-            outcome.exit_code = run_subcommand(command, given, load_model, train_step)
-    return outcome.exit_code
+    folder = None
+    try:
+        with handle_signals(interrupt):
+            command, given = parse_command_line(argv)
+            folder = given.get("output_dir", "runs/sayo") if command == "train" else None
+            if command == "train":
+                return train(run_config(given))
+            from extras.commands import run_command
+
+            return run_command(command, given)
+    except InputError as error:
+        problem = " ".join(str(error).split())
+    except torch.OutOfMemoryError:
+        problem = "out of GPU memory: lower --completions_per_forward, --num_generations or "
+        problem += f"--max_pixels{continue_hint(folder)}"
+    except (OSError, SafetensorError, torch.AcceleratorError) as error:  # a full disk, a lost GPU
+        problem = f"{str(error).splitlines()[0]}{continue_hint(folder)}"
+    except KeyboardInterrupt:  # outside training; files are replaced atomically
+        print(f"stopped{continue_hint(folder)}")
+        return 130
+    print(f"sayo_mini.py: {problem}", file=sys.stderr)
+    return 2
+
+
+def continue_hint(folder):
+    if folder and os.path.exists(os.path.join(folder, "config.json")):
+        return f"; continue with: {resume_command(folder)}"
+    return "; nothing was saved"
 
 
 if __name__ == "__main__":

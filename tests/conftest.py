@@ -1,4 +1,6 @@
-"""Fixtures and helpers for all tests: small models of both families, from tiny/ or built here."""
+"""Fixtures and helpers for all tests: small models of both families, from tiny/ or built here.
+
+transformers is imported where it is needed: tests/test_reward.py runs without it."""
 
 import os
 import shutil
@@ -7,24 +9,17 @@ from pathlib import Path
 
 # No test needs network access. Set before huggingface_hub is imported, which reads it then.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Programs that tests start: two threads each would wait for one another on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from transformers import (
-    AutoTokenizer,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLImageProcessorPil,
-)
-
-from model import load_vlm
-from sources.scenes import Scenes
 
 if hasattr(signal, "SIGHUP"):  # nohup ignores it, which the program and so the tests would inherit
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)  # the program also does so for models this small
 TINY = Path(__file__).parent.parent / "tiny"
-# For tests marked cuda. `bench/gpu.sh --small` runs them on the CPU to check the tests themselves.
+# For tests marked cuda. `study/gpu.sh --small` runs them on the CPU to check the tests themselves.
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 
 
@@ -57,10 +52,13 @@ def browser():
 @pytest.fixture(scope="session")
 def qwen2_5(tmp_path_factory):
     """A folder with a random two-layer Qwen2.5-VL and the tokenizer of tiny/."""
+    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+    from transformers import Qwen2_5_VLForConditionalGeneration as Model
+
     folder = tmp_path_factory.mktemp("qwen2_5")
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     torch.manual_seed(0)
-    Qwen2_5_VLForConditionalGeneration(qwen2_5_config(tokenizer)).save_pretrained(folder)
+    Model(qwen2_5_config(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     size = {"shortest_edge": 64, "longest_edge": 112 * 112}  # areas, despite the names
     Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size=size).save_pretrained(folder)
@@ -68,6 +66,8 @@ def qwen2_5(tmp_path_factory):
 
 
 def qwen2_5_config(tokenizer):
+    from transformers import Qwen2_5_VLConfig
+
     ids = tokenizer.convert_tokens_to_ids
     return Qwen2_5_VLConfig(
         text_config=dict(
@@ -101,6 +101,8 @@ def qwen2_5_config(tokenizer):
 def load(folder=TINY, load_in_4bit=False, **settings):
     """Load a Vlm whose adapter changes its output. LoRA initializes B to 0, and many tests would
     pass by accident with an adapter that does nothing."""
+    from model import load_vlm
+
     torch.manual_seed(0)
     vlm = load_vlm(folder, load_in_4bit=load_in_4bit, device="cpu", **settings)
     for name, p in vlm.model.named_parameters():
@@ -111,6 +113,8 @@ def load(folder=TINY, load_in_4bit=False, **settings):
 
 def ask(vlm, index=0, G=4, C=12, temperature=1.0, seed=0):
     """Sample G completions for one validation scene. Returns: (Prompt, Completions)."""
+    from scenes import Scenes
+
     example = Scenes("validation", 100)[index]
     prompt = vlm.encode(example.image, example.question)
     return prompt, vlm.sample(prompt, G, C, temperature, torch.Generator().manual_seed(seed))

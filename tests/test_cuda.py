@@ -1,4 +1,4 @@
-"""Tests that need a CUDA card; skipped without one. `bench/gpu.sh` runs them."""
+"""Tests that need a CUDA card; skipped without one. `study/gpu.sh` runs them."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,8 @@ from conftest import DEVICE, TINY, ask, load
 from safetensors.torch import load_file
 
 import sayo_mini
-from model import Completions, load_vlm
-from sources.pretrained import choose_device
-from sources.scenes import Scenes
+from model import Completions, choose_device, load_vlm
+from scenes import Scenes
 
 pytestmark = pytest.mark.cuda
 ROOT = Path(__file__).parent.parent
@@ -109,6 +108,6 @@ def test_two_runs_with_deterministic_are_bit_identical(tmp_path):
 def test_look_and_probe_run_on_the_card(tmp_path):
     image = ["--image", str(ROOT / "example" / "one.png"), "--question", "what color ?"]
     output = ["--output", str(tmp_path / "look.png")]
-    assert sayo_mini.main(["look", *image, *output, *FLAGS]) == 0
-    probe = ["probe", *FLAGS, "--max_steps", "2", "--output_dir", str(tmp_path / "probe")]
+    assert sayo_mini.main(["look", *image, *output, *FLAGS[:4]]) == 0
+    probe = ["probe", *FLAGS[:4], "--eval_examples", "4", "--output_dir", str(tmp_path / "probe")]
     assert sayo_mini.main(probe) == 0

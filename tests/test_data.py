@@ -1,184 +1,477 @@
-"""data.py: regions of image tokens, compared with an exact brute-force computation."""
+"""data.py: boxes to image tokens, images of all kinds, JSON Lines, the held-out split, epochs."""
 
+import io
+import json
 import math
+import os
 import random
+import warnings
+import zlib
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageChops, ImageDraw
 
-from config import InputError
-from data import Example, example_region, region_mask
+import data
+from config import TINY, Config, InputError
+from data import Example, JsonLines, region_mask
+from scenes import LARGE_SCENES, Scenes
 
 INF, NAN = math.inf, math.nan
+
+
+# --- region_mask
 
 
 def cells(boxes, image_size, grid):
     """The marked cells as [(row, column), ...]."""
     mask = region_mask(boxes, image_size, grid)
-    assert mask.dtype.is_floating_point is False and mask.shape == (grid[0] * grid[1],)
-    return [divmod(i, grid[1]) for i in mask.nonzero().flatten().tolist()]
+    assert mask.dtype == torch.bool and mask.shape == (grid[0] * grid[1],)
+    return [divmod(i, grid[1]) for i in mask.nonzero()[:, 0].tolist()]
 
 
-def brute_force(boxes, image_size, grid):
-    """The cells that overlap a box by a positive length in x and in y, compared one by one."""
-    (width, height), (rows, cols) = image_size, grid
-
-    def overlaps(low, high, size, i, count):
-        start, end = Fraction(size * i, count), Fraction(size * (i + 1), count)
-        return min(Fraction(high), end) > max(Fraction(low), start)
-
-    return [
-        (r, c)
-        for r in range(rows)
-        for c in range(cols)
-        if any(
-            overlaps(x1, x2, width, c, cols) and overlaps(y1, y2, height, r, rows)
-            for x1, y1, x2, y2 in boxes
-        )
-    ]
-
-
-def random_side(rng, size, count, kind):
-    """A random (low, high) that overlaps [0, size).
-
-    Args: kind, "integer", "float", or "edge" for floats on a cell edge or one rounding step off.
-    """
+def random_side(rng, size, count):
+    """A random (low, high) that overlaps [0, size), often on the edge of one of `count` cells or
+    one rounding step from it; and the cells that it overlaps by a positive length, exactly."""
     while True:
-        if kind == "integer":
-            pair = [rng.randint(-size // 3, size + size // 3) for _ in range(2)]
-        elif kind == "float":
-            pair = [rng.uniform(-0.3, 1.3) * size for _ in range(2)]
-        else:
-            pair = [size * rng.randint(0, count) / count for _ in range(2)]
-            pair = [rng.choice([v, math.nextafter(v, INF), math.nextafter(v, -INF)]) for v in pair]
-        low, high = sorted(pair)
+        shares = (rng.choice([rng.uniform(-0.3, 1.3), rng.randint(0, count) / count]) for _ in "ab")
+        pair = sorted(math.nextafter(x * size, rng.choice([x * size, INF, -INF])) for x in shares)
+        low, high = map(Fraction, pair)
         if low < high and high > 0 and low < size:
-            return low, high
+            edges = [Fraction(size * i, count) for i in range(count + 1)]
+            return pair, [i for i in range(count) if low < edges[i + 1] and high > edges[i]]
 
 
-@pytest.mark.parametrize("kind", ["integer", "float", "edge"])
-def test_region_equals_exact_overlap(kind):
-    rng = random.Random(kind)
-    for _ in range(200):
-        size = width, height = rng.randint(1, 700), rng.randint(1, 700)
-        grid = rows, cols = rng.randint(1, 12), rng.randint(1, 12)
-        boxes = []
-        for _ in range(rng.randint(1, 3)):
-            (x1, x2), (y1, y2) = (
-                random_side(rng, width, cols, kind),
-                random_side(rng, height, rows, kind),
-            )
-            boxes.append((x1, y1, x2, y2))
-        assert cells(boxes, size, grid) == brute_force(boxes, size, grid), (boxes, size, grid)
+def test_the_region_is_the_exact_overlap_for_random_boxes():
+    rng = random.Random(0)
+    for _ in range(500):
+        width, height, rows, cols = (rng.randint(1, most) for most in (700, 700, 12, 12))
+        (x1, x2), columns = random_side(rng, width, cols)
+        (y1, y2), lines = random_side(rng, height, rows)
+        expected = [(row, column) for row in lines for column in columns]
+        assert cells([(x1, y1, x2, y2)], (width, height), (rows, cols)) == expected
 
 
 @pytest.mark.parametrize(
-    "box, expected",
+    "boxes, expected",
     [  # a 100 x 60 image, cells of 25 x 20: 3 rows, 4 columns
-        ((0, 0, 25, 20), [(0, 0)]),  # half-open: no neighbor
-        ((25, 20, 50, 40), [(1, 1)]),
-        ((24, 20, 26, 40), [(1, 0), (1, 1)]),  # one pixel on each side of an edge
-        ((25, 19, 50, 21), [(0, 1), (1, 1)]),
-        ((75, 40, 100, 60), [(2, 3)]),
-        ((75, 0, 100, 20), [(0, 3)]),  # top right: the last cell of the first row
-        ((0, 40, 25, 60), [(2, 0)]),
-        ((0, 0, 100, 20), [(0, 0), (0, 1), (0, 2), (0, 3)]),
-        ((0, 0, 25, 60), [(0, 0), (1, 0), (2, 0)]),
-        ((0, 0, 100, 60), [(r, c) for r in range(3) for c in range(4)]),
-        # smaller than a cell
-        ((30, 5, 31, 6), [(0, 1)]),
-        ((30.25, 5.25, 30.5, 5.5), [(0, 1)]),
-        ((99, 59, 100, 60), [(2, 3)]),
-        ((0, 0, 5e-324, 5e-324), [(0, 0)]),  # the smallest positive float
-        # at a cell edge, with almost no width
-        ((50, 0, 50 + 1e-12, 20), [(0, 2)]),
-        ((50 - 1e-12, 0, 50, 20), [(0, 1)]),
-        ((50 - 1e-12, 0, 50 + 1e-12, 20), [(0, 1), (0, 2)]),
-        # clipped at the edge of the image
-        ((-40, -40, 10, 10), [(0, 0)]),
-        ((90, 50, 400, 400), [(2, 3)]),
-        ((-1e300, 20, 1e300, 40), [(1, 0), (1, 1), (1, 2), (1, 3)]),
-        ((-0.0, 0, 1, 1), [(0, 0)]),
+        ([(0, 0, 25, 20)], [(0, 0)]),  # half-open: no neighbor
+        ([(24, 19, 26, 20)], [(0, 0), (0, 1)]),  # one pixel on each side of an edge
+        ([(25, 19, 50, 21)], [(0, 1), (1, 1)]),
+        ([(30.25, 5.25, 30.5, 5.5)], [(0, 1)]),  # smaller than a cell
+        ([(0, 0, 5e-324, 5e-324)], [(0, 0)]),  # the smallest positive float
+        ([(90, 50, 400, 400)], [(2, 3)]),  # parts outside the image are ignored
+        ([(-1e300, 20, 1e300, 40)], [(1, 0), (1, 1), (1, 2), (1, 3)]),
+        ([(0, 0, 5, 5), (76, 41, 77, 42), (5, 5, 30, 10)], [(0, 0), (0, 1), (2, 3)]),  # a union
     ],
 )
-def test_region_matches_cells_found_by_hand(box, expected):
-    assert cells([box], (100, 60), (3, 4)) == expected
+def test_the_region_of_boxes(boxes, expected):
+    assert cells(boxes, (100, 60), (3, 4)) == expected
+    # The same on an image 10 times as large: pixels are those of the original image.
+    large = [[10 * v for v in box] for box in boxes]
+    assert cells(large, (1000, 600), (3, 4)) == expected
 
 
-def test_cell_edges_that_are_not_floats_are_compared_exactly():
-    # The float nearest to 100 / 3 is slightly larger, so [33, 100 / 3) overlaps the second cell.
-    assert Fraction(100 / 3) > Fraction(100, 3)
-    assert cells([(33, 0, 100 / 3, 1)], (100, 1), (1, 3)) == [(0, 0), (0, 1)]
-    assert cells([(33, 0, math.nextafter(100 / 3, 0), 1)], (100, 1), (1, 3)) == [(0, 0)]
-    assert cells([(100 / 3, 0, 34, 1)], (100, 1), (1, 3)) == [(0, 1)]
-
-
-def test_several_boxes_mark_their_union():
-    # The official code uses only the first box.
-    boxes = [(0, 0, 10, 10), (90, 90, 100, 100), (5, 5, 60, 10)]
-    assert cells(boxes, (100, 100), (2, 2)) == [(0, 0), (0, 1), (1, 1)]
-    assert cells(boxes[::-1], (100, 100), (2, 2)) == [(0, 0), (0, 1), (1, 1)]
+NOT_FOUR, EMPTY, OUTSIDE = "is not four finite numbers", "is empty or inverted", "lies outside"
 
 
 @pytest.mark.parametrize(
-    "grid, expected",
-    [((1, 1), [0]), ((2, 2), [3]), ((2, 4), [7]), ((5, 10), [48, 49]), ((4, 2), [7])],
-)
-def test_boxes_are_in_pixels_of_the_original_image_for_any_grid(grid, expected):
-    # The official code assumes cells of 28 px and clamps boxes to the resized image before scaling
-    # them. This image is far larger than these grids times 28 px, and the box is in its far corner.
-    mask = region_mask([(3300, 1700, 4000, 2000)], (4000, 2000), grid)
-    assert mask.nonzero().flatten().tolist() == expected
-
-
-BAD_BOXES = [
-    pytest.param((10, 10, 10, 20), id="no width"),
-    pytest.param((10, 10, 20, 10), id="no height"),
-    pytest.param((20, 10, 10, 30), id="inverted in x"),
-    pytest.param((10, 30, 20, 10), id="inverted in y"),
-    *[
-        pytest.param((*[1] * i, v, *[9] * (3 - i)), id=f"{v} at {i}")
-        for v in (NAN, INF, -INF)
-        for i in range(4)
+    "problem, boxes",
+    [
+        (NOT_FOUR, [(*[1] * i, v, *[9] * (3 - i)) for v in (NAN, INF, -INF) for i in range(4)]),
+        (NOT_FOUR, [(10, 10, 20), (10, 10, 20, 20, 30)]),
+        (EMPTY, [(10, 10, 10, 20), (10, 10, 20, 10), (20, 10, 10, 30), (10, 30, 20, 10)]),
+        (OUTSIDE, [(-9, 10, 0, 20), (100, 10, 120, 20), (10, -9, 20, 0), (10, 60, 20, 80)]),
     ],
-    pytest.param((-20, 10, -10, 20), id="left of the image"),
-    pytest.param((-20, 10, 0, 20), id="ends at the left edge"),
-    pytest.param((100, 10, 120, 20), id="starts at the right edge"),
-    pytest.param((101, 10, 120, 20), id="right of the image"),
-    pytest.param((10, -20, 20, -10), id="above"),
-    pytest.param((10, -20, 20, 0), id="ends at the top edge"),
-    pytest.param((10, 60, 20, 80), id="starts at the bottom edge"),
-    pytest.param((10, 61, 20, 80), id="below"),
-    pytest.param((10, 10, 20), id="three numbers"),
-    pytest.param((10, 10, 20, 20, 30), id="five numbers"),
+)
+def test_a_bad_box_is_an_error_that_names_it(problem, boxes):
+    for box in boxes:
+        with pytest.raises(ValueError) as error:
+            region_mask([(0, 0, 5, 5), box], (100, 60), (3, 4))
+        assert str(error.value).startswith(f"box {list(box)} {problem}")
+
+
+def test_the_region_of_an_example():
+    image = Image.new("RGB", (100, 60))
+    region = data.example_region(Example(image, "?", "!", [(75, 0, 100, 20)]), (3, 4))
+    assert region.nonzero()[:, 0].tolist() == [3]
+    with pytest.raises(InputError, match="^example nine: no boxes: a region needs at least one$"):
+        data.example_region(Example(image, "?", "!", [], "nine"), (3, 4))
+
+
+# --- images
+
+
+def white_box():
+    """A black image with a white rectangle at (6, 4, 18, 14)."""
+    image = Image.new("RGB", (60, 40))
+    ImageDraw.Draw(image).rectangle((6, 4, 17, 13), fill="white")
+    return image
+
+
+def reopened(image, format, **options):
+    """Save the image in a format and open it again."""
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return Image.open(file)
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
+def test_boxes_turn_with_the_image(format):
+    seen = set()
+    for orientation in range(10):  # 1 to 8 are defined
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = reopened(white_box(), format, exif=exif, lossless=True)
+        assert data.stored_size(stored) == (60, 40)
+        image, boxes = data.apply_exif_orientation(stored, [(6, 4, 18, 14)])
+        assert image.size == ((40, 60) if orientation in (5, 6, 7, 8) else (60, 40))
+        assert boxes == [image.getbbox()]  # of the white rectangle
+        seen.add((image.size, boxes[0]))
+    assert len(seen) == 8
+
+
+ORANGE, WHITE = (240, 120, 30), (255, 255, 255)
+PLAIN = Image.new("RGB", (32, 24), ORANGE)
+
+
+def filled(mode, color):
+    return Image.new(mode, PLAIN.size, color)
+
+
+@pytest.mark.parametrize(
+    "image, color",
+    [
+        (reopened(PLAIN.convert("L"), "PNG"), (146, 146, 146)),
+        (reopened(PLAIN.quantize(), "GIF"), ORANGE),
+        (reopened(PLAIN.convert("CMYK"), "JPEG", quality=95), ORANGE),
+        (reopened(filled("I;16", 40000), "PNG"), (156, 156, 156)),  # 40000 / 256
+        (reopened(filled("I;16", 40000), "TIFF"), (156, 156, 156)),
+        (reopened(filled("RGBA", (*ORANGE, 128)), "PNG"), (247, 187, 142)),  # half transparent
+        (reopened(filled("LA", (9, 0)), "PNG"), WHITE),  # transparent
+        (reopened(filled("P", 0), "PNG", transparency=0), WHITE),
+        (reopened(PLAIN, "PNG", transparency=ORANGE), WHITE),
+    ],
+)
+def test_images_of_all_kinds_become_rgb_as_displayed(image, color):
+    image, boxes = data.apply_exif_orientation(image, [(1, 2, 3, 4)])
+    assert image.mode == "RGB" and image.size == (32, 24) and boxes == [(1, 2, 3, 4)]
+    difference = ImageChops.difference(image, filled("RGB", color))
+    assert max(high for _, high in difference.getextrema()) <= 3
+
+
+def test_boxes_are_clipped_only_if_they_leave_the_image():
+    inside = [0, 0, 60, 40]
+    assert data.clip_box(inside, (60, 40)) is inside
+    assert data.clip_box([-1, -2.5, 61, 10**400], (60, 40)) == (0, 0, 60, 40)
+
+
+def test_any_exception_while_an_image_is_read_becomes_one_line(recwarn):
+    for error, reason in (
+        (Image.UnidentifiedImageError("?"), "not an image format that Pillow can read"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (SyntaxError("broken\n  PNG file"), "broken PNG file"),
+        (IndexError(), "IndexError"),
+    ):
+        with pytest.raises(InputError) as found, data.image_errors("a\nb.png"):
+            raise error
+        assert str(found.value) == f"cannot read the image 'a\\nb.png': {reason}"
+    with data.image_errors("a.png"):
+        warnings.warn("about a file that can be read")
+    assert not recwarn
+
+
+# --- JSON Lines
+
+GOOD = dict(image="photo.png", question="What is it?", answer="a cat", boxes=[[1, 2, 30, 20.5]])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder for data sets with good and damaged images; one image is outside of it."""
+    folder = tmp_path_factory.mktemp("outer") / "data"
+    (folder / "more").mkdir(parents=True)
+    noise = Image.effect_noise((64, 48), 90).convert("RGB")
+    noise.save(folder / "photo.png")
+    noise.save(folder / "../outside.png")
+    Image.new("L", (40, 30)).save(folder / "more" / "gray.png")
+    for width in (600, 601):
+        Image.new("RGB", (width, 3)).save(folder / f"ribbon{width}.png")
+    (folder / "bomb.png").write_bytes(b"P5 20000 20000 255 ")
+    content = bytearray((folder / "photo.png").read_bytes())
+    (folder / "half.png").write_bytes(content[: len(content) // 2])
+    content[len(content) // 2] ^= 1
+    (folder / "flipped.png").write_bytes(content)
+    (folder / "text.png").write_text("not an image")
+    (folder / "link.png").symlink_to(folder / "../outside.png")
+    os.mkfifo(folder / "pipe.png")
+    return folder
+
+
+def write(folder, *lines):
+    """Write these lines as a data set; text and bytes are not changed. Returns: its path."""
+    lines = [json.dumps(x) if isinstance(x, (dict, list)) else x for x in lines]
+    lines = [x.encode() if isinstance(x, str) else x for x in lines]
+    (folder / "set.jsonl").write_bytes(b"\n".join(lines))
+    return folder / "set.jsonl"
+
+
+def good(**change):
+    return {key: value for key, value in (GOOD | change).items() if value is not None}
+
+
+def test_rows_become_examples(folder, monkeypatch):
+    second = dict(image="more/gray.png", question="Où\u2028?", answer="là <|im_end|>", id="g")
+    second |= {"boxes": [[0, 0, 9, 9], [-5, 10, 60, 20]]}
+    # Blank lines count. Only \n ends a line, \r before it is a space. The first line has a mark.
+    lines = [b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), " \t\r", ""]
+    lines += [json.dumps(second, ensure_ascii=False), good(id=7, source="another key"), good(id="")]
+    path = write(folder, *lines)
+    monkeypatch.chdir("/")  # image paths are relative to the file
+    first, second, third, fourth = dataset = JsonLines(str(path))
+    assert len(dataset) == 4 and dataset[-1].id == fourth.id and not dataset.rejected
+    assert [x.id for x in dataset] == [f"{path}:1", "g", "7", f"{path}:6"]
+    assert first.image.tobytes() == Image.open(folder / "photo.png").tobytes()
+    texts = first.question, first.answer
+    assert texts == ("What is it?", "a cat") and first.boxes == [[1, 2, 30, 20.5]]
+    assert (second.question, second.answer) == ("Où\u2028?", "là <|im_end|>")
+    assert second.image.size == (40, 30) and second.image.mode == "RGB"
+    assert second.boxes == [[0, 0, 9, 9], (0, 10, 40, 20)]  # clipped
+    for index in (4, -5):
+        with pytest.raises(IndexError, match=f"has 4 examples: no index {index}"):
+            dataset[index]
+
+
+ADVICE = " (use --skip_bad_examples to skip unusable examples)"
+OBJECT = "not a JSON object with image, question, answer and boxes"
+NUMBERS = "boxes must be a list of [x1, y1, x2, y2], all numbers, but are"
+MOVE = "it is outside the data set's folder: move it, or use --allow_absolute_paths"
+UNREADABLE = {  # image -> what is wrong; … if it goes on
+    "nowhere.png": "no such file",
+    "pipe.png": "no such file",  # opening it would block forever
+    "more": "it is a folder",
+    "text.png": "not an image format that Pillow can read",
+    "bomb.png": "Image size (400000000 pixels) exceeds limit of 178956970 pixels…",
+    "../outside.png": MOVE,
+    "link.png": MOVE,
+}
+MALFORMED = [  # (line, message)
+    ("image: photo.png", "not JSON in UTF-8 (Expecting value…"),
+    ("[" * 100_000, "not JSON in UTF-8 (…"),
+    (json.dumps(GOOD).encode() + b"\xff", "not JSON in UTF-8 ('utf-8' codec…"),
+    ([GOOD], OBJECT),
+    *[(good(**{key: None}), f"{key} is missing") for key in ("image", "question", "answer")],
+    (good(boxes=None), "boxes are missing"),
+    (good(image=3), "image must be text, in quotes, but is 3"),
+    (good(answer=["a" * 56]), f"answer must be text, in quotes, but is ['{'a' * 56}']"),
+    (good(answer=["a" * 57]), f"answer must be text, in quotes, but is ['{'a' * 55}..."),
+    (good(image=" "), "image is empty"),
+    (good(question=" \n"), "question is empty"),
+    (good(answer="a\ud800"), "answer 'a\\ud800' is not valid Unicode…"),
+    (good(question="<|im_end|>"), "question contains <|im_end|>, a special token: remove it"),
+    *[(good(id=value), "id must be text or an integer") for value in ([1], True, 1.5)],
+    (good(id="first"), "id 'first' is already used by {path}:1"),
+    *[(good(image=x), f"cannot read the image {x!r}: {why}") for x, why in UNREADABLE.items()],
+    (good(boxes=[]), "boxes: no boxes: a region needs at least one"),
+    *[(good(boxes=value), f"{NUMBERS} {value!r}") for value in (7, "1, 2, 3, 4")],
+    (good(boxes=[[1, 2, 3, 4], 7]), f"{NUMBERS} [[1, 2, 3, 4], 7]"),
+    (good(boxes=[["1", 2, 3, 4]]), f"{NUMBERS} [['1', 2, 3, 4]]"),
+    (good(boxes=[[1, 2, True, 4]]), f"{NUMBERS} [[1, 2, True, 4]]"),
+    (good(boxes=[[1, 2, NAN, 4]]), f"boxes: box [1, 2, nan, 4] {NOT_FOUR}…"),
+    (good(boxes=[[64, 2, 70, 20]]), f"boxes: box [64, 2, 70, 20] {OUTSIDE} the 64 x 48 image"),
 ]
 
 
-@pytest.mark.parametrize("box", BAD_BOXES)
-def test_a_bad_box_is_an_error_that_names_it(box):
-    numbers = ", ".join(str(v) for v in box)
-    for boxes in ([box], [(0, 0, 5, 5), box], [list(box), (0, 0, 5, 5)]):
-        with pytest.raises(ValueError) as error:
-            region_mask(boxes, (100, 60), (3, 4))
-        assert numbers in str(error.value)
+@pytest.mark.parametrize("line, message", MALFORMED)
+def test_a_malformed_line_is_an_error_or_skipped(folder, line, message):
+    path = write(folder, good(id="first"), "", line, good(id="last"))
+    with pytest.raises(InputError) as error:
+        JsonLines(path)
+    message, problem = f"{path}:3: {message}".replace("{path}", str(path)), str(error.value)
+    assert problem.endswith(ADVICE) and "\n" not in problem
+    problem = problem.removesuffix(ADVICE)
+    assert problem == message or problem.startswith(message.partition("…")[0]) and "…" in message
+    dataset = JsonLines(path, problems=[])
+    assert [row["id"] for row in dataset.rows] == ["first", "last"] and dataset.rejected == 1
+    assert dataset.problems == [problem]
 
 
-def test_a_region_without_boxes_is_an_error():
-    with pytest.raises(ValueError, match="box"):
-        region_mask([], (100, 60), (3, 4))
+def test_every_problem_of_a_row_is_reported(folder):
+    row = good(question="", image="ribbon601.png", boxes=[[0.5, 0, 0.1, 1]])
+    dataset = JsonLines(write(folder, GOOD, row), problems=[])
+    assert dataset.rejected == 1 and [p.partition(":2: ")[2] for p in dataset.problems] == [
+        "question is empty",
+        "the image is 601 x 3: one side is more than 200 times the other; crop it",
+        "boxes: [[0.5, 0, 0.1, 1]] are probably fractions of the image, not pixels: "
+        "multiply x by the width, 601, and y by the height, 3",
+    ]
 
 
-def test_example_region_marks_the_boxes_of_the_example():
-    example = Example(
-        Image.new("RGB", (100, 60)), "?", "!", [(0, 0, 25, 20), (75, 40, 100, 60)], "seven"
-    )
-    assert example_region(example, (3, 4)).nonzero().flatten().tolist() == [0, 11]
+def test_boxes_that_look_unusual_but_are_fine(folder):
+    Image.new("L", (1, 1)).save(folder / "dot.png")
+    rows = [good(boxes=boxes) for boxes in ([[0, 0, 1, 1]], [[0.5, 0.5, 1.5, 2]])]
+    rows += [good(image="dot.png", boxes=[[0, 0.1, 0.5, 1]]), good(image="ribbon600.png")]
+    rows += [good(boxes=[[-(10**400), -1e300, 1e300, 10**400]])]
+    assert len(JsonLines(write(folder, *rows))) == 5
 
 
-@pytest.mark.parametrize("boxes", [[], [(0, 0, 0, 5)], [(0, 0, 5, 5), (200, 0, 300, 5)]])
-def test_example_region_names_the_example(boxes):
-    with pytest.raises(InputError, match="scene-seventeen"):
-        example_region(
-            Example(Image.new("RGB", (100, 60)), "?", "!", boxes, "scene-seventeen"), (3, 4)
-        )
+def test_a_misnamed_key_gets_a_suggestion(folder):
+    for meant, keys in {
+        "image": ("img", "file_name", "Image", "imgae"),
+        "question": ("prompt", "Questions"),
+        "answer": ("label", "anwser"),
+        "boxes": ("bbox", "box"),
+    }.items():
+        for key in keys:
+            with pytest.raises(InputError) as error:
+                JsonLines(write(folder, good(**{meant: None, key: GOOD[meant], "remark": 1})))
+            assert f"missing (rename the key {key!r} to {meant!r}?){ADVICE}" in str(error.value)
+
+
+def test_a_file_without_good_rows_is_an_error(tmp_path):
+    path = tmp_path / "set.jsonl"
+    with pytest.raises(InputError, match=f"^cannot read the data set {path}: No such file or dir"):
+        JsonLines(path)
+    for line, message in {
+        " \n\t": f"{path}: no usable examples",
+        "7": f"{path}: no usable examples; first problem: {path}:1: {OBJECT}",
+        " [7]": f"{path} is a JSON array: write one object per line, without commas",
+    }.items():
+        with pytest.raises(InputError) as error:
+            JsonLines(write(tmp_path, line), problems=[])
+        assert str(error.value) == message
+
+
+def test_a_flag_allows_images_outside_the_folder(folder):
+    names = "../outside.png", "link.png", str(folder / "../outside.png"), "more/../photo.png"
+    dataset = JsonLines(write(folder, *[good(image=name) for name in names]), True)
+    assert [example.image.size for example in dataset] == [(64, 48)] * 4
+    outside = str((folder / "../outside.png").resolve())
+    assert [row["image_key"] for row in dataset.rows] == [outside] * 3 + ["photo.png"]
+
+
+@pytest.mark.parametrize("name", ["half.png", "flipped.png"])
+def test_damaged_pixels_are_an_error_or_the_next_example_is_used(folder, capsys, name):
+    path = write(folder, GOOD, good(image=name), good(image="more/gray.png"), good(image=name))
+    with pytest.raises(InputError) as error:
+        JsonLines(path)[1]
+    assert str(error.value).startswith(f"{path}:2: cannot read the image '{name}': ")
+    assert str(error.value).endswith(ADVICE)
+    dataset = JsonLines(path, problems=[])
+    assert [dataset[i].id for i in (1, 1, 3, -1)] == [f"{path}:3"] * 2 + [f"{path}:1"] * 2
+    lines = capsys.readouterr().out.splitlines()  # one for each damaged image
+    assert [line.split(" cannot")[0] for line in lines] == [
+        f"skipped, using the next example: {path}:{number}:" for number in (2, 4)
+    ]
+    with pytest.raises(InputError, match="no image can be read; last problem: .*set.jsonl:2: "):
+        JsonLines(write(folder, *[good(image=name)] * 2), problems=[])[0]
+
+
+def test_an_image_that_changed_after_the_check_is_checked_again(folder):
+    Image.new("L", (64, 48)).save(folder / "changing.png")
+    dataset = JsonLines(write(folder, good(image="changing.png", boxes=[[50, 1, 60, 9]])))
+    Image.new("L", (40, 30)).save(folder / "changing.png")
+    with pytest.raises(InputError, match=":1: .*box .* lies outside the 40 x 30 image"):
+        dataset[0]
+
+
+# --- the held-out split
+
+
+@pytest.fixture(scope="module")
+def forty(tmp_path_factory):
+    """A data set of 40 images with two questions about each."""
+    folder = tmp_path_factory.mktemp("forty")
+    for i in range(40):
+        Image.new("L", (64, 48), i).save(folder / f"{i}.png")
+    rows = [good(image=f"{i}.png", id=f"{i}-{q}") for q in range(2) for i in range(40)]
+    return JsonLines(write(folder, *rows))
+
+
+def names(dataset, key="id"):
+    return [row[key] for row in dataset.rows]
+
+
+def test_a_fifth_of_the_images_is_held_out(forty):
+    train, held_out = forty.split(1000)
+    # Those with the lowest crc32, the same ones in every process and for every order of the lines.
+    # A resumed run must not train on held-out images.
+    images = sorted((f"{i}.png" for i in range(40)), key=lambda name: zlib.crc32(name.encode()))
+    assert set(names(held_out, "image")) == set(images[:8])
+    assert set(names(train, "image")) == set(images[8:])
+    assert len(held_out) == 16 and len(train) == 64 and len(forty) == 80
+    assert [x for x in names(forty) if x in names(train)] == names(train)  # in order
+    same, few = forty.split(5)  # a shorter evaluation does not change the training set
+    assert names(few) == names(held_out)[:5] and names(same) == names(train)
+    assert [len(part) for part in forty.split(0)] == [80, 0]
+
+
+def test_at_least_one_of_two_images_is_held_out(folder):
+    path = write(folder, GOOD, good(image="more/gray.png"), good(image="./photo.png"))
+    train, held_out = JsonLines(path).split(100)
+    assert {*names(train, "image_key")}.isdisjoint(names(held_out, "image_key"))
+    assert sorted([len(train), len(held_out)]) == [1, 2]
+    single = JsonLines(write(folder, GOOD))
+    with pytest.raises(InputError, match="only image cannot be held out; .* --eval_examples 0"):
+        single.split(1)
+    assert [len(part) for part in single.split(0)] == [1, 0]
+
+
+# --- the data of a run
+
+
+def test_scenes_are_small_for_the_tiny_model_and_large_for_others():
+    cfg = Config(**TINY | dict(max_steps=7, prompts_per_step=3, eval_examples=5, seed=4))
+    assert data.load_datasets(cfg) == (Scenes("train", 21, 4), Scenes("test", 5))
+    cfg = Config(model_name_or_path="other", max_steps=0, eval_examples=5, seed=4)
+    train_set = Scenes("train", 1, 4, **LARGE_SCENES)
+    assert data.load_datasets(cfg) == (train_set, Scenes("test", 5, **LARGE_SCENES))
+
+
+def test_a_run_on_a_file_says_what_it_skips(folder, capsys):
+    images = "photo.png", "more/gray.png", "../outside.png", "link.png"
+    path = write(folder, *[good(image=image) for image in images])
+    with pytest.raises(InputError, match=":3: "):
+        data.load_datasets(Config(dataset=str(path)))
+    train, held_out = data.load_datasets(Config(dataset=str(path), skip_bad_examples=True))
+    assert (len(train), len(held_out)) == (1, 1)
+    out = capsys.readouterr().out
+    assert out.startswith(f"skipped 2 rows of {path}; first problem: {path}:3: cannot read")
+    train, held_out = data.load_datasets(Config(dataset=str(path), allow_absolute_paths=True))
+    assert len(train) + len(held_out) == 4 and not capsys.readouterr().out
+
+
+def test_every_epoch_is_a_new_permutation():
+    def stream(seed, count):
+        return [data.epoch_index(k, 10, seed) for k in range(count)]
+
+    epochs = [stream(3, 40)[i : i + 10] for i in (0, 10, 20, 30)] + [stream(4, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 5
+    generator = torch.Generator().manual_seed(3 + 1000003)  # a resumed run needs the same order
+    assert epochs[1] == torch.randperm(10, generator=generator).tolist()
+    cfg = Config(prompts_per_step=4, seed=3)
+    steps = [data.step_examples("abcdefghij", step, cfg) for step in range(3)]
+    assert sum(steps, []) == ["abcdefghij"[i] for i in stream(3, 12)]
+
+
+def test_the_prompt_is_the_question_and_the_instruction():
+    def encode(image, text):
+        raise ValueError(f"no room for {text}")
+
+    example, vlm = Example(None, "Why?", "so", [], "nine"), SimpleNamespace(encode=encode)
+    with pytest.raises(InputError, match=r"^example nine: no room for Why\? Look\.$"):
+        data.encode_example(vlm, example, Config(instruction="Look."))
+    with pytest.raises(InputError, match=r"^example nine: no room for Why\?$"):
+        data.encode_example(vlm, example, Config(instruction=""))
+
+
+def test_the_shipped_examples_are_the_first_validation_scenes(request):
+    """The tiny model can solve them, and no training scene is among them."""
+    dataset = JsonLines(request.config.rootpath / "example" / "example.jsonl")
+    for example, scene in zip(dataset, Scenes("validation", 3), strict=True):
+        assert example.image.tobytes() == scene.image.tobytes()
+        assert (example.question, example.answer) == (scene.question, scene.answer)
+        assert tuple(example.boxes[0]) == scene.boxes[0]

@@ -1,184 +1,267 @@
-"""analysis/evaluate.py: the results of an evaluation, the maps of every layer and head, and their
-form in the report."""
+"""evaluate.py: the results of an evaluation, attention maps as text, and the table."""
 
+import json
+import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ask, load
 
+import evaluate as module
 import reward
-from analysis import page_maps
-from analysis.evaluate import are_results, attention_maps, evaluate, report_maps, trace_attention
-from analysis.html_report import pack_map, unpack_map
-from config import TINY as PRESET
-from config import Config
+from config import TINY, Config, InputError
 from data import example_region, region_mask
+from evaluate import (
+    LEVELS,
+    AttentionTrace,
+    confidence_interval,
+    evaluate,
+    pack_map,
+    results_table,
+    table_rows,
+    trace_attention,
+    unpack_map,
+    written_words,
+)
 from model import Completions
-from sources.scenes import Scenes
+from scenes import Scenes
 
-CFG = Config(**PRESET)
-
-
-@pytest.mark.parametrize("layers, heads", [((-1,), None), ((0, 2), (1, 3))])
-def test_score_averages_the_maps_of_its_layers_and_heads(layers, heads):
-    vlm = load(layers=layers, heads=heads)
-    prompt, completions = ask(vlm, G=2)
-    maps, prompt_maps = attention_maps(vlm, prompt, completions)
-    G, C = completions.ids.shape
-    assert maps.shape == (4, 4, G, C, 49) and prompt_maps.shape == (4, 4, 49)
-    with torch.no_grad():
-        scores = vlm.score(prompt, completions)
-    mean, prompt_mean = (m[vlm.layers][:, vlm.heads].mean((0, 1)) for m in (maps, prompt_maps))
-    assert torch.allclose(mean, scores.attention, atol=1e-6)
-    assert torch.allclose(prompt_mean, scores.prompt_attention, atol=1e-6)
+CFG, INF = Config(**TINY), math.inf
 
 
-def test_report_gets_the_captured_attention():
-    vlm, example = load(), Scenes("validation", 1)[0]
-    prompt = vlm.encode(example.image, example.question)
-    trace, region = trace_attention(vlm, prompt, CFG), example_region(example, (7, 7))
-    page = report_maps(vlm, prompt, region, trace, CFG)
-    assert page["layers"] == [0, 1, 2, 3] and page["grid"] == (7, 7)
-    assert len(page["words"]) == len(trace.entropy)
-    # The last layer is the one that the reward uses.
-    for maps in (page["maps"][3], page["rewarded"]["maps"]):
-        largest, cells = pack_map(trace.attention[5].tolist())
-        assert maps[5] == [pytest.approx(largest, abs=2e-5), cells]
-
-    heads = page["heads"]
-    assert heads["count"] == [4, 4] and sorted(heads["kept"]) == list(range(16))
-    vlm = load(layers=(2,), heads=(1,))
-    trace = trace_attention(vlm, prompt, CFG, trace.completion)
-    scores = reward.localization(trace.attention[trace.selected].mean(0), region)
-    assert heads["auroc"][2 * 4 + 1] == pytest.approx(scores["auroc"], abs=2e-3)
-    packed, start = heads["maps"][5], 50 * heads["kept"].index(2 * 4 + 1)
-    (largest,) = unpack_map([packed[0], packed[1][start]])
-    shown = torch.tensor(unpack_map([largest, packed[1][start + 1 : start + 50]]))
-    assert largest == pytest.approx(trace.attention[5].max().item(), rel=0.15)
-    shape = shown / shown.max(), trace.attention[5] / trace.attention[5].max()
-    assert torch.allclose(*shape, atol=0.02)
+# --- evaluation
 
 
-def test_large_models_keep_the_heads_that_find_the_region_best():
-    """Head 40 of 28 x 16 looks only at the region, head 41 nowhere near it."""
-    grid, tokens = (16, 16), 111
-    attention = torch.rand(28, 16, tokens, 256, generator=torch.Generator().manual_seed(0)) / 256
-    region = torch.arange(256) < 32
-    attention[2, 8], attention[2, 9] = region.float(), (~region).float()
-    selected = torch.arange(tokens) % 3 == 0
-    heads = page_maps.head_fields(attention, selected, region, grid)
-    kept = heads["kept"]
-    assert heads["grid"] == (4, 4) and kept[0] == 40 and 41 not in kept
-    assert 10 < len(kept) < 30 and heads["auroc"][40] == 1 and heads["auroc"][41] == 0
-    assert min(heads["auroc"][k] for k in kept) >= max(
-        a for k, a in enumerate(heads["auroc"]) if k not in kept
-    )
-    assert len(heads["mean"][1]) == 448 * 17
-    assert all(len(text) == len(kept) * 17 for _, text in heads["maps"])
-    top = torch.zeros(4, 4)
-    top[0] = 0.5  # the region is two of the four rows of tokens in these cells
-    start = 17 * 40
-    assert heads["mean"][1][start + 1 : start + 17] == pack_map(top.flatten().tolist())[1]
+@pytest.fixture(scope="module")
+def vlm():
+    return load()
 
 
-def test_head_aurocs_are_those_of_localization():
-    maps = torch.rand(40, 12, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # ties
-    region = torch.arange(12) % 5 == 0
-    expected = [reward.localization(m, region)["auroc"] for m in maps]
-    assert page_maps.head_aurocs(maps, region).tolist() == pytest.approx(expected)
-    whole = page_maps.head_fields(maps.view(2, 2, 10, 12), torch.ones(10) > 0, region >= 0, (3, 4))
-    assert whole["auroc"] is None and sorted(whole["kept"]) == [0, 1, 2, 3]
+def test_a_row_has_the_answer_and_where_the_model_looked(vlm):
+    scenes = Scenes("validation", 3)
+    rows = evaluate(vlm, scenes, CFG, "before")
+    assert json.loads(json.dumps(rows)) == [row | {"grid": [7, 7]} for row in rows]
+    for i, row in enumerate(rows):
+        example, following = scenes[i], scenes[(i + 1) % 3]
+        prompt = vlm.encode(example.image, f"{example.question} {CFG.instruction}".strip())
+        trace = trace_attention(vlm, prompt, CFG)
+        region, other = (example_region(x, (7, 7)) for x in (example, following))
+        texts = dict(id=example.id, question=example.question, answer=example.answer)
+        completion = vlm.sample(prompt, 1, CFG.max_completion_length, temperature=0)
+        texts |= dict(text=completion.texts[0], ids=completion.ids[0].tolist())
+        scores = reward.localization(trace.map, region)
+        looks = {"": region, "permuted_": other}
+        looks = {
+            k: reward.early_and_late(trace.attention, v, trace.selected) for k, v in looks.items()
+        }
+        expected = texts | {
+            "selected": trace.selected.tolist(),
+            "correct": reward.accuracy_reward(completion.texts[0], example.answer),
+            "length": len(row["ids"]),
+            "area": region.float().mean().item(),
+            **scores,
+            **{f"fixed_{name}": value for name, value in scores.items()},  # the same text
+            "permuted_auroc": reward.localization(trace.map, other)["auroc"],
+            **{f"{k}early": float(early) for k, (early, _) in looks.items()},
+            **{f"{k}late": float(late) for k, (_, late) in looks.items()},
+            "to_region": trace.attention[:, region].sum(1).tolist(),
+            "to_image": trace.attention.sum(1).tolist(),
+            "words": written_words(vlm, completion),
+            "grid": (7, 7),
+            "maps": [pack_map(cells) for cells in trace.attention.tolist()],
+        }
+        assert row.keys() == expected.keys()
+        for name, value in expected.items():
+            if name == "maps":  # batches may differ in the last bit
+                for found, packed in zip(row[name], value, strict=True):
+                    assert unpack_map(found) == pytest.approx(unpack_map(packed), abs=2e-3)
+            elif isinstance(value, (float, list)) and name not in ("words", "ids"):
+                assert row[name] == pytest.approx(value, abs=1e-4), name
+            else:
+                assert row[name] == value, name
 
 
-def test_long_answers_get_coarser_maps_and_fewer_layers():
-    attention = torch.rand(28, 2000, 256)
-    rewarded, layers = (
-        page_maps.reward_fields(attention[0], (16, 16)),
-        page_maps.layer_fields(attention, (16, 16)),
-    )
-    for fields, maps, most in (
-        (rewarded, rewarded["maps"], page_maps.REWARD_CHARACTERS),
-        (layers, sum(layers["maps"], []), page_maps.LAYER_CHARACTERS),
-    ):
-        assert len(maps) == 2000 and sum(len(cells) for _, cells in maps) <= most
-        assert fields["grid"] == (2, 2) or fields["grid"] == (3, 3)
-    assert layers["layers"] == [27]
+def test_fixed_text_is_the_earlier_answer_at_the_tokens_selected_then(vlm):
+    scenes = Scenes("validation", 2)
+    # An earlier evaluation by a different model, which uses one head and stops after nine tokens.
+    before = evaluate(load(heads=(0,)), scenes, CFG, "before")
+    for row in before:
+        row["ids"], row["selected"] = row["ids"][:9], [False, True, True] * 3
+    after = evaluate(vlm, scenes, CFG, "after", before)
+    for example, earlier, row in zip(scenes, before, after):
+        prompt = vlm.encode(example.image, f"{example.question} {CFG.instruction}".strip())
+        ids = torch.tensor([earlier["ids"]])
+        with torch.no_grad():
+            scores = vlm.score(prompt, Completions(ids, torch.ones_like(ids).bool()))
+        rows = reward.align_attention(scores.attention, scores.prompt_attention, CFG.alignment)[0]
+        chosen = rows[torch.tensor(earlier["selected"])].mean(0)
+        expected = reward.localization(chosen, region_mask(example.boxes, (112, 112), (7, 7)))
+        for name, value in expected.items():
+            assert row[f"fixed_{name}"] == pytest.approx(value, abs=1e-5), name
+        assert row["fixed_mass_over_area"] != pytest.approx(row["mass_over_area"], abs=1e-3)
 
 
-def test_pooling_keeps_the_mean():
-    attention = torch.rand(3, 5, 16 * 12)
-    pooled, grid = page_maps.pool(attention, (16, 12), 4)
-    assert grid == (4, 4) and pooled.shape == (3, 5, 16)
-    assert torch.allclose(pooled.mean(-1), attention.mean(-1))
-    same, grid = page_maps.pool(attention, (16, 12), 16)
-    assert grid == (16, 12) and torch.equal(same, attention)
-
-
-def test_damaged_results_are_recognized():
-    rows = evaluate(load(), Scenes("validation", 2), CFG, "before")
-    assert are_results(rows, 2)
-    assert rows[0]["question"] == Scenes("validation", 2)[0].question
-    old = {"question", "answer", "early", "late", "permuted_early", "permuted_late", "small_map"}
-    assert are_results([{k: v for k, v in row.items() if k not in old} for row in rows], 2)
-    largest, cells = rows[0]["small_map"]
-    for change in (
-        {"small_map": [largest, cells[:-1]]},
-        {"small_map": [largest, "!" + cells[1:]]},
-        {"small_map": ["1", cells]},
-        {"small_map": [float("nan"), cells]},
-        {"small_map": cells},
-        {"small_map": None},
-        {"question": 1},
-        {"answer": None},
-        {"early": "1"},
-        {"late": float("nan")},
-        {"correct": float("inf")},
-        {"image_mass": -float("inf")},
-    ):
-        assert not are_results([rows[0] | change, rows[1]], 2), change
-    assert not are_results([{k: v for k, v in rows[0].items() if k != "permuted_late"}], 1)
-
-
-def test_batch_size_does_not_change_the_results(monkeypatch):
-    """Compare batches of two, in which the fifth question is alone, with a single batch of five."""
-    scenes, vlm, runs = Scenes("validation", 5), load(), []
+def test_the_size_of_a_batch_does_not_change_the_results(vlm, monkeypatch):
+    """Batches of two, in which the fifth question is alone, and one batch of five."""
+    scenes, runs = Scenes("validation", 5), []
     for tokens in (200, 4096):
-        monkeypatch.setattr("sources.packing.TOKENS_PER_FORWARD", tokens)
+        monkeypatch.setattr("model.TOKENS_PER_FORWARD", tokens)
         before = evaluate(vlm, scenes, CFG, "before")
         with vlm.model.disable_adapter():
             after = evaluate(vlm, scenes, CFG, "after", before)
-        names = ("id", "text", "ids", "auroc")
-        runs.append([(*(x[n] for n in names), y["fixed_auroc"]) for x, y in zip(before, after)])
-    in_twos, at_once = runs
-    for row, expected in zip(in_twos, at_once):
-        assert row[:3] == expected[:3] and row[3:] == pytest.approx(expected[3:], abs=1e-4)
-    assert [row[0] for row in in_twos] == [scenes[i].id for i in range(5)]
-    assert len({row[1] for row in in_twos}) > 2
+        names = "auroc", "permuted_auroc", "image_mass"
+        numbers = [[x[name] for name in names] + [y["fixed_auroc"]] for x, y in zip(before, after)]
+        runs.append(([(x["id"], x["text"]) for x in before], numbers))
+    assert runs[0][0] == runs[1][0] and len({text for _, text in runs[0][0]}) > 2
+    assert [id for id, _ in runs[0][0]] == [example.id for example in scenes]
+    for in_twos, at_once in zip(runs[0][1], runs[1][1]):
+        assert in_twos == pytest.approx(at_once, abs=1e-4)
 
 
-def test_maps_are_scored_against_the_next_box_and_on_fixed_text():
-    """The next example's box is scored on the same map; the fixed text is the earlier answer."""
-    cfg, scenes, vlm = replace(CFG, alignment="query"), Scenes("validation", 3), load()
-    # An earlier evaluation by a different model, which uses one head and stops after nine tokens.
-    before = evaluate(load(heads=(0,)), scenes, cfg, "before")
-    for row in before:
-        row["ids"], row["selected"] = row["ids"][:9], [True] * 9
-    after = evaluate(vlm, scenes, cfg, "after", before)
-    for i, row in enumerate(after):
-        prompt = vlm.encode(scenes[i].image, scenes[i].question)
-        boxes, next_boxes = (scenes[j % 3].boxes for j in (i, i + 1))
-        region, next_region = (region_mask(b, (112, 112), (7, 7)) for b in (boxes, next_boxes))
-        attention = torch.tensor(row["map"])
-        assert row["auroc"] == reward.localization(attention, region)["auroc"]
-        assert row["permuted_auroc"] == reward.localization(attention, next_region)["auroc"]
-        trace = trace_attention(vlm, prompt, cfg)
-        for prefix, box in (("", region), ("permuted_", next_region)):
-            looks = reward.early_and_late(trace.attention, box, trace.selected)
-            assert [row[f"{prefix}early"], row[f"{prefix}late"]] == looks
-        ids = torch.tensor([before[i]["ids"]])
-        with torch.no_grad():
-            scores = vlm.score(prompt, Completions(ids, torch.ones_like(ids).bool()))
-        fixed = reward.localization(scores.attention[0].mean(0), region)["mass_over_area"]
-        assert row["fixed_mass_over_area"] == pytest.approx(fixed)
-        assert row["fixed_mass_over_area"] != pytest.approx(row["mass_over_area"])
+def test_the_trace_of_an_answer_is_aligned_and_selected(vlm):
+    prompt, completion = ask(vlm, G=1)
+    with torch.no_grad():
+        scores = vlm.score(prompt, completion)
+    for alignment in ("query", "predict"):
+        cfg = replace(CFG, alignment=alignment, token_fraction=0.5)
+        trace = trace_attention(vlm, prompt, cfg, completion)
+        assert trace.completion is completion
+        rows = reward.align_attention(scores.attention, scores.prompt_attention, alignment)[0]
+        assert torch.equal(trace.attention, rows) and torch.equal(trace.entropy, scores.entropy[0])
+        selected = reward.select_tokens(scores.entropy, completion.mask, 0.5)[0]
+        assert torch.equal(trace.selected, selected)
+        assert torch.equal(trace.map, rows[selected].mean(0))
+
+
+@pytest.mark.parametrize("name", ["logps", "attention"])
+def test_output_that_is_not_finite_is_an_error(vlm, monkeypatch, name):
+    prompt, completion = ask(vlm, G=1)
+    with torch.no_grad():
+        (scores,) = vlm.score_groups([prompt], [completion])
+    getattr(scores, name).flatten()[3] = math.nan
+    monkeypatch.setattr(vlm, "score_groups", lambda *_: [scores])
+    with pytest.raises(InputError, match="not finite .* --no-load_in_4bit"):
+        trace_attention(vlm, prompt, CFG, completion)
+
+
+def test_words_are_what_each_token_adds_to_the_text(vlm):
+    prompt, completion = ask(vlm, G=1, temperature=0)
+    words = written_words(vlm, completion)
+    assert len(words) == completion.ids.shape[1] and "".join(words) == completion.texts[0]
+    ids = torch.cat([completion.ids[:, :2], vlm.stop_ids[None, :1]], 1)
+    text = vlm.tokenizer.decode(ids[0], skip_special_tokens=True)
+    first, second, end = written_words(vlm, Completions(ids, ids > 0, [text]))
+    assert first + second == text and first and second and end == ""
+
+
+# --- maps as text
+
+
+def test_a_packed_map_has_the_largest_value_and_64_levels():
+    # The levels are 63 times the square root of 0, 1/4, 1 and 1/100: 0, 31.5 (even: 32), 63, 6.3.
+    assert pack_map([0.0, 0.125, 0.5, 0.005, -1.0]) == [0.5, f"0{LEVELS[32]}{LEVELS[63]}60"]
+    assert pack_map([0.123456, 0.0])[0] == 0.12346
+    assert pack_map([0.0, 0.0]) == [0.0, "00"]
+    assert unpack_map([0.5, "0" + LEVELS[63] + "6"]) == [0, 0.5, pytest.approx(0.5 * (6 / 63) ** 2)]
+    assert len(set(LEVELS)) == 64
+    values = torch.rand(500, generator=torch.Generator().manual_seed(0)).tolist()
+    assert unpack_map(pack_map(values)) == pytest.approx(values, abs=1 / 63)
+
+
+@pytest.mark.parametrize("cells, grid", [(192, (4, 2)), (50, (4, 2)), (12, (2, 2)), (2, (1, 1))])
+def test_maps_of_long_answers_are_pooled(vlm, monkeypatch, cells, grid):
+    monkeypatch.setattr(module, "MAX_CELLS", cells)
+    prompt, completion = ask(vlm, G=1, C=3)
+    attention = torch.arange(24.0).view(3, 8) / 100  # three tokens, a grid of 4 x 2
+    trace = AttentionTrace(completion, attention, torch.zeros(3), torch.ones(3).bool())
+    region = torch.arange(8) < 2
+    prompt = replace(prompt, grid=(4, 2))
+    fields = module.map_fields(vlm, prompt, region, trace)
+    assert fields["grid"] == grid and len(fields["maps"]) == 3
+    assert fields["to_region"] == pytest.approx([0.01, 0.17, 0.33])
+    assert fields["to_image"] == pytest.approx([0.28, 0.92, 1.56])
+    for packed, row in zip(fields["maps"], attention):
+        expected = row.view(grid[0], 4 // grid[0], grid[1], 2 // grid[1]).mean((1, 3)).flatten()
+        assert unpack_map(packed) == pytest.approx(expected.tolist(), abs=5e-3)
+
+
+# --- the table
+
+
+def test_confidence_intervals():
+    # Wilson, 8 of 10: center (0.8 + 1.9208 / 10) / 1.38416,
+    # half width 1.96 sqrt(0.016 + 0.009604) / 1.38416.
+    assert confidence_interval([1.0] * 8 + [0.0] * 2, proportion=True) == "0.800 [0.490, 0.943]"
+    # The normal interval would have zero width.
+    assert confidence_interval([1.0] * 10, proportion=True) == "1.000 [0.722, 1.000]"
+    # The mean of 1, 2, 3 is 2, the standard deviation 1, the half width 1.96 / sqrt(3).
+    assert confidence_interval([1.0, math.nan, 2.0, 3.0], largest=INF) == "2.000 [0.868, 3.132]"
+    assert confidence_interval([1.0]) == "1.000" and confidence_interval([math.nan]) == "-"
+    # Inside the range, the normal interval is used: 0.5 +- 1.96 * 0.1 / sqrt(3).
+    assert confidence_interval([0.4, 0.5, 0.6]) == "0.500 [0.387, 0.613]"
+    # The normal interval is [-0.240, 0.740], so Wilson's for 1 of 4 is used: center
+    # (0.25 + 1.9208 / 4) / 1.9604, half width 1.96 sqrt(0.046875 + 0.060025) / 1.9604 = 0.3269.
+    # It depends only on the mean and n, so shared ties (0.5) get the same interval.
+    assert confidence_interval([0.0, 0.0, 0.0, 1.0]) == "0.250 [0.046, 0.699]"
+    assert confidence_interval([0.0, 0.0, 0.5, 0.5]) == "0.250 [0.046, 0.699]"
+    assert confidence_interval([1 + 1e-15] * 5) == "1.000 [0.566, 1.000]"
+    # 2 +- 1.96 * 2.828 / sqrt(2), clipped at 0; a ratio has no upper bound.
+    assert confidence_interval([0.0, 4.0], largest=INF) == "2.000 [0.000, 5.920]"
+
+
+def result(correct=1.0, auroc=0.5, early=1.0, late=1.0, **changed):
+    names = "permuted_auroc mass_over_area pointing tas image_mass fixed_auroc fixed_mass_over_area"
+    row = dict.fromkeys(names.split(), 0.5) | dict(area=0.1, length=13)
+    row |= dict(correct=correct, auroc=auroc, early=early, late=late)
+    return row | {"permuted_early": 0.0, "permuted_late": 1.0} | changed
+
+
+def test_rows_of_the_table():
+    before, after = [result(0.0, 0.4)] * 4 + [result(0.0, 0.4, area=0.6)], [result(1.0, 0.9)] * 5
+    rows = table_rows(before, [row | {"length": 110, "tas": 0.75} for row in after])
+    half, perfect = "0.500 [0.500, 0.500]", "1.000 [0.566, 1.000]"
+    assert list(rows.values()) == [
+        ("greedy accuracy", "0.000 [0.000, 0.434]", perfect, ""),
+        ("attention on the region, AUROC", "0.400 [0.400, 0.400]", "0.900 [0.900, 0.900]", "0.500"),
+        ("  with the next example's box", half, half, "0.500"),
+        ("  mass / area", half, half, "1.000"),
+        ("  pointing game", half, half, "0.200"),  # the mean area
+        ("  TAS", half, "0.750 [0.750, 0.750]", "0.500"),
+        ("the same on fixed text, AUROC", half, half, "0.500"),
+        ("  mass / area", half, half, "1.000"),
+        ("early look on the region", perfect, perfect, "0.000"),
+        ("late look on the region", perfect, perfect, "1.000"),
+        ("attention to the whole image", half, half, ""),
+        ("answer length, tokens", "13.000 [13.000, 13.000]", "110.000 [110.000, 110.000]", ""),
+    ]
+    header, *lines = results_table(before, before).splitlines()[:13]
+    assert header.split() == ["held-out", "examples:", "5", "before", "after", "chance"]
+    assert len({len(line) for line in [header, *lines]}) == 1
+
+
+def test_one_example_shows_its_numbers_and_why_there_is_no_interval():
+    *lines, reason, dash = results_table([result(auroc=math.nan)], [result()]).splitlines()[:15]
+    assert "1.000" in lines[1] and "[" not in "".join(lines)
+    assert "--eval_examples" in reason and dash.startswith("-: the AUROC is undefined")
+
+
+def test_looks_are_counted_with_their_accuracy():
+    before = [
+        result(*row)
+        for row in [(1.0, 0.5, 1, 1), (0.0, 0.5, 1, 0), (0.0, 0.5, 0, 0), (1.0, 0.5, 0, 1)]
+    ]
+    after = [
+        result(*row)
+        for row in [(1.0, 0.5, 1, 1), (0.0, 0.5, 1, 1), (1.0, 0.5, 1, 1), (0.0, 0.5, 0, 0)]
+    ]
+    empty, *lines = results_table(before, after).splitlines()[13:]
+    assert not empty and [re.split("  +", line) for line in lines] == [
+        ["early look, late look", "before", "after"],
+        ["on the region, on the region", "1 answer, 100% right", "3 answers, 67% right"],
+        ["off, on the region", "1 answer, 100% right", "0 answers"],
+        ["on the region, off", "1 answer, 0% right", "0 answers"],
+        ["off, off", "1 answer, 0% right", "1 answer, 0% right"],
+        ["wrong early looks corrected", "1 of 2", "0 of 1"],
+    ]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from model import load_vlm
-from sources.scenes import Scenes
+from scenes import Scenes
 
 pytestmark = pytest.mark.slow
 
@@ -42,12 +42,13 @@ def run(checkpoint, tmp_path_factory):
     model, output = ["--model_name_or_path", str(checkpoint)], ["--output_dir", str(folder / "run")]
     image = ["--image", str(ROOT / "example" / "one.png"), "--question", "What color is the dot?"]
     adapter = ["--adapter", str(folder / "run" / "adapter"), "--output", str(folder / "look.png")]
-    probe = ["--output_dir", str(folder / "probe"), "--max_steps", "1"]
+    probe = "--device cpu --max_pixels 12544 --eval_examples 2 --max_completion_length 6".split()
+    probe += ["--output_dir", str(folder / "probe")]
     commands = [
         [*model, *FLAGS, "--max_steps", "2", *output],
         ["--resume", "--max_steps", "3", *output],
         ["look", *image, *adapter],
-        ["probe", *model, *FLAGS, *probe],
+        ["probe", *model, *probe],
     ]
     command = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

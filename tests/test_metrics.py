@@ -1,18 +1,19 @@
-"""The rewards and metrics of a group, computed by hand from made-up scores."""
+"""metrics.py: the metrics of a group and of a step by hand, signs of reward hacking, and alarms."""
 
 from math import log, tanh
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import load
 from PIL import Image
 
-import reward
 import sayo_mini
-from analysis.metrics import attention_metrics
-from config import Config
+from config import TINY, Config, InputError
 from data import Example
+from metrics import ALARMS, Alarms, attention_metrics, repeated_sentences, seq_rep_3, step_metrics
 from model import Completions, Scores
+from scenes import Scenes
 
 # Two completions of three tokens on a grid of two cells; the second has one token of padding.
 TEXTS = ["<answer> red </answer>", "<answer> blue </answer>"]
@@ -23,8 +24,8 @@ PROMPT_ROW = torch.tensor([0.5, 0.1])
 EXAMPLE = Example(Image.new("RGB", (20, 10)), "What color?", "red", [[0, 0, 10, 10]], "test")
 
 
-def rewards_of(alignment, fraction=0.3):
-    cfg = Config(alignment=alignment, token_fraction=fraction, format_lengths="3,3")
+def rewards_of(**settings):
+    cfg = Config(format_lengths="3,3", **settings)
     vlm, prompt = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(grid=(1, 2))
     completions = Completions(torch.zeros(2, 3).long(), MASK, TEXTS)
     scores = Scores(torch.zeros(2, 3), ENTROPY, ATTENTION, PROMPT_ROW)
@@ -32,46 +33,171 @@ def rewards_of(alignment, fraction=0.3):
 
 
 @pytest.mark.parametrize(
-    "alignment, rho",
+    "alignment, fraction, rho",
     [
-        ("query", [0.6 / 0.4, 0.1 / 0.2]),  # the rows of the selected tokens
-        ("predict", [0.1 / 0.1, 0.2 / 0.4]),  # the rows before them
+        ("query", 0.3, [0.6 / 0.4, 0.1 / 0.2]),  # the rows of the selected tokens
+        ("predict", 0.3, [0.1 / 0.1, 0.2 / 0.4]),  # the rows before them
+        # The prompt's row and those of all tokens but the last: (0.5 + 0.1 + 0.6) and
+        # (0.1 + 0.1 + 0.2); (0.5 + 0.2) and (0.1 + 0.6).
+        ("predict", 1.0, [1.2 / 0.8, 0.7 / 0.7]),
     ],
 )
-def test_the_attention_reward_is_made_of_the_selected_rows(alignment, rho):
-    rewards, _ = rewards_of(alignment)
+def test_rewards_of_a_group(alignment, fraction, rho):
+    rewards, inputs = rewards_of(alignment=alignment, token_fraction=fraction)
     assert rewards["attention"].tolist() == pytest.approx([tanh(log(x)) for x in rho], abs=1e-6)
-
-
-def test_the_first_token_is_predicted_by_the_prompt():
-    rewards, _ = rewards_of("predict", fraction=1.0)
-    # Rows of the prompt and of all tokens but the last: (0.5 + 0.1 + 0.6) and (0.1 + 0.1 + 0.2);
-    # and (0.5 + 0.2) and (0.1 + 0.6).
-    rho = [1.2 / 0.8, 0.7 / 0.7]
-    assert rewards["attention"].tolist() == pytest.approx([tanh(log(x)) for x in rho], abs=1e-6)
-
-
-def test_the_length_in_the_format_reward_counts_every_real_token():
-    """The end-of-turn token is one of them, although it is not part of the text."""
-    rewards, inputs = rewards_of("query")
+    # The end-of-turn token counts, although it is not part of the text.
     assert inputs.lengths == [3, 2]
     assert rewards["format"].tolist() == pytest.approx([1.0, 0.6 * 2 / 3])
     assert rewards["accuracy"].tolist() == [1.0, 0.0]
 
 
 def test_attention_metrics_use_the_selection_and_leave_out_padding():
-    _, inputs = rewards_of("query")
-    metrics = attention_metrics(ENTROPY, MASK, inputs)
-    assert metrics["attention/log_rho"] == pytest.approx((log(1.5) + log(0.5)) / 2, abs=1e-6)
-    assert metrics["attention/auroc"] == 0.5  # 0.6 against 0.2, and 0.1 against 0.3
-    assert metrics["attention/image_mass"] == pytest.approx((0.2 + 0.8 + 0.6 + 0.8 + 0.4) / 5)
-    assert metrics["entropy"] == pytest.approx((0.1 + 0.9 + 0.2 + 0.1 + 0.9) / 5)
+    _, inputs = rewards_of(alignment="query", token_fraction=0.3)
+    assert attention_metrics(ENTROPY, MASK, inputs) == {
+        "entropy": pytest.approx((0.1 + 0.9 + 0.2 + 0.1 + 0.9) / 5),
+        "attention/auroc": 0.5,  # 0.6 against 0.2, and 0.1 against 0.3
+        "attention/log_rho": pytest.approx((log(1.5) + log(0.5)) / 2, abs=1e-6),
+        "attention/image_mass": pytest.approx((0.2 + 0.8 + 0.6 + 0.8 + 0.4) / 5),
+    }
 
 
-def test_the_ratio_is_clamped_at_exp_20():
-    logps, old = torch.tensor([[30.0]]), torch.tensor([[0.0]])
-    loss, stats = reward.grpo_loss(
-        logps, old, None, torch.tensor([-1.0]), torch.tensor([[True]]), beta=0
+def test_advantages_of_a_step_are_normalized_within_each_group():
+    vlm = load()
+    settings = dict(
+        num_generations=4, max_completion_length=16, reward_weights="attention=2,format=1"
     )
-    assert loss.item() == pytest.approx(torch.tensor(20.0).exp().item(), rel=1e-5)
-    assert stats["ratio"] == pytest.approx(torch.tensor(20.0).exp().item(), rel=1e-5)
+    optimizer = torch.optim.AdamW([p for p in vlm.model.parameters() if p.requires_grad])
+    args = Config(**TINY | settings), optimizer, torch.Generator().manual_seed(1)
+    metrics, rows = sayo_mini.train_step(vlm, list(Scenes("train", 3)), *args)
+    assert [row["id"] for row in rows[::4]] == ["train-0-0", "train-0-1", "train-0-2"]
+    total = torch.tensor([2 * row["attention"] + row["format"] for row in rows]).view(3, 4)
+    std = total.std(1, keepdim=True)  # of each group
+    assert std.min() > 0 and std.max() > 1.02 * std.min()
+    expected = ((total - total.mean(1, keepdim=True)) / (std + 1e-4)).flatten().tolist()
+    assert [row["advantage"] for row in rows] == pytest.approx(expected, rel=1e-4)
+    assert metrics["reward_std"] == pytest.approx(std.mean().item())
+
+
+def group(total, lengths, finished, attention, teaches, entropy):
+    mask = torch.arange(4) < torch.tensor(lengths)[:, None]
+    rewards = {"attention": torch.tensor(attention), "accuracy": torch.tensor([0.0, 1.0])}
+    texts = ["I look. <answer> red </answer>", "<answer> blue"]
+    return SimpleNamespace(
+        total_reward=torch.tensor(total),
+        completions=Completions(mask.long(), mask, texts, 1.0, torch.tensor(finished)),
+        rewards=rewards,
+        metrics={"entropy": entropy},
+        teaches=teaches,
+    )
+
+
+def test_metrics_of_a_step():
+    groups = [
+        group([0.0, 2.0], [1, 2], [True, False], [0.1, 0.2], True, entropy=0.5),
+        group([1.0, 1.0], [3, 4], [True, True], [0.3, 0.4], False, entropy=1.5),
+    ]
+    first = {"loss": 2.0, "tokens": 3, "kl": 0.1, "ratio": 1.0}
+    second = {"loss": 4.0, "tokens": 1, "kl": 0.5, "ratio": 1.4}
+    clipped = {"clip_ratio/low_mean": 0.0, "clip_ratio/high_mean": 0.5}
+    updates = [
+        {"losses": [first | clipped], "grad_norm": 1.0, "finite": True},
+        {"losses": [second | clipped], "grad_norm": 3.0, "finite": False},
+    ]
+    expected = clipped | {
+        "loss": 3.0,  # per update
+        "grad_norm": 2.0,
+        "skipped_updates": 1,
+        "reward": 1.0,
+        "reward_std": 2**0.5 / 2,  # mean of sqrt(2) and 0
+        "frac_reward_zero_std": 0.5,
+        "entropy": 1.0,
+        "completions/mean_length": 2.5,
+        "completions/min_length": 1.0,
+        "completions/max_length": 4.0,
+        "completions/clipped_ratio": 0.25,
+        "completions/repeated_sentences": 0.0,
+        "completions/seq_rep_3": 0.0,
+        "completions/unclosed_tags": 0.5,
+        "num_tokens": 10,
+        "kl": (0.1 * 3 + 0.5) / 4,  # per token
+        "ratio": 1.1,
+        "rewards/attention/mean": 0.25,
+        "rewards/attention/std": 0.1 / 2**0.5,
+        "rewards/accuracy/mean": 0.5,
+        "rewards/accuracy/std": 0.5**0.5,
+        "attention/corr_accuracy": 1 / 5**0.5,  # covariance 0.1 / 4, variances 0.05 / 4 and 1 / 4
+        "attention/corr_length": 1.0,
+    }
+    metrics = step_metrics(groups, updates)
+    assert metrics == {name: pytest.approx(value, abs=1e-6) for name, value in expected.items()}
+
+
+def test_signs_of_reward_hacking():
+    for text, share in {
+        "": 0,
+        "I look. I see. I answer.": 0,
+        "I look. I look! I LOOK?": 2 / 3,
+        "I look. I see.\nI look\nI see. So.": 2 / 5,
+        "It is 3.5. Or is it 4.5.": 0,  # a decimal point does not end a sentence
+    }.items():
+        assert repeated_sentences(text) == pytest.approx(share)
+    for text, share in {
+        "red card": 0,  # no triple
+        "red card red card red card": 2 / 4,  # rcr crc rcr crc
+        "Red red RED red": 1 / 2,
+        "card " * 12: 9 / 10,
+    }.items():
+        assert seq_rep_3(text) == pytest.approx(share)
+
+
+def row(share=0.5, skipped=0, **metrics):
+    """A row of metrics.jsonl without alarms, except for those of `metrics`."""
+    changed = {"rewards/accuracy/mean": share, "skipped_updates": skipped}
+    return dict.fromkeys(ALARMS, 0.0) | changed | metrics
+
+
+def steps_with_alarms(rows, history=(), **settings):
+    """{step: what is printed} of the rows that are checked after `history`."""
+    cfg, printed = Config(**{"max_steps": 100, "prompts_per_step": 8} | settings), {}
+    alarms = Alarms(cfg, history)
+    for step, each in enumerate(rows, len(history) + 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("metrics.tqdm.write", lambda line: printed.setdefault(step, line))
+            alarms.check(each, step)
+    return printed
+
+
+@pytest.mark.parametrize("name", ALARMS)
+def test_an_alarm_is_printed_once(name):
+    threshold, why = ALARMS[name]
+    bad = [row(), row(**{name: threshold}), row(**{name: 1.0})]
+    assert steps_with_alarms(bad) == {2: f"step 2: {name} {threshold:.2f}: {why}"}
+    assert steps_with_alarms(bad, history=bad) == {}  # nor after a resume
+    assert steps_with_alarms([row(**{name: threshold - 0.01})]) == {}
+
+
+def test_answers_that_get_worse_raise_an_alarm():
+    # With 8 questions per step, means over 16 steps are compared. The mean falls from 0.75 by
+    # 0.25 / 16 per step: it is 0.156 lower after 10 steps.
+    rows = [row(share) for share in [0.5] * 16 + [0.75] * 16 + [0.5] * 20]
+    line = "step 42: answers get worse: 59% of the recent samples are right, 75% were at best; stop"
+    assert steps_with_alarms(rows) == {42: f"{line} here, or use --keep_best"}
+    assert list(steps_with_alarms(rows[20:], history=rows[:20])) == [42]  # the same after a resume
+    assert list(steps_with_alarms(rows, prompts_per_step=128)) == [
+        33
+    ]  # a step has enough questions
+    assert not steps_with_alarms(rows[:41])
+    assert not steps_with_alarms([row(share) for share in [0.9] * 8 + [0.1] * 7])  # too few
+
+
+def test_many_skipped_updates_in_a_row_end_the_run():
+    nine = [row(skipped=1)] * 9
+    line = "update skipped: loss or gradient is not finite"
+    expected = {step: f"step {step}: {line}" for step in [*range(1, 10), *range(11, 20)]}
+    assert steps_with_alarms([*nine, row(), *nine]) == expected
+    with pytest.raises(
+        InputError, match="^stopped after step 10: .* in 10 updates in a row; lower "
+    ):
+        steps_with_alarms(nine[:1], history=nine)
+    with pytest.raises(InputError, match="^stopped after step 2: "):  # no update of a short run
+        steps_with_alarms(nine, max_steps=2)

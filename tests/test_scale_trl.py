@@ -1,10 +1,9 @@
-"""Tests of scale_trl.py: the same rewards, advantages, loss and gradient as sayo_mini.py; one and
-two processes; resuming; exchange of adapters; refused settings.
+"""extras/scale_trl.py: the same rewards, log-probabilities, loss, gradient and updates as
+sayo_mini.py; one and two processes; resuming; adapters; refused settings.
 
 Run as a script, this file runs scale_trl.py with fixed completions instead of sampled ones.
 """
 
-import itertools
 import json
 import os
 import random
@@ -13,40 +12,31 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOTrainer
 
 import sayo_mini
-import scale_trl
-from config import InputError
-from data import encode_example
-from model import Completions, Vlm
-from runtime.parser import parse_config
-from sayo_mini import train_step
-from sources import epoch_index, load_datasets
+from config import ROOT, parse_command_line
+from data import encode_example, load_datasets, step_examples
+from extras import scale_trl
+from model import Vlm, load_model
+from scenes import Scenes
 
-ROOT = Path(__file__).parent.parent
-PROGRAM = "accelerate launch scale_trl.py"
-FAST = "--device cpu --no-load_in_4bit --prompts_per_step 3 --num_generations 4".split()
-FAST += "--eval_examples 2 --model_name_or_path".split() + [str(TINY)]
+SCRIPT = str(ROOT / "extras" / "scale_trl.py")
+FAST = "--device cpu --no-load_in_4bit --prompts_per_step 3 --num_generations 4 --eval_examples 2"
+FAST = [*FAST.split(), "--model_name_or_path", str(TINY)]
 
 
-def run(folder, flags="", expect=0):
-    """Run scale_trl.py in this process; check the exit code."""
+def run(folder, flags="", code=0):
     argv = [*FAST, "--output_dir", str(folder), *shlex.split(flags)]
-    assert sayo_mini.main(argv, scale_trl.train, PROGRAM) == expect
-
-
-def run_sayo_mini(folder, flags="", expect=0):
-    argv = [*FAST, "--output_dir", str(folder), *shlex.split(flags)]
-    assert sayo_mini.main(argv) == expect
+    assert scale_trl.main(argv) == code
 
 
 def read_updates(folder):
@@ -65,14 +55,18 @@ def largest_difference(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def make_trainer(tmp_path, flags=""):
+def make_config(folder, flags=""):
+    argv = [*FAST, "--max_steps", "1", "--output_dir", str(folder), *shlex.split(flags)]
+    return scale_trl.run_config(parse_command_line(argv)[1])
+
+
+def make_trainer(folder, flags=""):
     """Returns: (cfg, TRL's trainer, its Vlm)."""
-    argv = [*FAST, "--max_steps", "1", "--output_dir", str(tmp_path), *shlex.split(flags)]
-    cfg = parse_config(argv)
+    cfg = make_config(folder, flags)
     torch.manual_seed(cfg.seed)
-    vlm = sayo_mini.load_model(cfg)
-    trainer = scale_trl.make_trainer(cfg, scale_trl.trl_config(cfg), vlm, load_datasets(cfg)[0])
-    return cfg, trainer, vlm
+    vlm = load_model(cfg)
+    args, train_set = scale_trl.trl_config(cfg), load_datasets(cfg)[0]
+    return cfg, scale_trl.SayoTrainer(cfg, args, vlm, train_set), vlm
 
 
 def trainable_parameters(vlm):
@@ -97,16 +91,11 @@ def record_gradients(vlm, optimizer):
     return gradients
 
 
-# --- fixed completions ---
-
-
 def fixed_completion(tokenizer, step, row):
-    """13 to 18 tokens that depend only on the step and the row of the batch."""
+    """11 to 16 tokens that depend only on the step and the row of the batch."""
     rng = random.Random(f"{step} {row}")
-    place = f"r{rng.randint(1, 7)} c{rng.randint(1, 7)}"
-    color = rng.choice(["red", "blue", "cyan"])
-    text = f"the dot on {'the ' * rng.randint(0, 5)}red {place} is {color} . "
-    text += f"<answer> {color} </answer><|im_end|>"
+    color, more = rng.choice(["red", "blue", "cyan"]), "the " * rng.randint(0, 5)
+    text = f"the dot on {more}red is {color} . <answer> {color} </answer><|im_end|>"
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -122,55 +111,77 @@ def generate_fixed(trainer, prompt_ids, images, fields, num_generations):
 # --- parity ---
 
 
+def write_unequal_prompts(folder):
+    """A data set with two lengths of questions and two sizes of images. Returns: its path."""
+    image = Scenes("validation", 1)[0].image
+    image.save(folder / "square.png")
+    image.resize((112, 64)).save(folder / "wide.png")
+    question, row = "what color is the dot ?", {"answer": "red", "boxes": [[1, 1, 30, 30]]}
+    prompts = [("square", question), ("square", f"{question} the dot ?"), ("wide", question)]
+    rows = [row | {"image": f"{name}.png", "question": text} for name, text in prompts]
+    (folder / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "set.jsonl"
+
+
 CASES = {  # case -> (--completions_per_forward, more flags)
     "half groups": (2, ""),
-    "recomputed": (0, "--gradient_checkpointing"),
-    "Qwen2.5-VL": (0, ""),
+    "all groups": (12, "--gradient_checkpointing"),
+    "Qwen2.5-VL": (12, "--max_completion_length 9 --model_name_or_path {qwen}"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_step_equals_that_of_sayo_mini(tmp_path, monkeypatch, qwen2_5, case):
-    """With the same completions, prompts are equal, and rewards, advantages, loss (with KL) and
-    gradient agree to 1e-5. The adapter is random, so that the reference differs from the policy,
-    and the temperature is not 1."""
+    """With the same completions, log-probabilities, rewards, advantages, loss (with KL) and
+    gradient agree to 1e-5, whatever the lengths of prompts in a batch. The adapter is random, so
+    that the reference differs from the policy, and the temperature is not 1."""
     per_forward, flags = CASES[case]
-    flags += " --beta 0.1 --temperature 2 --learning_rate 0 --instruction 'look ?'"
-    flags += f" --completions_per_forward {per_forward}"
-    flags += " --reward_weights attention=1,format=0.5,accuracy=0.25"
-    if case == "Qwen2.5-VL":
-        flags += f" --model_name_or_path {qwen2_5} --max_pixels 12544 --max_completion_length 9"
-    cfg, trainer, vlm = make_trainer(tmp_path, flags)
-    assert trainer.args.per_device_train_batch_size == (per_forward or cfg.num_generations)
+    flags = f"{flags.format(qwen=qwen2_5)} --completions_per_forward {per_forward} --beta 0.1"
+    flags += f" --dataset {write_unequal_prompts(tmp_path)} --eval_examples 0 --temperature 2"
+    flags += " --reward_weights attention=1,format=0.5,accuracy=0.25 --max_pixels 12544"
+    cfg, trainer, vlm = make_trainer(tmp_path, f"{flags} --learning_rate 0")
+    assert trainer.args.per_device_train_batch_size == per_forward
     randomize_adapter(vlm)
-    sampled, train_set = [], load_datasets(cfg)[0]
-    indices = [epoch_index(i, len(train_set), cfg.seed) for i in range(cfg.prompts_per_step)]
-    examples = [train_set[i] for i in indices]
-    original = sayo_mini.score_and_reward
-
-    def score_and_reward(vlm, rollouts, cfg):
-        sampled.extend(completions for *_, completions in rollouts)
-        return original(vlm, rollouts, cfg)
-
-    monkeypatch.setattr(sayo_mini, "score_and_reward", score_and_reward)
+    groups, original = [], sayo_mini.sample
+    monkeypatch.setattr(sayo_mini, "sample", lambda *a: groups.extend(original(*a)) or groups)
+    examples = step_examples(load_datasets(cfg)[0], 0, cfg)
     optimizer = torch.optim.SGD(trainable_parameters(vlm).values(), lr=0)
-    ours = record_gradients(vlm, optimizer)
-    metrics, samples = train_step(vlm, examples, cfg, optimizer, torch.Generator().manual_seed(0))
+    ours, generator = record_gradients(vlm, optimizer), torch.Generator().manual_seed(0)
+    metrics, samples = sayo_mini.train_step(vlm, examples, cfg, optimizer, generator)
     # With equal rewards TRL behaves differently, see docs/scaling.md.
     assert metrics["frac_reward_zero_std"] == 0
-    assert len({mask.sum().item() for c in sampled for mask in c.mask}) > 1  # lengths differ
+    prompts = [g.prompt for g in groups for _ in range(cfg.num_generations)]
+    completions = []
+    for group in groups:
+        rows = zip(group.completions.ids, group.completions.mask)
+        completions += [ids[mask].tolist() for ids, mask in rows]
+    assert len({len(p.input_ids) for p in prompts}) == 3 and len(set(map(len, completions))) > 1
 
     def generate_same(trainer, prompt_ids, images, fields, num_generations):
-        prompts = [encode_example(vlm, e, cfg) for e in examples for _ in range(num_generations)]
         assert prompt_ids == [prompt.input_ids.tolist() for prompt in prompts]
         pixels = torch.cat([prompt.pixel_values for prompt in prompts])
         assert torch.equal(torch.as_tensor(fields["pixel_values"]), pixels)
-        return [ids[mask].tolist() for c in sampled for ids, mask in zip(c.ids, c.mask)], None
+        return completions, None
 
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", generate_same)
+    score, logps = GRPOTrainer._get_per_token_logps_and_entropies, {}
+
+    def record_logps(trainer, model, ids, mask, count, *args, **kwargs):
+        out = score(trainer, model, ids, mask, count, *args, **kwargs)
+        if out[0].requires_grad:  # not those of the reference
+            for row, real, values in zip(ids, mask.bool(), out[0].detach()):
+                logps[tuple(row[real].tolist())] = values[real[-count:]]
+        return out
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", record_logps)
     theirs = record_gradients(vlm, trainer.create_optimizer())
     trainer.train()
     assert vlm.core.is_activation_checkpointing == cfg.gradient_checkpointing
+    for group in groups:
+        rows = zip(group.completions.ids, group.completions.mask, group.old_logps)
+        for ids, mask, values in rows:
+            row = (*group.prompt.input_ids.tolist(), *ids[mask].tolist())
+            assert (logps[row] - values[mask]).abs().max() < 1e-5
     row = trainer.state.log_history[0]
     for name in ("loss", "grad_norm", "reward", "rewards/attention/mean", "rewards/accuracy/mean"):
         assert row[name] == pytest.approx(metrics[name], abs=1e-5), name
@@ -182,43 +193,48 @@ def test_one_step_equals_that_of_sayo_mini(tmp_path, monkeypatch, qwen2_5, case)
     assert largest_difference(ours, theirs) < 1e-5 * largest
 
 
+@pytest.mark.slow
 def test_updates_equal_those_of_sayo_mini(tmp_path, monkeypatch):
     """AdamW, the learning rate, weight decay, several iterations and the order of the questions
     agree over two steps of two updates."""
     flags = "--max_steps 2 --num_iterations 2 --learning_rate 1e-3 --weight_decay 20 --beta 0.1"
     flags += " --warmup_steps 1 --epsilon 0.01 --format_lengths 14,16 --token_fraction 1"
+    cfg = make_config(tmp_path, flags)
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", generate_fixed)
-    run(tmp_path / "trl", flags)
-    groups = itertools.count()
+    run(tmp_path, flags)
+    torch.manual_seed(cfg.seed)
+    vlm, train_set = load_model(cfg), load_datasets(cfg)[0]
+    params = trainable_parameters(vlm)
+    optimizer = torch.optim.AdamW(params.values(), weight_decay=cfg.weight_decay)
+    for step in range(2):
 
-    def sample(vlm, G):
-        step, group = divmod(next(groups), 3)
-        rows = range(group * G, (group + 1) * G)
-        ids = [torch.tensor(fixed_completion(vlm.tokenizer, step, row)) for row in rows]
-        mask = pad_sequence([torch.ones_like(row).bool() for row in ids], batch_first=True)
-        texts = [vlm.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
-        return Completions(pad_sequence(ids, batch_first=True), mask, texts, finished=mask.any(1))
+        def sample_groups(vlm, prompts, G, *settings, step=step):
+            rows = [fixed_completion(vlm.tokenizer, step, row) for row in range(len(prompts) * G)]
+            groups = [rows[i : i + G] for i in range(0, len(rows), G)]
+            packed = [scale_trl.pack_completions(vlm, group, cfg) for group in groups]
+            return [replace(group, finished=group.mask.any(1)) for group in packed]
 
-    def sample_groups(vlm, prompts, G, *rest):
-        return [sample(vlm, G) for _ in prompts]
-
-    monkeypatch.setattr(Vlm, "sample_groups", sample_groups)
-    run_sayo_mini(tmp_path / "mini", f"{flags} --eval_examples 0")
-    theirs = load_adapter(tmp_path / "trl")
+        monkeypatch.setattr(Vlm, "sample_groups", sample_groups)
+        optimizer.param_groups[0]["lr"] = sayo_mini.learning_rate(cfg, step)
+        examples = step_examples(train_set, step, cfg)
+        sayo_mini.train_step(vlm, examples, cfg, optimizer, torch.Generator())
     # Compare by norm, because Adam makes a full step even where a gradient is almost 0.
-    for name, value in load_adapter(tmp_path / "mini").items():
-        assert (value - theirs[name]).norm() < 1e-3 * value.norm(), name
+    for name, theirs in load_adapter(tmp_path).items():
+        ours = params[name.replace(".weight", ".default.weight")]
+        assert (ours - theirs).norm() < 1e-3 * ours.norm(), name
 
 
 def test_trl_samples_the_same_completions(tmp_path):
     """With the same random numbers, both sample from the whole distribution except image
-    placeholders."""
+    placeholders, which are made as probable here as the word "the"."""
     flags = "--temperature 3 --prompts_per_step 1 --num_generations 16"
     cfg, trainer, vlm = make_trainer(tmp_path, flags)
     randomize_adapter(vlm)
+    weight = vlm.core.lm_head.weight.data
+    weight[vlm.placeholders] = weight[vlm.tokenizer.convert_tokens_to_ids("the")].clone()
     row = trainer.train_dataset[0]
-    text = row["prompt"][0]["content"]
-    content = [{"type": "image", "image": row["image"]}, {"type": "text", "text": text}]
+    text = {"type": "text", "text": row["prompt"][0]["content"]}
+    content = [{"type": "image", "image": row["image"]}, text]
     messages = [[{"role": "user", "content": content}] for _ in range(16)]
     prompt_ids, images, fields = trainer._tokenize_prompts(messages)
     torch.manual_seed(0)
@@ -231,17 +247,15 @@ def test_trl_samples_the_same_completions(tmp_path):
 
 
 def test_scoring_does_not_change_the_trainer(tmp_path):
-    """The model remains in train mode and gets no gradient. The rows of one example need not be a
-    whole group."""
-    cfg, trainer, vlm = make_trainer(tmp_path)
+    """The model remains in train mode. The rows of one example need not be a whole group."""
+    _, trainer, vlm = make_trainer(tmp_path)
     randomize_adapter(vlm)
     score, batch = trainer.reward_funcs[0], [trainer.train_dataset[i] for i in (0, 0, 1, 1, 1)]
     columns = {name: [row[name] for row in batch] for name in batch[0] if name != "prompt"}
     ids = [[33, 20, 8, 7], [20, 33, 8], [9, 9, 12, 30], [11], [30, 31]]
     vlm.model.train()
     together = score(None, None, ids, **columns)
-    assert vlm.model.training
-    assert all(p.grad is None for p in vlm.model.parameters())
+    assert vlm.model.training and all(p.grad is None for p in vlm.model.parameters())
     alone = []
     for i in range(5):
         row = {name: [column[i]] for name, column in columns.items()}
@@ -249,11 +263,14 @@ def test_scoring_does_not_change_the_trainer(tmp_path):
     assert together == pytest.approx(alone, abs=1e-5) and len(set(together)) == 5
 
 
+# --- what TRL would do differently ---
+
+
 def test_four_bits_leave_the_adapter_in_full_precision(tmp_path):
     """TRL alone would round the adapter to bf16 and measure KL from a copy of it."""
     cfg, trainer, vlm = make_trainer(tmp_path, "--load_in_4bit --learning_rate 1e-6")
     torch.manual_seed(cfg.seed)
-    initial = trainable_parameters(sayo_mini.load_model(cfg))
+    initial = trainable_parameters(load_model(cfg))
     adapter = trainable_parameters(vlm)
     assert {p.dtype for p in adapter.values()} == {torch.float32}
     assert largest_difference(adapter, initial) == 0
@@ -263,47 +280,29 @@ def test_four_bits_leave_the_adapter_in_full_precision(tmp_path):
     assert largest_difference(trained, initial) > 0
 
 
-def test_deepspeed_gets_the_learning_rate(tmp_path):
-    """DeepSpeed drops the optimizer and the scheduler passed to the trainer and lets the trainer
-    create new ones."""
-    flags = "--learning_rate 3e-4 --weight_decay 0.3 --warmup_steps 4 --max_grad_norm 0.7"
-    _, trainer, _ = make_trainer(tmp_path, flags)
-    trainer.optimizer = trainer.lr_scheduler = None
-    optimizer = trainer.create_optimizer()
-    trainer.create_scheduler(num_training_steps=9)
-    assert {group["weight_decay"] for group in optimizer.param_groups if group["params"]} == {0.3}
-    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(3e-4 / 4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_trl_scales_the_loss_if_the_device_computes_in_fp16(tmp_path, monkeypatch, dtype):
-    """The rule is that of sayo_mini.py. Autocast is off, because it would change the types of the
-    weights."""
+def test_trl_scales_the_loss_if_the_device_computes_in_fp16(tmp_path, monkeypatch):
+    """Autocast is off, because it would change the types of the weights."""
     cfg, trainer, _ = make_trainer(tmp_path)
     assert trainer.accelerator.autocast_handler.enabled is False
-    settings = {}
-    monkeypatch.setattr(scale_trl, "choose_device", lambda device: (torch.device("cuda"), dtype))
-    monkeypatch.setattr(
-        scale_trl,
-        "GRPOConfig",
-        lambda **given: settings.update(given) or SimpleNamespace(deepspeed_plugin=None),
-    )
-    scale_trl.trl_config(cfg)
-    assert settings["fp16"] == (dtype == torch.float16) and settings["bf16"] is False
+    make = lambda **given: SimpleNamespace(deepspeed_plugin=None, **given)  # noqa: E731
+    monkeypatch.setattr(scale_trl, "GRPOConfig", make)  # TRL's own needs a card for fp16
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        monkeypatch.setattr(scale_trl, "choose_device", lambda device: ("cuda", dtype))
+        args = scale_trl.trl_config(cfg)
+        assert args.fp16 == (dtype == torch.float16) and args.bf16 is False
 
 
-# --- several processes, resuming ---
+# --- several processes, resuming, adapters ---
 
 
 def run_two_processes(folder, flags):
     """Run this file as a script in two processes. Returns: stdout."""
-    launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
+    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
     done = subprocess.run(
-        [*launch, __file__, *FAST, "--output_dir", str(folder), *shlex.split(flags)],
-        cwd=ROOT,
+        [*command, __file__, *FAST, "--output_dir", folder, *flags.split()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
@@ -327,178 +326,91 @@ def test_two_processes_equal_one_and_resume(tmp_path, monkeypatch):
     for ours, theirs in zip(one, two):
         expected = [ours[name] for name in names]
         assert [theirs[name] for name in names] == pytest.approx(expected, rel=1e-4, abs=1e-4)
-    first = one[0]["rewards/attention/mean"]
-    assert two[0]["rewards/attention/mean"] == pytest.approx(first, abs=1e-5)
     assert one[3]["kl"] > 1e-3  # the policy has changed
-    cfg = SimpleNamespace(**json.loads((folder / "config.json").read_text()))
-    rates = [sayo_mini.learning_rate(cfg, step) for step in range(4)]
-    assert [row["learning_rate"] for row in two] == pytest.approx(rates)
 
     whole = load_adapter(folder)
     shutil.rmtree(folder / "adapter")
     shutil.rmtree(folder / "checkpoint-4")
     (folder / "checkpoint-4").mkdir()  # a kill can leave an empty folder behind
     out = run_two_processes(folder, "--resume")
-    assert out.count(f"resuming {folder / 'checkpoint-2'}") == 1
+    assert out.count(f"resuming {folder / 'checkpoint-2'}") == 1  # only the first process prints
     assert out.count("'loss'") == 2  # the two missing steps
     assert largest_difference(load_adapter(folder), whole) == 0
     assert [row["step"] for row in read_updates(folder)] == [1, 2, 3, 4]
 
 
-def test_sampled_run_resumes_bit_for_bit(tmp_path, capsys):
+@pytest.mark.slow
+def test_sampled_run_resumes_bit_for_bit_and_says_where_things_are(tmp_path, capsys):
     """The random generator continues where it stopped. Resuming a finished run changes nothing."""
     run(tmp_path, "--max_steps 2 --save_steps 1")
+    last = f"the adapter is in {tmp_path}/adapter, the log in {tmp_path}/metrics.jsonl\n"
+    out = capsys.readouterr().out
+    assert f"starting from the beginning in {tmp_path}\n" in out and out.endswith(last)
+    assert not (tmp_path / "samples.jsonl").exists()  # TRL logs no samples
+    assert "# LoRA adapter for tiny" in (tmp_path / "adapter" / "README.md").read_text()
     whole, logged = load_adapter(tmp_path), read_updates(tmp_path)
     shutil.rmtree(tmp_path / "checkpoint-2")
     for missing_steps in (1, 0):
-        capsys.readouterr()
         shutil.rmtree(tmp_path / "adapter")
-        argv = ["--resume", "--output_dir", str(tmp_path)]
-        assert sayo_mini.main(argv, scale_trl.train, PROGRAM) == 0
+        assert scale_trl.main(["--resume", "--output_dir", str(tmp_path)]) == 0
         assert largest_difference(load_adapter(tmp_path), whole) == 0
         assert capsys.readouterr().out.count("'loss'") == missing_steps
         rewards = [row["reward"] for row in read_updates(tmp_path)]
         assert rewards == [row["reward"] for row in logged]
+    _, _, vlm = make_trainer(tmp_path / "next", f"--adapter {tmp_path / 'adapter'}")
+    start = get_peft_model_state_dict(vlm.model)
+    assert largest_difference(start, whole) == 0
+    assert any(p.any() for name, p in start.items() if "lora_B" in name)  # it was trained
 
 
-# --- adapters ---
-
-
-@pytest.mark.slow
-def test_adapters_are_exchanged_with_sayo_mini(tmp_path, capsys):
-    """An adapter goes from scale_trl.py to sayo_mini.py and back, and `look` loads it."""
-    flags = "--max_steps 2 --learning_rate 1e-2 --warmup_steps 0"
-    run(tmp_path / "trl", flags)
-    unchanged = f"{flags} --learning_rate 0 --weight_decay 0"
-    run_sayo_mini(tmp_path / "mini", f"{unchanged} --adapter {tmp_path / 'trl' / 'adapter'}")
-    run(tmp_path / "back", f"{unchanged} --adapter {tmp_path / 'mini' / 'adapter'}")
-    run(tmp_path / "new", unchanged)
-    trl, mini, back, new = (load_adapter(tmp_path / x) for x in ("trl", "mini", "back", "new"))
-    assert largest_difference(trl, mini) == 0
-    assert largest_difference(trl, back) == 0
-    assert largest_difference(trl, new) > 1e-3
-    configs = (tmp_path / name / "adapter" / "adapter_config.json" for name in ("trl", "mini"))
-    a, b = (json.loads(path.read_text()) for path in configs)
-    assert a == b and a["base_model_name_or_path"] == "tiny"
-    assert "# LoRA adapter for tiny" in (tmp_path / "trl" / "adapter" / "README.md").read_text()
-    capsys.readouterr()
-    look = ["look", "--image", str(ROOT / "example" / "one.png")]
-    look += ["--question", "What color is the dot on the card?"]
-    look += ["--adapter", str(tmp_path / "trl" / "adapter"), "--output", str(tmp_path / "look.png")]
-    assert sayo_mini.main(look) == 0
-    assert "after training" in capsys.readouterr().out
-
-
-# --- the command and refused settings ---
-
-
-@pytest.mark.slow
-def test_documented_command(tmp_path):
-    """The launched command trains in 4 bits on a .jsonl file and refuses to overwrite the run."""
-    folder = tmp_path / "run"
-    command = [sys.executable, *"-m accelerate.commands.launch --cpu --num_processes 1".split()]
-    command += ["scale_trl.py", *FAST, "--load_in_4bit", "--max_steps", "1"]
-    command += ["--dataset", "example/example.jsonl", "--output_dir", str(folder)]
-
-    def launch():
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-    process = launch()
-    assert process.returncode == 0, process.stderr
-    names = {path.name for path in folder.iterdir()}
-    assert {"adapter", "config.json", "metrics.jsonl", "checkpoint-1"} <= names
-    process = launch()
-    assert process.returncode != 0
-    assert f"scale_trl.py: {folder} already contains a run" in process.stderr
-
-
-def assert_refused(capfd, folder, word, flags=""):
-    """Check exit code 2 and one line on stderr. Returns: the line without the program name."""
-    capfd.readouterr()
-    run(folder, f"--max_steps 1 {flags}", expect=2)
-    err = capfd.readouterr().err
-    assert err.startswith("scale_trl.py: ") and err.count("\n") == 1 and word in err, err
-    return err.removeprefix("scale_trl.py: ").strip()
-
-
-def test_sharded_weights_are_refused(capfd, tmp_path, monkeypatch):
-    """docs/scaling.md quotes the message."""
-    text = " ".join((ROOT / "docs" / "scaling.md").read_text().split())
-    with monkeypatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_FSDP", "true")  # what `accelerate launch --use_fsdp` does
-        assert assert_refused(capfd, tmp_path / "run", "FSDP") in text
-    with monkeypatch.context() as patch:
-        # A real plugin needs DeepSpeed.
-        zero3 = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
-        patch.setattr(scale_trl, "GRPOConfig", lambda **settings: zero3)
-        assert "ZeRO-2" in assert_refused(capfd, tmp_path / "run", "ZeRO-3")
-    assert not (tmp_path / "run").exists()
-    sharded = torch.nn.Parameter(torch.zeros(1))
-    sharded.ds_id = 7
-    vlm = SimpleNamespace(model=SimpleNamespace(parameters=lambda: iter([sharded])))
-    with pytest.raises(InputError, match="ZeRO-3"):
-        scale_trl.SayoRewards(vlm, None)
-
-
-def test_completions_that_processes_cannot_share_evenly_are_refused(capfd, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "5")
-    assert_refused(capfd, tmp_path / "run", "processes")
-
-
-def test_neither_program_resumes_a_run_of_the_other(capfd, tmp_path):
-    mini, trl = tmp_path / "mini", tmp_path / "trl"
-    mini.mkdir()
-    (mini / "checkpoint.safetensors").write_bytes(b"")
-    (mini / "config.json").write_text("{}")
-    assert_refused(capfd, mini, "sayo_mini.py", "--resume")
-    (trl / "checkpoint-3").mkdir(parents=True)
-    (trl / "checkpoint-3" / "trainer_state.json").write_text("{}")
-    capfd.readouterr()
-    run_sayo_mini(trl, "--resume", expect=2)
-    assert "scale_trl.py" in capfd.readouterr().err
-    assert not (trl / "metrics.jsonl").exists()
-
-
-def test_user_errors_are_one_line(capfd, tmp_path):
-    assert_refused(capfd, tmp_path / "run", "nowhere", f"--adapter {tmp_path / 'nowhere'}")
-    assert_refused(capfd, tmp_path / "run", "--beta", "--beta much")
-    assert_refused(capfd, tmp_path / "run", "--max_steps", "--max_steps 0")
-    (tmp_path / "file").write_text("")
-    assert_refused(capfd, tmp_path / "file" / "run", "file/run")
-
-
-def test_scale_trl_has_fewer_than_150_lines():
-    assert len((ROOT / "scale_trl.py").read_text().splitlines()) < 150
-
-
-if __name__ == "__main__":
-    GRPOTrainer._generate_single_turn = generate_fixed
-    runpy.run_path(str(ROOT / "scale_trl.py"), run_name="__main__")
-
-
-def test_help_describes_scale_trl_and_loads_no_torch(capsys):
-    command = [sys.executable, "-X", "importtime", "scale_trl.py", "--help"]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert process.returncode == 0 and "torch" not in process.stderr
-    assert process.stdout.startswith(f"usage: {PROGRAM} [--flag value ...]")
-    assert "several GPUs" in process.stdout and "look" not in process.stdout
+# --- the command ---
 
 
 def test_a_mistyped_flag_is_reported_before_torch_loads():
-    command = [sys.executable, "-X", "importtime", "scale_trl.py", "--max_step", "1"]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-X", "importtime", SCRIPT, "--max_step", "1"]
+    process = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in process.stderr.splitlines() if "import time:" not in line]
     assert process.returncode == 2 and "torch" not in process.stderr
     assert len(lines) == 1 and "did you mean --max_steps?" in lines[0]
 
 
-def test_a_run_ends_by_saying_where_things_are(tmp_path, capsys):
-    run(tmp_path / "run", "--max_steps 1")
-    out = capsys.readouterr().out
-    assert f"starting from the beginning in {tmp_path}/run\n" in out and "checkpoint" not in out
-    last = out.splitlines()[-1]
-    assert last == (
-        f"the adapter is in {tmp_path}/run/adapter, the log in {tmp_path}/run/metrics.jsonl"
-    )
-    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
-    assert not (tmp_path / "run" / "samples.jsonl").exists()  # TRL logs no samples
+def refused(capfd, folder, flags=""):
+    """Run with flags that are refused. Returns: the one line on stderr."""
+    capfd.readouterr()
+    run(folder, f"--max_steps 1 {flags}", code=2)
+    error = capfd.readouterr().err
+    assert error.startswith("scale_trl.py: ") and error.count("\n") == 1, error
+    return error
+
+
+def test_what_cannot_work_is_refused(capfd, tmp_path, monkeypatch):
+    mini = tmp_path / "mini"
+    mini.mkdir()
+    shutil.copy(TINY / "config.json", mini / "checkpoint.safetensors")
+    assert "already contains a run" in refused(capfd, mini)
+    assert "nowhere" in refused(capfd, mini / "run", f"--adapter {tmp_path / 'nowhere'}")
+    assert "--max_steps" in refused(capfd, tmp_path / "run", "--max_steps 0")
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "5")
+        assert "number of processes, 5" in refused(capfd, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")  # what `accelerate launch --use_fsdp` does
+        assert "FSDP" in refused(capfd, tmp_path / "run")
+    zero3 = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    monkeypatch.setattr(scale_trl, "GRPOConfig", lambda **settings: zero3)  # needs DeepSpeed
+    assert "ZeRO-3" in refused(capfd, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_a_run_of_this_program_is_resumed(capsys, tmp_path):
+    cfg = make_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(vars(cfg)))
+    (tmp_path / "before.json").write_text("[]")
+    assert scale_trl.main(["--resume", "--output_dir", str(tmp_path)]) == 2
+    assert "no checkpoint of scale_trl.py" in capsys.readouterr().err
+    assert (tmp_path / "before.json").exists()
+
+
+if __name__ == "__main__":
+    GRPOTrainer._generate_single_turn = generate_fixed
+    runpy.run_path(SCRIPT, run_name="__main__")

@@ -1,1 +1,0 @@
-"""Evaluation, metrics, alarms, images and the HTML report of a run."""

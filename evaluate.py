@@ -1,0 +1,286 @@
+"""Evaluation: greedy answers to held-out questions, where the model looks while it answers, and the
+table that compares both before and after training."""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean, stdev
+
+import torch
+from tqdm import tqdm
+
+import reward
+from config import InputError
+from data import encode_example, example_region
+from model import Completions, split_by_tokens
+
+MAX_CELLS = 70_000  # per answer: the maps of long answers are pooled to fewer cells
+LEVELS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"  # see `pack_map`
+
+
+@dataclass
+class AttentionTrace:
+    """An answer and the attention of each token to the image. Tensors are on the CPU."""
+
+    completion: Completions  # one answer, on the model's device
+    attention: torch.Tensor  # (C, N), aligned, mean over the Vlm's layers and heads
+    entropy: torch.Tensor  # (C,) nats
+    selected: torch.Tensor  # (C,) bool, the tokens that the attention reward uses
+
+    @property
+    def map(self):
+        """The mean attention of the selected tokens, (N,)."""
+        return self.attention[self.selected].mean(0)
+
+
+def evaluate(vlm, examples, cfg, name, before=None):
+    """Answer held-out questions greedily and measure where the model looks.
+
+    Args: examples, a data set; name, for the progress bar; before, the results of an earlier
+    evaluation of the same examples, or None.
+    Returns: a list of dicts for JSON, one per example:
+    - id, question and answer of the example; text, ids, selected tokens and length of the greedy
+      answer; correct (0 or 1)
+    - area, the region's fraction of the image, and `reward.localization` of the mean map of the
+      selected tokens; permuted_auroc scores the same map with the *next* example's region, which a
+      positional habit fits as well as its own
+    - early, late (0 or 1), see `reward.early_and_late`; permuted_..., with the next region
+    - fixed_..., the same scores on fixed text: the model is fed the answers of `before`, so only
+      changes in attention count. Without `before` they equal the scores above
+    - per token (C,): to_region and to_image, sums of attention; words, what it adds to the text;
+      maps, its attention map as `pack_map` stores it, on grid = (rows, cols)
+    """
+    results, limit = [], cfg.max_completion_length
+    pairs = ((x, encode_example(vlm, x, cfg)) for x in (examples[i] for i in range(len(examples))))
+    with tqdm(total=len(examples), desc=f"evaluate {name}") as bar:
+        for batch in split_by_tokens(pairs, lambda pair: len(pair[1].input_ids) + limit):
+            prompts = [prompt for _, prompt in batch]
+            answers = vlm.sample_groups(prompts, 1, limit, temperature=0)
+            traces = fixed = trace_answers(vlm, prompts, cfg, answers)
+            if before:
+                earlier = before[len(results) : len(results) + len(batch)]
+                fixed = trace_fixed_text(vlm, prompts, cfg, earlier)
+            after_batch = examples[(len(results) + len(batch)) % len(examples)]
+            following = [example for example, _ in batch[1:]] + [after_batch]
+            for (example, prompt), next_example, trace, fixed_trace in zip(
+                batch, following, traces, fixed
+            ):
+                region = example_region(example, prompt.grid)
+                next_region = example_region(next_example, prompt.grid)
+                row = answer_fields(example, trace) | map_fields(vlm, prompt, region, trace)
+                row |= attention_fields(trace, fixed_trace, region, next_region)
+                results.append(row)
+                bar.update()
+    return results
+
+
+def trace_attention(vlm, prompt, cfg, completion=None):
+    """Record where the model looks while it writes an answer. Args: completion, Completions of one
+    answer, by default the greedy one. Returns: AttentionTrace. Raises: InputError."""
+    completion = completion or vlm.sample(prompt, 1, cfg.max_completion_length, temperature=0)
+    return trace_answers(vlm, [prompt], cfg, [completion])[0]
+
+
+@torch.no_grad()
+def trace_answers(vlm, prompts, cfg, completions, selected=None):
+    """Record where the model looks while it writes some answers, in one forward pass.
+
+    Args: completions, Completions of one answer per prompt; selected, a list of (C,) bool, by
+    default the tokens that `reward.select_tokens` selects.
+    Returns: a list of AttentionTrace. Raises: InputError if the model's output is not finite.
+    """
+    traces = []
+    for i, scores in enumerate(vlm.score_groups(prompts, completions)):
+        if not (scores.logps.isfinite().all() and scores.attention.isfinite().all()):
+            advice = "try --no-load_in_4bit, a different --adapter, or --device cpu (fp32)"
+            raise InputError(f"the model's output is not finite (NaN or infinity): {advice}")
+        mask, rows = completions[i].mask, (scores.attention, scores.prompt_attention)
+        if selected:
+            chosen = selected[i]
+        else:
+            chosen = reward.select_tokens(scores.entropy, mask, cfg.token_fraction)[0]
+        attention = reward.align_attention(*rows, cfg.alignment)[0]  # (C, N)
+        tensors = attention.cpu(), scores.entropy[0].cpu(), chosen.cpu()
+        traces.append(AttentionTrace(completions[i], *tensors))
+    return traces
+
+
+def trace_fixed_text(vlm, prompts, cfg, results):
+    """The AttentionTraces of answers in earlier results, at the tokens selected then."""
+    completions, selected = [], []
+    for result in results:
+        ids = torch.tensor(result["ids"], device=vlm.device)[None]
+        completions.append(Completions(ids, torch.ones_like(ids).bool()))
+        selected.append(torch.tensor(result["selected"], device=vlm.device))
+    return trace_answers(vlm, prompts, cfg, completions, selected)
+
+
+def answer_fields(example, trace):
+    text = trace.completion.texts[0]
+    return {
+        "id": example.id,
+        "question": example.question,
+        "answer": example.answer,
+        "text": text,
+        "ids": trace.completion.ids[0].tolist(),
+        "selected": trace.selected.tolist(),
+        "correct": reward.accuracy_reward(text, example.answer),
+        "length": len(trace.entropy),
+    }
+
+
+def attention_fields(trace, fixed, region, next_region):
+    """Args: the traces of the model's own answer and of the fixed text; two regions (N,)."""
+    early, late = reward.early_and_late(trace.attention, region, trace.selected)
+    looks = reward.early_and_late(trace.attention, next_region, trace.selected)
+    fixed_scores = reward.localization(fixed.map, region)
+    return {
+        "area": region.float().mean().item(),
+        **reward.localization(trace.map, region),
+        "permuted_auroc": reward.localization(trace.map, next_region)["auroc"],
+        **{f"fixed_{name}": score for name, score in fixed_scores.items()},
+        "early": float(early),
+        "late": float(late),
+        "permuted_early": float(looks[0]),
+        "permuted_late": float(looks[1]),
+    }
+
+
+def map_fields(vlm, prompt, region, trace):
+    side = max(1, math.isqrt(MAX_CELLS // len(trace.entropy)))
+    grid = tuple(min(side, cells) for cells in prompt.grid)
+    maps = trace.attention.unflatten(-1, prompt.grid)  # (C, rows, cols)
+    maps = torch.nn.functional.adaptive_avg_pool2d(maps, grid).flatten(1)
+    to_region, to_image = trace.attention[:, region].sum(1), trace.attention.sum(1)  # (C,)
+    return {
+        "to_region": [round(value, 4) for value in to_region.tolist()],
+        "to_image": [round(value, 4) for value in to_image.tolist()],
+        "words": written_words(vlm, trace.completion),
+        "grid": grid,
+        "maps": [pack_map(row) for row in maps.tolist()],
+    }
+
+
+def written_words(vlm, completion):
+    """What each token adds to the text of an answer, a list of C strings. Joined, they are the
+    text. A token without text, such as the end of turn, adds an empty string."""
+    ids, text = completion.ids[0].tolist(), completion.texts[0]
+    decode = vlm.tokenizer.decode
+    ends = [len(decode(ids[:i], skip_special_tokens=True)) for i in range(len(ids) + 1)]
+    return [text[start:end] for start, end in pairwise(ends)]
+
+
+def pack_map(attention):
+    """Pack an attention map as [largest value, a string with one character of LEVELS per cell].
+
+    The level is the square root of the cell's fraction of the largest value, in 64 steps.
+    """
+    largest = max(max(attention), 1e-12)
+    levels = (round(63 * (max(0.0, a) / largest) ** 0.5) for a in attention)
+    return [round(largest, 5), "".join(LEVELS[level] for level in levels)]
+
+
+def unpack_map(packed):
+    """The attention of each cell, from `pack_map`."""
+    largest, levels = packed
+    return [largest * (LEVELS.index(level) / 63) ** 2 for level in levels]
+
+
+# --- the table ---
+
+
+def results_table(before, after):
+    """The results before and after training as a text table: a line per metric with its mean, its
+    95 % confidence interval and its chance level; then early and late looks.
+
+    Args: before, after, lists of per-example results of `evaluate`.
+    """
+    rows = list(table_rows(before, after).values())
+    header = f"held-out examples: {len(before)}", "before", "after", "chance"
+    width = max(25, 2 + max(len(cell) for row in rows for cell in row[1:3]))
+    lines = [f"{row[0]:32}{row[1]:>{width}}{row[2]:>{width}}{row[3]:>8}" for row in [header, *rows]]
+    if len(before) == 1:
+        lines.append("no confidence interval for one example: use --eval_examples 2 or more")
+    if any("-" in row for row in rows):
+        lines.append("-: the AUROC is undefined if the region covers the whole image")
+    lines += ["", f"{'early look, late look':32}{'before':>25}{'after':>25}"]
+    for early, late in ((1, 1), (0, 1), (1, 0), (0, 0)):
+        title = ", ".join("on the region" if look else "off" for look in (early, late))
+        cells = [count_looks(results, early, late) for results in (before, after)]
+        lines.append(f"{title:32}{cells[0]:>25}{cells[1]:>25}")
+    cells = [count_corrected(results) for results in (before, after)]
+    lines.append(f"{'wrong early looks corrected':32}{cells[0]:>25}{cells[1]:>25}")
+    return "\n".join(lines)
+
+
+def table_rows(before, after):
+    """The rows of the table. Returns: {metric: (title, before, after, chance)}, all text. Chance
+    for looks: how often they find the next example's region."""
+
+    def mean(key):
+        return f"{fmean(row[key] for row in before):.3f}"
+
+    metrics = [  # title, key, chance
+        ("greedy accuracy", "correct", ""),
+        ("attention on the region, AUROC", "auroc", "0.500"),
+        ("  with the next example's box", "permuted_auroc", "0.500"),
+        ("  mass / area", "mass_over_area", "1.000"),
+        ("  pointing game", "pointing", mean("area")),
+        ("  TAS", "tas", "0.500"),
+        ("the same on fixed text, AUROC", "fixed_auroc", "0.500"),
+        ("  mass / area", "fixed_mass_over_area", "1.000"),
+        ("early look on the region", "early", mean("permuted_early")),
+        ("late look on the region", "late", mean("permuted_late")),
+        ("attention to the whole image", "image_mass", ""),
+        ("answer length, tokens", "length", ""),
+    ]
+    unbounded = "mass_over_area", "fixed_mass_over_area", "length"
+    rows = {}
+    for title, key, chance in metrics:
+        proportion = key in ("correct", "early", "late")
+        largest = math.inf if key in unbounded else 1.0
+        cells = [
+            confidence_interval([row[key] for row in results], proportion, largest)
+            for results in (before, after)
+        ]
+        rows[key] = title, *cells, chance
+    return rows
+
+
+def count_looks(results, early, late):
+    """The number of answers with these looks (0 or 1) and their accuracy, as text."""
+    kept = [r["correct"] for r in results if (r["early"], r["late"]) == (early, late)]
+    count = f"{len(kept)} answer{'s' * (len(kept) != 1)}"
+    return f"{count}, {fmean(kept):.0%} right" if kept else count
+
+
+def count_corrected(results):
+    """How many of the answers that look elsewhere early look at the region late, as text."""
+    late = [r["late"] for r in results if not r["early"]]
+    return f"{sum(late):.0f} of {len(late)}"
+
+
+def confidence_interval(values, proportion=False, largest=1.0):
+    """The mean and its 95 % confidence interval as text, e.g. "0.523 [0.461, 0.584]".
+
+    The interval is normal, mean +- 1.96 standard errors, unless it reaches an end of the possible
+    range. Then it is Wilson's interval, which stays inside the range and has a nonzero width
+    even if all values are equal. It uses the variance mean * (1 - mean), the largest possible for
+    values in [0, 1], so it is never too narrow. Metrics without an upper bound are clipped at 0.
+
+    Args: values, floats from 0 to `largest`, which is 1 or infinity; NaNs are ignored; proportion,
+    true if every value is 0 or 1, always uses Wilson's interval.
+    Returns: text; only the mean for a single value, "-" for no values.
+    """
+    values = [v for v in values if not math.isnan(v)]
+    if len(values) < 2:
+        return f"{values[0]:.3f}" if values else "-"
+    n, mean, z = len(values), fmean(values), 1.96
+    half = z * stdev(values) / math.sqrt(n)
+    low, high = mean - half, mean + half
+    if proportion or (largest == 1 and not 0 < low <= high < 1):
+        p = min(max(mean, 0.0), 1.0)  # rounding can push a mean above 1
+        center = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        low, high = center - half, center + half
+    return f"{mean:.3f} [{max(0.0, low):.3f}, {min(largest, high):.3f}]"

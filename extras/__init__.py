@@ -1,0 +1,1 @@
+"""What surrounds a run: commands, the report, converters, several GPUs. Training needs none of it."""

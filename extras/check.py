@@ -1,0 +1,94 @@
+"""`sayo_mini.py check mine.jsonl` validates a data set without loading a model."""
+
+import textwrap
+from bisect import bisect_right
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from config import InputError
+from data import JsonLines, region_mask
+from extras.pictures import show_boxes
+
+MAX_DRAWN, COLUMNS = 9, 3  # examples in the contact sheet, and in a row of it
+THUMBNAIL, CAPTION, GAP = 224, 72, 8  # pixels
+
+
+def check_dataset(dataset, allow_absolute_paths=False):
+    """Print counts, histograms and all problems of a data file, and draw its first examples.
+
+    Args: dataset, its path; allow_absolute_paths, whether images may be outside its folder.
+    Returns: exit code 0, or 2 if there are problems. Raises: InputError if nothing can be read.
+    """
+    problems, areas, words, drawn = [], [], [], []
+    try:
+        data = JsonLines(dataset, allow_absolute_paths, problems)
+    except InputError:
+        if not problems:  # the file itself is unreadable or empty
+            raise
+        return print_problems(problems)
+    for row in data.rows:
+        try:
+            example = data.read_example(row)  # decodes the image
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        width, height = example.image.size
+        grid = min(height, 256), min(width, 256)  # one cell per pixel, coarser for large images
+        region = region_mask(example.boxes, (width, height), grid)
+        areas.append(100 * region.float().mean().item())
+        words.append(len(example.question.split()))
+        if len(drawn) < MAX_DRAWN:
+            drawn.append(draw_example(example))
+    images = len({row["image_key"] for row in data.rows})
+    boxes = sum(len(row["boxes"]) for row in data.rows)
+    print(f"{dataset}: {len(areas)} valid examples; {images} images, {boxes} boxes")
+    print_histogram("area of the boxes, % of the image", areas, (0, 1, 2, 5, 10, 20, 50))
+    print_histogram("length of the question, words", words, (0, 5, 10, 15, 20, 40, 80))
+    if drawn:
+        picture = Path(dataset).with_suffix(".check.png")
+        save_contact_sheet(drawn, picture)
+        print(f"wrote the first {len(drawn)} examples with their boxes to {picture}")
+    return print_problems(problems)
+
+
+def print_problems(problems):
+    """Print the problems and their number. Returns: the exit code."""
+    for problem in problems:
+        print(problem)
+    plural = "" if len(problems) == 1 else "s"
+    print(f"{len(problems) or 'no'} problem{plural}")
+    return 2 if problems else 0
+
+
+def print_histogram(title, values, edges):
+    """Print a line per bin [edge, next edge). The last bin is open."""
+    counts = [0] * len(edges)
+    for value in values:
+        counts[bisect_right(edges, value) - 1] += 1
+    names = [f"{low} to {high}" for low, high in zip(edges, edges[1:])] + [f"{edges[-1]} or more"]
+    print(title)
+    for name, count in zip(names, counts):
+        print(f"  {name:>12} {count:6} {'#' * round(40 * count / max(counts + [1]))}".rstrip())
+
+
+def draw_example(example):
+    """The image with its boxes, and its question and answer below, as a small image."""
+    tile = Image.new("RGB", (THUMBNAIL, THUMBNAIL + CAPTION), "white")
+    photo = show_boxes(example.image, example.boxes, (THUMBNAIL, THUMBNAIL))
+    tile.paste(photo)
+    lines = textwrap.wrap(example.question, 34)[:3]  # letters, lines: so that the answer fits in
+    lines.append(textwrap.shorten(f"= {example.answer}", 34, placeholder=" ..."))
+    draw, font = ImageDraw.Draw(tile), ImageFont.load_default(size=12)
+    draw.multiline_text((0, photo.height + 2), "\n".join(lines), "black", font, spacing=2)
+    return tile
+
+
+def save_contact_sheet(tiles, path):
+    """Save images of one size as one image."""
+    width, height = THUMBNAIL + GAP, THUMBNAIL + CAPTION + GAP
+    rows = -(-len(tiles) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * width + GAP, rows * height + GAP), "white")
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (GAP + i % COLUMNS * width, GAP + i // COLUMNS * height))
+    sheet.save(path)

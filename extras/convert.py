@@ -1,0 +1,219 @@
+"""Convert published data sets to .jsonl files, and mix such files.
+
+    python extras/convert.py gqa GQA
+    python extras/convert.py refocus ReFocus
+    python extras/convert.py mix paper.jsonl GQA/gqa.jsonl=0.8 ReFocus/refocus.jsonl=0.2
+
+The first writes GQA/gqa.jsonl next to the downloaded files, the second downloads ReFocus. See
+docs/data.md.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from PIL import Image
+
+from config import InputError
+from data import JsonLines, image_errors
+
+# GQA's files are large. These parts are not used, and are dropped during parsing to save memory.
+UNUSED = frozenset(
+    "semantic semanticStr entailed equivalent types groups isBalanced relations attributes "
+    "location weather".split()
+)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    for name, convert in (("gqa", convert_gqa), ("refocus", convert_refocus)):
+        command = commands.add_parser(name)
+        command.set_defaults(run=convert)
+        command.add_argument("folder", type=Path)
+    command = commands.add_parser("mix")
+    command.set_defaults(run=mix_files)
+    command.add_argument("output", type=Path, help="the .jsonl file to write")
+    command.add_argument("sources", nargs="+", type=file_and_share, metavar="file.jsonl=share")
+    command.add_argument("--count", type=int, default=20_000, help="rows to draw (default: 20000)")
+    command.add_argument("--seed", type=int, default=0)
+    given = vars(parser.parse_args(argv))
+    run = given.pop("run")
+    try:
+        run(**given)
+    except (InputError, OSError) as error:
+        print(f"convert.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def file_and_share(text):
+    """("a.jsonl", 0.8) from "a.jsonl=0.8"."""
+    path, _, share = text.rpartition("=")
+    if not float(share) > 0:
+        raise ValueError
+    return path, float(share)
+
+
+def write_rows(path, rows):
+    """Write the rows of a data set. Raises: InputError if there are none."""
+    if not rows:
+        raise InputError(f"no rows to write to {path}")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(f"wrote {path}: {len(rows)} rows; next: python sayo_mini.py check {path}")
+
+
+# --- GQA, the larger of the paper's two data sets ---
+
+
+def convert_gqa(folder):
+    """Write `gqa.jsonl` into a folder with GQA's images/, `train_balanced_questions.json` and
+    `train_sceneGraphs.json`; both files may be in subfolders."""
+    if not (folder / "images").is_dir():
+        raise InputError(f"{folder} has no folder images/")
+    questions, path = read_gqa(folder, "train_balanced_questions.json")
+    graphs, _ = read_gqa(folder, "train_sceneGraphs.json")
+    rows = []
+    for number, question in questions.items():
+        try:
+            row = gqa_row(number, question, graphs)
+        except (KeyError, TypeError, AttributeError) as error:
+            reason = f"not in GQA's format ({type(error).__name__}: {error})"
+            raise InputError(f"{path}: question {number}: {reason}") from None
+        if row["boxes"]:
+            rows.append(row)
+    skipped = len(questions) - len(rows)
+    print(f"GQA: skipped {skipped} of {len(questions)} questions: no annotated objects")
+    write_rows(folder / "gqa.jsonl", rows)
+
+
+def read_gqa(folder, name):
+    """The content of a JSON file without the keys in UNUSED, and its path."""
+    path = next(folder.rglob(name), None)
+    if path is None:
+        raise InputError(f"{folder} has no {name}")
+
+    def drop_unused(pairs):
+        return {key: value for key, value in pairs if key not in UNUSED}
+
+    try:
+        return json.loads(path.read_bytes(), object_pairs_hook=drop_unused), path
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON in UTF-8 ({error})") from None
+
+
+def gqa_row(number, question, graphs):
+    """The row of a question. The region is the union of the boxes of the annotated objects: those
+    of the answer if it has any, otherwise those of the full answer, otherwise those of the
+    question. Without annotated objects, `boxes` is empty."""
+    annotations, ids = question["annotations"], []
+    for part in ("answer", "fullAnswer", "question"):
+        if annotations.get(part):
+            ids = dict.fromkeys(annotations[part].values())  # each once, in order
+            break
+    objects = [graphs[question["imageId"]]["objects"][i] for i in ids]
+    return {
+        "image": f"images/{question['imageId']}.jpg",
+        "question": question["question"],
+        "answer": question["answer"],
+        "boxes": [[o["x"], o["y"], o["x"] + o["w"], o["y"] + o["h"]] for o in objects],
+        "id": number,
+    }
+
+
+# --- ReFocus, the smaller one: questions about charts ---
+
+
+def convert_refocus(folder):
+    """Write the training split of `ReFocus/ReFocus_Data` as `refocus.jsonl` and `images/`.
+
+    Rows that share a chart share its file, so that the held-out split keeps them together.
+    """
+    table, rows = load_refocus(), []
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for number, row in enumerate(table):
+        where, areas = f"ReFocus row {number}", row["focus_areas_bbox"]
+        try:
+            # one list per side: [x1 of every box], [y1 of every box], ...
+            sides = [areas[side] for side in ("x1", "y1", "x2", "y2")] if areas else []
+            boxes = [list(box) for box in zip(*sides, strict=True)]
+        except (KeyError, TypeError, ValueError):
+            problem = "focus_areas_bbox needs four equally long lists x1, y1, x2, y2"
+            raise InputError(f"{where}: {problem}") from None
+        if boxes:
+            image = save_image(where, row["image"], folder)
+            text = {"question": row["question"], "answer": row["answer"]}
+            rows.append({"image": image, **text, "boxes": boxes, "id": f"refocus-{number}"})
+    print(f"ReFocus: skipped {len(table) - len(rows)} of {len(table)} rows: no boxes")
+    write_rows(folder / "refocus.jsonl", rows)
+
+
+def load_refocus():
+    """The training split, with images as encoded bytes."""
+    try:
+        import datasets
+    except ImportError:
+        raise InputError("this needs the datasets library: pip install datasets") from None
+    try:
+        table = datasets.load_dataset("ReFocus/ReFocus_Data", split="train")
+    except Exception as error:  # from the hub, the network, the disk or the parquet files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"cannot load ReFocus/ReFocus_Data from the hub: {reason}") from None
+    return table.cast_column("image", datasets.Image(decode=False))
+
+
+def save_image(where, image, folder):
+    """Save an image as PNG, named by a hash of its bytes. Returns: its path relative to `folder`.
+    Raises: InputError that names the row, `where`."""
+    with image_errors(where):
+        name = f"images/{hashlib.sha256(image['bytes']).hexdigest()[:16]}.png"
+        Image.open(io.BytesIO(image["bytes"])).save(folder / name)
+    return name
+
+
+# --- mixtures, such as the paper's: 80 % GQA, 20 % ReFocus ---
+
+
+def mix_files(output, sources, count, seed):
+    """Draw `count` rows from several .jsonl files, without replacement and in random order.
+
+    The id of a row becomes its file and line. Paths of images become relative to the folder of
+    `output`, or absolute if they lead outside.
+    Args: sources, pairs of a file and its share; shares are scaled to add up to 1.
+    """
+    generator, folder = random.Random(seed), output.parent.resolve()
+    mixed, outside, total = [], 0, sum(share for _, share in sources)
+    for path, share in sources:
+        problems, wanted = [], round(count * share / total)
+        data = JsonLines(path, allow_absolute_paths=True, problems=problems)
+        if problems:
+            print(f"{path}: skipped {data.rejected} rows; first problem: {problems[0]}")
+        if wanted > len(data):
+            most = math.floor(len(data) * total / share)
+            raise InputError(f"{path} has {len(data)} rows, not {wanted}: use --count {most}")
+        for row in generator.sample(data.rows, wanted):
+            image = data.image_path(row["image"])
+            if image.is_relative_to(folder):
+                image = image.relative_to(folder)
+            else:
+                outside += 1
+            new = {"image": image.as_posix(), "id": row["where"]}
+            mixed.append(new | {name: row[name] for name in ("question", "answer", "boxes")})
+    generator.shuffle(mixed)
+    write_rows(output, mixed)
+    if outside:
+        rows = f"{outside} rows have images outside {output.parent}"
+        print(f"{rows}: check and train with --allow_absolute_paths")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

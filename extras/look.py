@@ -1,0 +1,118 @@
+"""`look`: ask a question about an image, and draw where the model looks while it answers."""
+
+from pathlib import Path
+
+from PIL import Image
+
+import reward
+from checkpoint import load_settings
+from config import InputError, build_config, is_tiny
+from data import (
+    Example,
+    apply_exif_orientation,
+    clip_box,
+    encode_example,
+    example_region,
+    image_errors,
+    region_errors,
+    stored_size,
+    text_errors,
+)
+from evaluate import trace_attention, written_words
+from extras.pictures import plot_animation, plot_answers
+from model import adapter_settings, load_model
+from scenes import Scenes
+
+
+def run_look(given):
+    """Answer a question greedily, print the answer and its scores, and draw the attention. With an
+    adapter, answer both without and with it, using the settings of the run that trained it. An
+    output that ends in .gif is an animation.
+
+    Args: given, a dict of flags: `image`, `question`, `output`, and optionally `box` (a list),
+    `adapter` and fields of Config.
+    Returns: the exit code. Raises: InputError, if possible before loading the model.
+    """
+    settings = dict(given)
+    image, question, output = (settings.pop(name) for name in ("image", "question", "output"))
+    boxes, adapter = settings.pop("box", []), settings.pop("adapter", "")
+    check_output(output)
+    example = read_example(image, question, [parse_box(box) for box in boxes])
+    saved = None
+    if adapter:
+        settings |= adapter_settings(adapter, settings)
+        run = Path(adapter).parent
+        saved = load_settings(run) if (run / "config.json").exists() else None
+    cfg = build_config(settings, saved)
+    if is_tiny(cfg.model_name_or_path) and example.image.size != (Scenes.image_size,) * 2:
+        advice = "for anything else, use --model_name_or_path"
+        print(f"the tiny model only knows images of cards such as those in example/: {advice}")
+    vlm = load_model(cfg)
+    answers = [describe_answer(vlm, example, cfg, "before training" if adapter else "answer")]
+    if adapter:
+        vlm.load_adapter(adapter)
+        answers.append(describe_answer(vlm, example, cfg, "after training"))
+    plot = plot_animation if Path(output).suffix.lower() == ".gif" else plot_answers
+    plot(example, answers, output)
+    print(f"wrote {output}")
+    return 0
+
+
+def check_output(output):
+    """Raises: InputError unless `output` is an image file in a folder that exists."""
+    path = Path(output)
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise InputError(f"--output {output}: must end in .png, .gif or a similar extension")
+    if not path.parent.is_dir():
+        raise InputError(f"--output {output}: the folder {path.parent} does not exist")
+
+
+def parse_box(text):
+    """[x1, y1, x2, y2] from "x1,y1,x2,y2". Raises: InputError."""
+    try:
+        x1, y1, x2, y2 = (float(number) for number in text.split(","))
+    except ValueError:
+        raise InputError(f"--box {text}: expected four numbers, x1,y1,x2,y2") from None
+    return [x1, y1, x2, y2]
+
+
+def read_example(path, question, boxes):
+    """The Example for an image file. Raises: InputError if the image cannot be read, the question
+    is unusable, or a box is not on the image."""
+    for error in text_errors("question", question):
+        raise InputError(f"--question: {error}")
+    with image_errors(path), Image.open(path) as stored:
+        size = stored_size(stored)
+        errors = list(region_errors(boxes or [[0, 0, *size]], size))
+        if not errors:
+            boxes = [clip_box(box, size) for box in boxes]
+            image, boxes = apply_exif_orientation(stored, boxes)
+    if errors:
+        raise InputError(f"--box: {errors[0]}" if boxes else f"--image {path}: {errors[0]}")
+    return Example(image, question, "", boxes, f"--image {path}")
+
+
+def describe_answer(vlm, example, cfg, caption):
+    """Answer greedily and print the answer, with scores if the example has a box.
+    Returns: a dict for `plot_answers` and `plot_animation`."""
+    prompt = encode_example(vlm, example, cfg)
+    trace = trace_attention(vlm, prompt, cfg)
+    print(f"{caption}: {trace.completion.texts[0]}")
+    if example.boxes:
+        region = example_region(example, prompt.grid)
+        attention, selected = trace.attention[None], trace.selected[None]
+        r_v = reward.attention_reward(attention, region, selected).item()
+        scores = reward.localization(trace.map, region)
+        auroc, ratio = scores["auroc"], scores["mass_over_area"]
+        print(f"  r_v {r_v:.3f}, AUROC {auroc:.3f}, mass / area {ratio:.2f}")
+        looks = reward.early_and_late(trace.attention, region, trace.selected)
+        early, late = ("on" if look else "off" for look in looks)
+        print(f"  early look: {early} the region; late look: {late}")
+    return {
+        "caption": caption,
+        "words": written_words(vlm, trace.completion),
+        "maps": trace.attention.tolist(),
+        "grid": prompt.grid,
+        "entropy": trace.entropy.tolist(),
+        "selected": trace.selected.tolist(),
+    }

@@ -1,0 +1,75 @@
+"""adapter/README.md: what was trained, on which data, and how well it works. It names no folder of
+this machine."""
+
+from pathlib import Path
+
+from config import parse_weights
+from evaluate import results_table
+
+CARD = """\
+---
+{base_model}library_name: peft
+pipeline_tag: image-text-to-text
+---
+# LoRA adapter for {base}
+
+Trained with sayo-mini, a reference implementation of [SAYO](https://arxiv.org/abs/2602.08241): GRPO
+with a reward for looking at the region of the image that contains the answer.
+
+| | |
+|---|---|
+| base model | {base}{quantized} |
+| data | {data} |
+| reward | {reward} |
+| attention reward | layers {layers}, heads {heads}, alignment {alignment}, the share \
+{token_fraction:g} of tokens with the highest entropy |
+| training | {max_steps} steps of {prompts_per_step} questions with {num_generations} completions \
+each; learning rate {learning_rate:g}, {lr_scheduler_type}; seed {seed} |
+{start}
+## Results
+
+{results}
+
+## How to load it
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+adapter = "."  # the folder of this file
+instruction = {instruction!r}  # appended to every question in training
+
+model = AutoModelForImageTextToText.from_pretrained({base!r}, dtype="auto")
+model = PeftModel.from_pretrained(model, adapter)
+```
+
+`docs/use_your_adapter.md` in the repository of sayo-mini shows how to ask a question, and how to
+merge the adapter into the base model. The license of the base model, {base}, applies.
+"""
+
+
+def model_card(settings, before=None, after=None):
+    """The text of adapter/README.md. A resumed run writes the same card.
+
+    Args: settings, those of the run, a dict as in config.json; before, after, results of
+    `evaluate`, or None.
+    """
+    model = settings["model_name_or_path"]
+    base = Path(model).resolve().name if Path(model).exists() else model
+    weights = parse_weights(settings["reward_weights"])
+    start, results = "", "This run was not evaluated."
+    if settings["adapter"]:
+        meaning = "with it" if settings["max_steps"] else "without it"
+        start = f"| started from | another adapter; *before* means {meaning} |\n"
+    if before and after:
+        results = f"```\n{results_table(before, after)}\n```"
+    parts = {
+        "base": base,
+        "base_model": f"base_model: {base}\n" if "/" in base else "",
+        "quantized": ", in 4 bits (NF4)" if settings["load_in_4bit"] else "",
+        "data": Path(settings["dataset"]).name.replace("|", "\\|"),
+        "reward": " + ".join(f"{weight:g} x {name}" for name, weight in weights.items() if weight),
+        "start": start,
+        "results": results,
+    }
+    return CARD.format(**settings | parts)

@@ -1,0 +1,222 @@
+"""What a run shows at its end: report.html, look.png, before_after.png, look.gif and the adapter's
+card. The page is one self-contained file: report.html, report.css and report.js in this folder, and
+the data and charts that this module adds."""
+
+import base64
+import html
+import io
+import json
+import re
+from functools import partial
+from itertools import pairwise, zip_longest
+from pathlib import Path
+from statistics import fmean
+
+from evaluate import LEVELS, pack_map, results_table, unpack_map
+from extras.model_card import model_card
+from extras.pictures import COLORS, color_scale, mean_map, plot_animation, plot_before_after
+
+IN_PICTURE, WITH_MAPS = 4, 8  # held-out questions in look.png, and with maps on the page
+# These keep the page small: questions in the list, characters per text, points per curve, and
+# pixels per side of a photo.
+LISTED, MAX_TEXT, MAX_POINTS, MAX_SIDE = 256, 240, 400, 336
+LINE_STYLES = 6  # the classes line0 to line5 of report.css
+CHARTS = {  # title -> metrics in metrics.jsonl
+    "rewards, mean of a step": "rewards/.*/mean",
+    "rewards, standard deviation within a group": "rewards/.*/std",
+    "AUROC of the attention, sampled completions": "attention/auroc",
+    "entropy, nats": "entropy",
+    "completion length, tokens": "completions/mean_length",
+    "KL from the base model, nats per token": "kl",
+}
+
+
+def write_report(run, examples):
+    """Write report.html, and for a finished run also the pictures and the adapter's card.
+
+    Args: run, a checkpoint.RunDirectory; examples, the held-out examples.
+    """
+    before, after = run.read_json("before.json"), run.read_json("after.json")
+    if run.step < run.settings["max_steps"]:
+        after = None  # of an earlier end, if the run was extended
+    if before and after:
+        pairs = [
+            [as_answer(old, "before"), as_answer(new, "after")] for old, new in zip(before, after)
+        ]
+        shown = [(examples[i], pair) for i, pair in enumerate(pairs[:IN_PICTURE])]
+        run.atomic_write("look.png", partial(plot_before_after, shown))
+        chosen = first_corrected(before, after)
+        example, pair = examples[chosen], pairs[chosen]
+        run.atomic_write("before_after.png", partial(plot_before_after, [(example, pair)]))
+        run.atomic_write("look.gif", partial(plot_animation, example, pair))
+    if (run.folder / "adapter").exists():
+        run.write_text("adapter/README.md", model_card(run.settings, before, after))
+    run.write_text("report.html", render_page(run, before, after, examples))
+
+
+def first_corrected(before, after):
+    """The index of the first question that training corrected, or 0 if it corrected none."""
+    pairs = enumerate(zip(before, after))
+    return next((i for i, (old, new) in pairs if new["correct"] > old["correct"]), 0)
+
+
+def as_answer(row, name):
+    """A result of `evaluate` as an answer for `extras.pictures`."""
+    maps = [unpack_map(packed) for packed in row["maps"]]
+    return row | {"caption": f"{name} training", "maps": maps}
+
+
+# --- the page ---
+
+
+def render_page(run, before, after, examples):
+    """The text of report.html. Args: see `write_report`; before, after, results of `evaluate`, or
+    None."""
+    settings, evaluations = run.settings, {"before": before, "after": after}
+    evaluations = {name: rows for name, rows in evaluations.items() if rows}
+    model, data_set = (Path(settings[name]).name for name in ("model_name_or_path", "dataset"))
+    data = {
+        "levels": LEVELS,
+        "colors": COLORS.hex(),
+        "names": list(evaluations),
+        "total": len(before or []),
+        "questions": list_questions(examples, evaluations),
+    }
+    parts = {
+        "TITLE": f"{model} on {data_set}: {run.step} of {settings['max_steps']} steps",
+        "SETTINGS": "\n".join(f"{name}: {value}" for name, value in settings.items()),
+        "TABLE": results_table(before, after) if after else "The run is not finished.",
+        "REWARDED": f"layers {settings['layers']}, heads {settings['heads']}",
+    }
+    parts = {name: html.escape(text) for name, text in parts.items()} | {
+        "METRIC_CHARTS": "\n".join(metric_charts(run.history)),
+        "POSITION_CHARTS": "\n".join(position_charts(evaluations)),
+        # A question may contain "</script>".
+        "DATA": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+        "STYLE": read_part("report.css"),
+        "SCRIPT": read_part("report.js"),
+    }
+    return re.sub("@([A-Z_]+)@", lambda match: parts[match[1]], read_part("report.html"))
+
+
+def read_part(name):
+    return (Path(__file__).parent / name).read_text("utf-8")
+
+
+def list_questions(examples, evaluations):
+    """The held-out questions, a list of dicts for JSON; the first WITH_MAPS have photos and maps.
+    `scale` is the attention with the brightest color, `mean` the mean map of the selected words."""
+    questions = []
+    for i, rows in enumerate(zip(*(results[:LISTED] for results in evaluations.values()))):
+        answers = []
+        for row in rows:
+            keys = ["correct", "early", "late"]
+            if i < WITH_MAPS:
+                keys += ["words", "grid", "maps", "selected"]
+            answers.append({key: row[key] for key in keys} | {"text": cut(row["text"])})
+        question, truth = cut(rows[0]["question"]), cut(rows[0]["answer"])
+        questions.append({"question": question, "truth": truth, "answers": answers})
+        if i < WITH_MAPS:
+            unpacked = [as_answer(row, name) for name, row in zip(evaluations, rows)]
+            for answer, maps in zip(answers, unpacked):
+                answer["mean"] = pack_map(mean_map(maps))
+            questions[i] |= {
+                "image": image_as_url(examples[i].image),
+                "size": examples[i].image.size,
+                "boxes": examples[i].boxes,
+                "scale": color_scale(unpacked),
+            }
+    return questions
+
+
+def cut(text):
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}..."
+
+
+def image_as_url(image):
+    """An image as a data URL: PNG if small, otherwise a JPEG of at most MAX_SIDE."""
+    image, file = image.convert("RGB"), io.BytesIO()
+    kind = "png" if max(image.size) <= 128 else "jpeg"
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    image.save(file, kind, quality=80)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+# --- charts ---
+
+
+def metric_charts(steps):
+    """The training curves, a list of SVGs. Args: steps, the rows of metrics.jsonl."""
+    charts = []
+    for title, pattern in CHARTS.items():
+        names = [name for name in (steps[0] if steps else []) if re.fullmatch(pattern, name)]
+        lines = {name: [step[name] for step in steps] for name in names}
+        charts.append(line_chart(title, lines, "step"))
+    return charts
+
+
+def position_charts(evaluations):
+    """The mean attention to the region and to the whole image at each token of the answers, right
+    and wrong ones, a list of SVGs. Args: evaluations, {"before": results, "after": results}."""
+    charts = []
+    for title, key in (("the region", "to_region"), ("the whole image", "to_image")):
+        lines = {}
+        for name, results in evaluations.items():
+            for verdict, correct in (("right", 1), ("wrong", 0)):
+                rows = [row[key] for row in results if row["correct"] == correct]
+                lines[f"{name} training, {len(rows)} {verdict} answers"] = mean_by_position(rows)
+        charts.append(line_chart(f"attention to {title}", lines, "token"))
+    return charts
+
+
+def mean_by_position(lists):
+    """The mean of the first numbers of some lists, of the second numbers, and so on, while at least
+    a third of the lists are that long."""
+    columns = [[v for v in column if v is not None] for column in zip_longest(*lists)]
+    return [fmean(column) for column in columns if 3 * len(column) >= len(lists)]
+
+
+def line_chart(title, lines, x_label):
+    """Draw a line chart as inline SVG.
+
+    Args: lines, {name: values at x = 1, 2, ...}, with None for a missing value.
+    Returns: the SVG as a string, or "" if there are no values.
+    """
+    longest = max((len(values) for values in lines.values()), default=0)
+    values = [v for line in lines.values() for v in line if v is not None]
+    if not values:
+        return ""
+    width, height, left, right, top, bottom = 420, 190, 52, 408, 26, 156
+    low, high = min(0.0, *values), max(values)
+    high = high if high > low else low + 1
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {width} {height + 14 * len(lines)}">',
+        f'<text x="{left}" y="14" class="title">{html.escape(title)}</text>',
+        f'<path class="axis" d="M{left},{top} V{bottom} H{right}"/>',
+        f'<text x="{left - 5}" y="{top + 6}" text-anchor="end">{high:.2g}</text>',
+        f'<text x="{left - 5}" y="{bottom}" text-anchor="end">{low:.2g}</text>',
+        f'<text x="{left}" y="{bottom + 15}">1</text>',
+        f'<text x="{right}" y="{bottom + 15}" text-anchor="end">{x_label} {longest}</text>',
+    ]
+    for n, (name, line) in enumerate(lines.items()):
+        points = [
+            f"{left + (right - left) * x / max(1, longest - 1):.1f},"
+            f"{bottom - (bottom - top) * (value - low) / (high - low):.1f}"
+            for x, value in average_bins(line)
+        ]
+        y, style = height + 14 * n, f'class="line{n % LINE_STYLES}"'
+        parts += [
+            f'<polyline {style} points="{" ".join(points)}"/>',
+            f'<path {style} d="M{left},{y - 4} h36"/>',
+            f'<text x="{left + 42}" y="{y}">{html.escape(name)}</text>',
+        ]
+    return "".join(parts) + "</svg>"
+
+
+def average_bins(values):
+    """At most MAX_POINTS points (mean position, mean value) of a curve, so that the page stays
+    small. None values are ignored."""
+    known = [(x, value) for x, value in enumerate(values) if value is not None]
+    count = min(len(known), MAX_POINTS)
+    edges = [i * len(known) // max(1, count) for i in range(count + 1)]
+    return [tuple(map(fmean, zip(*known[a:b]))) for a, b in pairwise(edges)]

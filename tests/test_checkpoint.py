@@ -1,0 +1,541 @@
+"""Nothing is lost after kills, damaged files, signals and full disks; a run resumes bit for bit."""
+
+import json
+import math
+import os
+import pty
+import resource
+import select
+import shlex
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from filelock import FileLock
+from safetensors.torch import load_file
+
+import checkpoint
+import model
+import reward
+import sayo_mini
+from config import Config, InputError
+from metrics import Alarms
+from scenes import Scenes
+
+ROOT = Path(__file__).parent.parent
+FAST = "--device cpu --no-load_in_4bit --prompts_per_step 2 --num_generations 4".split()
+FAST += ["--completions_per_forward", "4"]  # one group per forward, as for large models
+FAST += "--eval_examples 1 --max_steps 4 --save_steps 1 --model_name_or_path".split() + [str(TINY)]
+COMPARED = "metrics.jsonl", "samples.jsonl", "before.json", "after.json"
+COMPARED += "adapter/adapter_model.safetensors", "checkpoint.safetensors"
+
+
+def run(folder, flags="", expect=0):
+    """Run the program in this process; check the exit code."""
+    argv = [*FAST, "--output_dir", str(folder), *shlex.split(flags)]
+    assert sayo_mini.main(argv) == expect
+
+
+def resume(folder, flags="", expect=0):
+    """Resume a run; settings that are not in `flags` come from the run."""
+    argv = ["--resume", "--output_dir", str(folder), *shlex.split(flags)]
+    assert sayo_mini.main(argv) == expect
+
+
+def differences(one, other):
+    """The files of two runs that are not bit-identical."""
+    return [name for name in COMPARED if (one / name).read_bytes() != (other / name).read_bytes()]
+
+
+def read_log(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def logged_steps(folder):
+    return [row["step"] for row in read_log(folder)]
+
+
+def checkpoint_step(folder, name="checkpoint.safetensors"):
+    return checkpoint.load_checkpoint(folder / name)[0]["step"]
+
+
+def error_line(capfd):
+    """The only line that the program itself wrote to stderr; progress bars do not count."""
+    lines = capfd.readouterr().err.splitlines()
+    lines = [line for line in lines if line.startswith("sayo_mini.py: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(folder)
+    return folder
+
+
+# --- resuming ---
+
+
+@pytest.mark.parametrize("log", ["metrics.jsonl", "samples.jsonl"])
+def test_an_incomplete_last_line_of_a_log_is_dropped(tmp_path, whole, log):
+    """The line is dropped even if it looks complete because its last character is a brace."""
+    folder = tmp_path / "run"
+    run(folder, "--max_steps 4 --save_steps 3")
+    (folder / "checkpoint.safetensors").unlink()  # step 4; the previous one is from step 3
+    text = (folder / log).read_text()
+    (folder / log).write_text(text + '{"step": 5, "text": "{red}')
+    resume(folder)
+    assert not differences(whole, folder)
+
+
+@pytest.mark.parametrize("precision", ["", "--load_in_4bit"], ids=["fp32", "nf4"])
+def test_a_crash_between_checkpoints_repeats_the_lost_step(tmp_path, monkeypatch, precision):
+    """The run ends in step 4, with the last checkpoint at step 2. Step 3 is logged again."""
+    flags = f"--save_steps 2 {precision}"
+    run(tmp_path / "whole", flags)
+    original, steps = sayo_mini.train_step, []
+
+    def killed(*args):
+        steps.append(1)
+        if len(steps) == 4:
+            raise RuntimeError("power cut")
+        return original(*args)
+
+    monkeypatch.setattr(sayo_mini, "train_step", killed)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path / "run", flags)
+    assert logged_steps(tmp_path / "run") == [1, 2, 3]
+    monkeypatch.undo()
+    resume(tmp_path / "run")
+    assert not differences(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_can_grow_but_not_shrink_or_change(tmp_path, capfd, whole):
+    folder = copy_run(whole, tmp_path / "run")
+    for flags in ("--seed 1", "--lora_r 4", "--reward_weights format=1", "--max_steps 3"):
+        resume(folder, flags, expect=2)
+        assert flags.split()[0] in error_line(capfd)
+    assert not differences(whole, folder)
+    resume(folder, "--max_steps 5 --save_steps 3 --seed 0")
+    out = capfd.readouterr().out
+    assert "max_steps 4 -> 5" in out and "save_steps 1 -> 3" in out and "seed" not in out
+    assert logged_steps(folder) == [1, 2, 3, 4, 5] and checkpoint_step(folder) == 5
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["max_steps"], config["resume"]) == (5, False)
+    assert config["made_with"]["torch"] == torch.__version__.split("+")[0] or config["made_with"]
+
+
+def test_a_run_is_not_overwritten_and_nothing_is_not_resumed(tmp_path, capfd, whole):
+    folder = copy_run(whole, tmp_path / "run")
+    capfd.readouterr()
+    run(folder, expect=2)
+    assert "already contains a run: --resume continues it" in error_line(capfd)
+    assert not differences(whole, folder)
+    resume(tmp_path / "none", expect=2)
+    assert "no run in" in error_line(capfd) and not (tmp_path / "none").exists()
+    (folder / "config.json").write_text("{")
+    resume(folder, expect=2)
+    assert "config.json is damaged" in error_line(capfd)
+    trl = tmp_path / "trl"
+    (trl / "checkpoint-2").mkdir(parents=True)
+    (trl / "checkpoint-2" / "trainer_state.json").touch()
+    run(trl, expect=2)
+    assert "already contains a run" in error_line(capfd)
+    (trl / "config.json").write_text((whole / "config.json").read_text())
+    resume(trl, expect=2)
+    assert "a run of extras/scale_trl.py" in error_line(capfd)
+
+
+def test_a_crash_in_the_first_evaluation_leaves_a_reusable_folder(tmp_path, monkeypatch, whole):
+    """The second run must not take the leftovers of the first, which had another seed."""
+    monkeypatch.setattr(sayo_mini, "train_step", None)  # raises TypeError
+    with pytest.raises(TypeError):
+        run(tmp_path / "run", "--seed 5 --eval_examples 2")
+    monkeypatch.undo()
+    run(tmp_path / "run")
+    assert not differences(whole, tmp_path / "run")
+
+
+# --- damaged files ---
+
+
+def flip_bit(path, fraction):
+    """Flip a bit in the byte at this fraction of the file."""
+    content = bytearray(path.read_bytes())
+    content[int(fraction * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+
+def replace_bytes(path, old, new):
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
+DAMAGE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "text": lambda path: path.write_text("no checkpoint"),
+    "a bit of its header's length": lambda path: flip_bit(path, 0),
+    "a bit of its header": lambda path: flip_bit(path, 0.001),
+    "a bit in the middle": lambda path: flip_bit(path, 0.5),
+    "the last bit": lambda path: flip_bit(path, 1),
+    "another step": lambda path: replace_bytes(path, rb"\"step\": 4", rb"\"step\": 3"),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+def copy_run(source, target):
+    target.mkdir()
+    for path in source.iterdir():
+        if path.is_file():
+            (target / path.name).write_bytes(path.read_bytes())
+    (target / "adapter").mkdir()
+    for path in (source / "adapter").iterdir():
+        (target / "adapter" / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoint_is_reported_and_the_previous_one_used(tmp_path, capsys, whole, damage):
+    folder = copy_run(whole, tmp_path / "run")
+    DAMAGE[damage](folder / "checkpoint.safetensors")
+    resume(folder)
+    out = capsys.readouterr().out
+    assert "checkpoint.safetensors is damaged" in out and "after step 3" in out
+    assert not differences(whole, folder)
+
+
+def test_two_damaged_checkpoints_are_an_error_and_nothing_changes(tmp_path, capfd, whole):
+    folder = copy_run(whole, tmp_path / "run")
+    for name in checkpoint.CHECKPOINTS:
+        flip_bit(folder / name, 0.5)
+    resume(folder, expect=2)
+    assert str(folder) in error_line(capfd)
+    assert logged_steps(folder) == [1, 2, 3, 4]
+
+
+def test_two_checkpoints_are_kept_but_never_a_damaged_one(tmp_path, whole):
+    assert [checkpoint_step(whole, name) for name in checkpoint.CHECKPOINTS] == [4, 3]
+    folder = copy_run(whole, tmp_path / "run")
+    flip_bit(folder / "checkpoint.safetensors", 0.5)
+    resume(folder)  # repeats step 4; the damaged file must not become the previous checkpoint
+    assert [checkpoint_step(folder, name) for name in checkpoint.CHECKPOINTS] == [4, 3]
+
+
+MISSING = {  # what was lost -> (how to lose it, a word of the message)
+    "before.json": (lambda folder: (folder / "before.json").unlink(), "before.json"),
+    "all of metrics.jsonl": (lambda folder: (folder / "metrics.jsonl").write_text(""), "metrics"),
+    "metrics.jsonl": (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl"),
+    "samples.jsonl": (lambda folder: (folder / "samples.jsonl").unlink(), "samples.jsonl"),
+    "the last row": (
+        lambda folder: (folder / "metrics.jsonl").write_text(
+            "".join((folder / "metrics.jsonl").read_text().splitlines(True)[:-1])
+        ),
+        "metrics.jsonl",
+    ),
+    "the first row": (
+        lambda folder: (folder / "metrics.jsonl").write_text(
+            "".join((folder / "metrics.jsonl").read_text().splitlines(True)[1:])
+        ),
+        "metrics.jsonl",
+    ),
+}
+
+
+@pytest.mark.parametrize("lost", MISSING)
+def test_missing_parts_of_a_run_are_detected(tmp_path, capfd, whole, lost):
+    folder = copy_run(whole, tmp_path / "run")
+    lose, word = MISSING[lost]
+    lose(folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    resume(folder, expect=2)
+    line = error_line(capfd)
+    assert word in line and "--output_dir" in line
+    files["lock"] = b""
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert {"lock": b""} | after == files
+
+
+# --- signals ---
+
+
+def do_after_call(monkeypatch, owner, name, count, action):
+    """Do `action` after the `count`-th call of `owner.name`.
+    Returns: a list that grows with each call."""
+    original, calls = getattr(owner, name), []
+
+    def wrapped(*args, **kwargs):
+        out = original(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == count:
+            action()
+        return out
+
+    monkeypatch.setattr(owner, name, wrapped)
+    return calls
+
+
+NUMBERS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+SIGNALS = pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
+
+
+@SIGNALS
+def test_signal_ends_the_run_after_the_current_step(tmp_path, capsys, monkeypatch, whole, number):
+    stop = partial(signal.raise_signal, number)
+    do_after_call(monkeypatch, sayo_mini, "score_and_reward", 3, stop)  # in step 2
+    folder = tmp_path / "run"
+    run(folder, "--save_steps 9", expect=130)
+    command = f"python sayo_mini.py --resume --output_dir {folder}"
+    assert f"stopped after step 2; continue with: {command}" in capsys.readouterr().out
+    assert logged_steps(folder) == [1, 2] and checkpoint_step(folder) == 2
+    assert (folder / "report.html").exists() and not (folder / "adapter").exists()
+    monkeypatch.undo()
+    resume(folder)
+    assert not differences(whole, folder)
+
+
+@SIGNALS
+@pytest.mark.parametrize("call, evaluation", [(1, "before"), (6, "after")])
+def test_signal_during_an_evaluation_stops_immediately(
+    tmp_path, capsys, monkeypatch, whole, call, evaluation, number
+):
+    stop = partial(signal.raise_signal, number)
+    do_after_call(monkeypatch, model.Vlm, "sample_groups", call, stop)
+    folder = tmp_path / "run"
+    run(folder, expect=130)
+    command = f"python sayo_mini.py --resume --output_dir {folder}"
+    assert f"stopped; continue with: {command}" in capsys.readouterr().out
+    assert not (folder / f"{evaluation}.json").exists()
+    monkeypatch.undo()
+    resume(folder)
+    assert not differences(whole, folder)
+
+
+def test_a_second_ctrl_c_stops_immediately_and_keeps_the_checkpoint(
+    tmp_path, capsys, monkeypatch, whole
+):
+    def press_twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    calls = do_after_call(monkeypatch, sayo_mini, "score_and_reward", 5, press_twice)
+    folder = tmp_path / "run"
+    run(folder, "--save_steps 2", expect=130)
+    assert len(calls) == 5 and checkpoint_step(folder) == 2  # step 3 is lost
+    assert "stopped; continue with: python sayo_mini.py --resume" in capsys.readouterr().out
+    monkeypatch.undo()
+    resume(folder)
+    assert not differences(whole, folder)
+
+
+def test_nohup_survives_a_hangup(tmp_path, monkeypatch, whole):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        hang_up = partial(signal.raise_signal, signal.SIGHUP)
+        do_after_call(monkeypatch, sayo_mini, "score_and_reward", 3, hang_up)
+        run(tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert not differences(whole, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_lost_terminal_saves_the_run(tmp_path, whole):
+    """When an ssh connection drops, the kernel sends SIGHUP, and writing to the terminal fails."""
+    folder = tmp_path / "run"
+    argv = [*FAST, "--save_steps", "99", "--max_steps", "400", "--output_dir", str(folder)]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "sayo_mini.py", *argv])
+    log = folder / "metrics.jsonl"
+    while not log.exists() or log.read_bytes().count(b"\n") < 2:
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert checkpoint_step(folder) == len(logged_steps(folder)) >= 2
+    assert (folder / "report.html").exists()
+
+
+# --- the lock ---
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path, capfd, whole):
+    """The lock ends with its process, even if the process is killed."""
+    folder = copy_run(whole, tmp_path / "run")
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        lock = FileLock(folder / "lock")
+        lock.acquire()
+        os.write(writer, b"locked")
+        signal.pause()
+        os._exit(lock.is_locked)
+    os.read(reader, 6)
+    try:
+        resume(folder, expect=2)
+        line = error_line(capfd)
+        assert "another process runs" in line and str(folder) in line
+        with pytest.raises(InputError, match="another process"):  # if two start at the same time
+            checkpoint.RunDirectory(Config(output_dir=str(folder)), {}, None, None)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    resume(folder)
+    assert not differences(whole, folder)
+
+
+def test_infinite_loss_with_a_finite_gradient_is_skipped(tmp_path, monkeypatch):
+    original = reward.grpo_loss
+
+    def infinite_loss(*args, **kwargs):
+        loss, stats = original(*args, **kwargs)
+        return loss + math.inf, stats
+
+    monkeypatch.setattr(reward, "grpo_loss", infinite_loss)
+    run(tmp_path / "run", "--max_steps 1 --temperature 2", expect=2)
+    (row,) = read_log(tmp_path / "run")
+    assert row["skipped_updates"] == 1 and math.isfinite(row["grad_norm"]) and row["grad_norm"] > 0
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+# --- a full disk ---
+
+
+def fill_disk():
+    """Limit all files of this process to 100 bytes; longer writes fail, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+
+
+def run_in_fork(folder):
+    """Run the program in a forked process, so that the disk is full only there.
+    Returns: (its exit code, the last line of its output)."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(writer, 1), os.dup2(writer, 2)
+        streams = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        sys.stdout, sys.stderr = streams
+        os._exit(sayo_mini.main([*FAST, "--output_dir", str(folder)]))
+    os.close(writer)
+    with open(reader) as output:
+        lines = output.read().splitlines()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), lines[-1]
+
+
+FULL_DISK = [  # owner, function, call after which the disk is full, checkpoint step
+    (sayo_mini, "train_step", 3, 2),
+    (Alarms, "check", 3, 2),  # step 3 is logged, not saved
+    (checkpoint.RunDirectory, "save", 4, 4),  # safetensors raises its own exception
+    (sayo_mini, "evaluate", 2, 4),
+]
+
+
+@pytest.mark.parametrize("owner, name, call, last_step", FULL_DISK)
+def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
+    tmp_path, monkeypatch, whole, owner, name, call, last_step
+):
+    do_after_call(monkeypatch, owner, name, call, fill_disk)
+    folder = tmp_path / "run"
+    code, line = run_in_fork(folder)
+    assert code == 2 and line.startswith("sayo_mini.py: ")
+    assert all(word in line for word in ("File too large", "--resume", str(folder)))
+    assert not list(folder.glob("unfinished-*"))
+    assert checkpoint_step(folder) == last_step
+    monkeypatch.undo()
+    resume(folder)
+    assert not differences(whole, folder)
+
+
+# --- images ---
+
+
+def write_dataset(folder, count=8):
+    """Write scenes as PNGs and a .jsonl file; return the path of the .jsonl file."""
+    folder.mkdir()
+    scenes, lines = Scenes("train", count), []
+    for i in range(count):
+        example = scenes[i]
+        example.image.save(folder / f"{i}.png")
+        row = {"image": f"{i}.png", "question": example.question, "answer": example.answer}
+        lines.append(json.dumps(row | {"boxes": example.boxes}))
+    (folder / "set.jsonl").write_text("\n".join(lines))
+    return folder / "set.jsonl"
+
+
+def damage_image(path):
+    """Cut off the end of an image. Its header is intact: only reading the pixels fails."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-200])
+    return content
+
+
+@pytest.mark.slow
+def test_resumed_run_skips_the_same_damaged_images(tmp_path, capsys):
+    data = write_dataset(tmp_path / "data")
+    damaged = 1, 4, 5
+    for i in damaged:
+        damage_image(data.parent / f"{i}.png")
+    flags = f"--dataset {data} --eval_examples 2 --skip_bad_examples"
+    run(tmp_path / "cosine", flags)
+    out = capsys.readouterr().out
+    assert all(out.count(f"set.jsonl:{i + 1}: ") == 1 for i in damaged)
+    constant = f"{flags} --lr_scheduler_type constant"  # independent of --max_steps
+    run(tmp_path / "resumed", f"{constant} --max_steps 2")
+    run(tmp_path / "whole", constant)
+    resume(tmp_path / "resumed", "--max_steps 4")
+    assert not differences(tmp_path / "whole", tmp_path / "resumed")
+    used = {row["id"] for row in read_log(tmp_path / "cosine", "samples.jsonl")}
+    assert used and not used & {f"{data}:{i + 1}" for i in damaged}
+
+
+# --- --keep_best and --report_to ---
+
+
+def adapter_sums(folder):
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    return sorted(w.sum().item() for w in weights.values())
+
+
+def test_keep_best_ends_with_the_adapter_of_the_best_steps(tmp_path, monkeypatch):
+    """After steps 2, 4 and 5, the latest steps are compared by their right samples."""
+    shares, seen, log = [0.2, 0.4, 0.6, 0.5, 0.1], [], checkpoint.RunDirectory.log
+
+    def log_and_remember(self, metrics, *args, **kwargs):
+        metrics = metrics | {"rewards/accuracy/mean": shares[self.step]}
+        seen.append(sorted(p.detach().sum().item() for p in self.params.values()))
+        log(self, metrics, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.RunDirectory, "log", log_and_remember)
+    flags = "--max_steps 5 --save_steps 2 --learning_rate 1e-3 --warmup_steps 0"
+    for name, keep, step in (("best", "--keep_best", 4), ("last", "", 5)):
+        seen.clear()
+        run(tmp_path / name, f"{flags} {keep}")
+        assert adapter_sums(tmp_path / name) == seen[step - 1] and seen[3] != seen[4]
+
+
+def test_the_best_adapter_survives_an_interruption(tmp_path):
+    flags = "--keep_best --save_steps 2 --max_steps 6 --learning_rate 1e-3 --warmup_steps 0"
+    run(tmp_path / "whole", flags)
+    run(tmp_path / "run", flags)
+    (tmp_path / "run" / "checkpoint.safetensors").unlink()  # step 6; step 4 is left
+    for name in ("adapter/adapter_model.safetensors", "after.json"):
+        (tmp_path / "run" / name).unlink()
+    resume(tmp_path / "run")
+    assert not differences(tmp_path / "whole", tmp_path / "run")
+
+
+def test_report_to_writes_to_the_tracker_or_says_what_to_install(tmp_path, capfd):
+    pytest.importorskip("tensorboard")
+    run(tmp_path / "run", "--max_steps 1 --report_to tensorboard")
+    events = list((tmp_path / "run").rglob("events.out.tfevents.*"))
+    assert any(b"rewards/attention/mean" in path.read_bytes() for path in events)
+    run(tmp_path / "other", "--report_to trackio", expect=2)
+    assert "pip install trackio" in error_line(capfd)

@@ -1,0 +1,185 @@
+"""Every setting is a flag: ranges, messages, help, presets, and where each value comes from."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+import model
+import sayo_mini
+from config import FIELDS, GROUPS, Config, InputError, build_config, is_tiny, parse_command_line
+from config import TINY as PRESET
+from extras.commands import EXAMPLES, USED
+
+ROOT = Path(__file__).parent.parent
+
+
+def parse(flags):
+    """The flags of a training run, as a dict of values."""
+    return parse_command_line(shlex.split(flags))[1]
+
+
+# --- ranges ---
+
+RANGES = """
+lora_r                   1 | 0 -1 1.5
+lora_alpha               1 | 0 -32
+max_pixels               1 | 0
+max_steps                0 7 | -1 1.5 1e6 many
+num_generations          2 | 1
+prompts_per_step         1 | 0
+completions_per_forward  0 | -1
+max_completion_length    1 | 0
+temperature              0.01 | 0.009 0 inf nan hot
+learning_rate            0 | -1e-9 nan inf
+warmup_steps             0 | -1
+weight_decay             0 | -1e-9 inf
+max_grad_norm            -1 0 1e9 | nan inf -inf
+beta                     0 | -1e-9 inf nan
+epsilon                  1e-9 0.999 | 0 1
+num_iterations           1 | 0
+seed                     0 9223372036854775807 | -1 9223372036854775808
+token_fraction           1e-9 1 | 0 1.001
+eval_examples            0 | -1
+save_steps               1 | 0
+device                   auto cuda cpu | gpu
+lr_scheduler_type        cosine constant | linear
+alignment                query predict | both
+report_to                none tensorboard wandb trackio | mlflow
+layers                   all -1 0,-2 | last 1.5 2,,3 ''
+heads                    all 0,3 | first ''
+format_lengths           5,5 0,1 | 5 1,2,3 a,b 6,5 -1,5 0,0
+reward_weights           attention=1 a=-1,b=0.5 | attention a=x a=1,a=2 a=0,b=0 a=nan a=1,b=inf ''
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("line", RANGES, ids=lambda line: line.split()[0])
+def test_values_in_range_are_accepted_and_others_refused(line):
+    (name, *accepted), refused = (shlex.split(part) for part in line.split("|"))
+    for text in accepted:
+        assert parse(f"--{name}={text}") == {name: FIELDS[name].type(text)}
+    for text in refused:
+        with pytest.raises(InputError, match=f"--{name}"):
+            parse_command_line([f"--{name}={text}"])
+
+
+def test_the_table_of_ranges_has_every_flag_with_a_range():
+    free = "dataset instruction model_name_or_path adapter output_dir".split()
+    ranged = {name for name, setting in FIELDS.items() if setting.type is not bool} - {*free}
+    assert {line.split()[0] for line in RANGES} == ranged
+
+
+MESSAGES = {
+    "--beta=-1": "--beta -1.0: must be at least 0",
+    "--epsilon=1": "--epsilon 1.0: must be above 0 and below 1",
+    "--token_fraction=2": "--token_fraction 2.0: must be above 0 and at most 1",
+    "--learning_rate=inf": "--learning_rate inf: must be a finite number",
+    "--format_lengths=9,5": "--format_lengths 9,5: expected two integers min,max such as 60,100",
+    "--beta=much": "argument --beta: invalid float value: 'much' (see --help)",
+    "look --image a.png": "the following arguments are required: --question (see --help)",
+    "look --image a.png --question q --beta 1": "look does not use --beta (see --help)",
+    "probe --heads=0": "probe does not use --heads (see --help)",
+    "check a.jsonl --seed 1": "check does not use --seed (see --help)",
+    "--xyzzy 1": "unrecognized arguments: --xyzzy 1 (see --help)",
+}
+NEAREST = {  # what was probably meant
+    "--max-steps 4": "--max_steps",
+    "--learning_rat=1": "--learning_rate",
+    "--no-load_in_4bits": "--no-load_in_4bit",
+    "--max_ste 1": "--max_steps",
+    "prob": "probe",
+}
+for flags, nearest in NEAREST.items():
+    MESSAGES[flags] = f"unrecognized arguments: {flags}: did you mean {nearest}? (see --help)"
+
+
+@pytest.mark.parametrize("flags", MESSAGES)
+def test_a_refusal_is_one_line_that_says_what_would_work(flags, capsys):
+    assert sayo_mini.main(shlex.split(flags)) == 2
+    assert capsys.readouterr() == ("", f"sayo_mini.py: {MESSAGES[flags]}\n")
+
+
+# --- the command line ---
+
+
+def test_only_passed_flags_are_returned_and_the_command_may_be_left_out():
+    assert parse_command_line([]) == parse_command_line(["train"]) == ("train", {})
+    flags = "--no-load_in_4bit --keep_best --max_steps 3 --output_dir 'a b'"
+    given = {"load_in_4bit": False, "keep_best": True, "max_steps": 3, "output_dir": "a b"}
+    assert parse(flags) == parse(f"train {flags}") == given
+    given = {"image": "a.png", "question": "q?", "box": ["1,2,3,4", "-1,0,2,2"]}
+    found = parse("look --image a.png --question q? --box 1,2,3,4 --box=-1,0,2,2")
+    assert found == given | {"output": "look.png"}
+    assert parse("check my.jsonl --allow_absolute_paths")["dataset"] == "my.jsonl"
+    assert parse("fit --prompt_tokens 9 --seed 3") == {"prompt_tokens": 9, "seed": 3}
+
+
+def read_help(capsys, *command):
+    """The text of --help, and the flags that it lists."""
+    with pytest.raises(SystemExit, match="0"):
+        parse_command_line([*command, "--help"])
+    text = capsys.readouterr().out
+    return text, re.findall("^  --([a-z_0-9]+)", text, re.MULTILINE)
+
+
+def test_help_lists_every_flag_once_in_its_group_with_its_default(capsys):
+    text, listed = read_help(capsys)
+    assert listed == list(FIELDS)
+    for first, title in GROUPS.items():
+        assert f"\n\n{title}:\n  --{first}" in text
+    text = " ".join(text.split())
+    assert "completion (default: 110; tiny: 20)" in text and "base model (default: none)" in text
+    assert "(default: True; tiny: False)" in text and "</answer>.; tiny: none)" in text
+    assert "fit predict the GPU memory of a run" in text
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_help_of_a_command_lists_what_it_uses_and_its_example_parses(command, capsys):
+    text, listed = read_help(capsys, command)
+    own = {"look": ["image", "question", "box", "output"], "fit": ["prompt_tokens"]}
+    used = own.get(command, []) + USED.get(command, list(FIELDS))
+    assert sorted(listed) == sorted(used)
+    example = text.split("python sayo_mini.py ")[1].splitlines()[0]
+    assert parse_command_line(shlex.split(example))[0] == command
+
+
+def test_python_m_from_the_parent_folder_answers_help_without_torch(tmp_path):
+    (tmp_path / "sayo").symlink_to(ROOT)
+    code = "import runpy, sys; sys.modules['torch'] = None; sys.argv[1:] = ['--help']; "
+    code += "runpy.run_module('sayo.sayo_mini', run_name='__main__')"
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    assert process.returncode == 0 and process.stdout.startswith(b"usage: "), process.stderr
+
+
+# --- where the values come from ---
+
+
+def test_flags_come_before_the_preset_and_the_preset_before_the_defaults(tmp_path):
+    assert build_config({"model_name_or_path": Config.model_name_or_path}) == Config()
+    assert build_config({"model_name_or_path": "tiny"}) == Config(**PRESET)
+    given = {"model_name_or_path": str(TINY), "max_steps": 7, "layers": "2"}
+    assert build_config(given) == Config(**PRESET | given)
+    assert is_tiny(TINY) and is_tiny("tiny") and not is_tiny(tmp_path / "tiny")
+    saved = {"model_name_or_path": "tiny", "max_steps": 9, "seed": 4}
+    assert build_config({"seed": 5}, saved) == Config(**saved | {"seed": 5})  # no preset
+
+
+def test_a_machine_without_a_gpu_trains_the_tiny_model(monkeypatch, capsys):
+    assert build_config({"device": "cpu"}) == Config(**PRESET | {"device": "cpu"})
+    assert capsys.readouterr().out.startswith("running on the CPU: using the tiny model in tiny/")
+    monkeypatch.setattr(model, "choose_device", lambda device: (torch.device("cuda"), None))
+    assert build_config({}) == Config()
+    assert capsys.readouterr().out == ""
+
+
+def test_settings_from_a_file_and_names_of_rewards_are_checked_too():
+    with pytest.raises(InputError, match="--beta -1: must be at least 0"):
+        build_config({}, {"model_name_or_path": "tiny", "beta": -1})
+    known = "no reward 'beauty'; known: attention, format, accuracy"
+    with pytest.raises(InputError, match=f"^--reward_weights: {known}$"):
+        build_config({"model_name_or_path": "tiny", "reward_weights": "format=1,beauty=1"})

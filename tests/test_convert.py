@@ -1,0 +1,147 @@
+"""extras/convert.py: GQA and ReFocus in their published layouts, and mixtures of .jsonl files."""
+
+import io
+import json
+import subprocess
+import sys
+
+import datasets
+import pytest
+from PIL import Image
+
+from config import ROOT
+from data import JsonLines
+from extras import convert
+
+PIPE, WALL, DOOR = [6, 4, 18, 14], [0, 0, 60, 40], [30, 10, 40, 30]
+OBJECTS = {  # of every scene graph
+    "pipe": {"x": 6, "y": 4, "w": 12, "h": 10, "name": "pipe", "attributes": []},
+    "wall": {"x": 0, "y": 0, "w": 60, "h": 40, "name": "wall", "attributes": []},
+    "door": {"x": 30, "y": 10, "w": 10, "h": 20, "name": "door", "attributes": []},
+}
+ANNOTATIONS = {  # of every question: spans of words -> objects
+    "q0": {"answer": {"0": "pipe"}, "fullAnswer": {"1": "wall"}, "question": {"4": "wall"}},
+    "q1": {"answer": {}, "fullAnswer": {"1": "pipe", "3": "door", "5": "pipe"}, "question": {}},
+    "q2": {"answer": {}, "fullAnswer": {}, "question": {"4:6": "wall"}},
+    "q3": {"answer": {}, "fullAnswer": {}, "question": {}},
+}
+
+
+def run(*arguments):
+    return convert.main(list(map(str, arguments)))
+
+
+@pytest.fixture
+def gqa(tmp_path):
+    """A folder with the files of GQA's three archives."""
+    for name in ("images", "questions"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (60, 40)).save(tmp_path / "images" / "17.jpg")
+    same = {"question": "What is on the wall?", "imageId": "17", "answer": "pipe", "semantic": []}
+    questions = {number: same | {"annotations": spans} for number, spans in ANNOTATIONS.items()}
+    (tmp_path / "questions" / "train_balanced_questions.json").write_text(json.dumps(questions))
+    (tmp_path / "train_sceneGraphs.json").write_text(json.dumps({"17": {"objects": OBJECTS}}))
+    return tmp_path
+
+
+def test_gqa_takes_the_objects_of_the_answer_or_the_full_answer_or_the_question(gqa, capsys):
+    assert run("gqa", gqa) == 0
+    assert "skipped 1 of 4 questions: no annotated objects" in capsys.readouterr().out
+    data = JsonLines(gqa / "gqa.jsonl")
+    boxes = {example.id: example.boxes for example in data}
+    assert boxes == {"q0": [PIPE], "q1": [PIPE, DOOR], "q2": [WALL]}
+    assert (data[0].question, data[0].answer) == ("What is on the wall?", "pipe")
+
+
+@pytest.mark.parametrize(
+    "change", [{"annotations": None}, {"annotations": {"answer": {"0": "roof"}}}, {"imageId": "7"}]
+)
+def test_a_bad_question_of_gqa_is_one_line_that_names_it(gqa, capsys, change):
+    path = gqa / "questions" / "train_balanced_questions.json"
+    questions = json.loads(path.read_text())
+    questions["q1"] |= change
+    path.write_text(json.dumps(questions))
+    assert run("gqa", gqa) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"convert.py: {path}: question q1: ") and error.count("\n") == 1
+    assert not (gqa / "gqa.jsonl").exists()
+
+
+def test_a_missing_file_of_gqa_is_named(gqa, capsys):
+    (gqa / "train_sceneGraphs.json").unlink()
+    assert run("gqa", gqa) == 2 and "no train_sceneGraphs.json" in capsys.readouterr().err
+
+
+def chart(color, *boxes, **change):
+    """A row of ReFocus/ReFocus_Data."""
+    file = io.BytesIO()
+    Image.new("RGB", (60, 40), color).save(file, "JPEG")
+    sides = {side: [box[i] for box in boxes] for i, side in enumerate(("x1", "y1", "x2", "y2"))}
+    row = {"question": "How tall?", "answer": "4", "focus_areas_bbox": sides}
+    return {"image": {"bytes": file.getvalue(), "path": None}} | row | change
+
+
+def fake_hub(monkeypatch, *rows):
+    """Put these rows in place of the data set on the hub."""
+    table = datasets.Dataset.from_list(list(rows)).cast_column("image", datasets.Image())
+    hub = {("ReFocus/ReFocus_Data", "train"): table}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: hub[name, split])
+
+
+def test_refocus_stores_every_chart_once_with_all_boxes(tmp_path, monkeypatch, capsys):
+    charts = [chart("red", PIPE), chart("blue"), chart("red", PIPE, DOOR), chart("pink", WALL)]
+    fake_hub(monkeypatch, *charts)
+    assert run("refocus", tmp_path) == 0
+    assert "skipped 1 of 4 rows: no boxes" in capsys.readouterr().out
+    data = JsonLines(tmp_path / "refocus.jsonl")
+    boxes = {example.id: example.boxes for example in data}
+    assert boxes == {"refocus-0": [PIPE], "refocus-2": [PIPE, DOOR], "refocus-3": [WALL]}
+    files = [row["image"] for row in data.rows]  # the held-out split is by file
+    assert files[0] == files[1] != files[2] and files[0].endswith(".png")
+    assert data[0].image.getpixel((30, 20)) == pytest.approx((254, 0, 0), abs=2)
+
+
+def test_a_bad_row_of_refocus_is_named(tmp_path, monkeypatch, capsys):
+    uneven = {"x1": [1, 2], "y1": [1], "x2": [9], "y2": [9]}
+    no_image = {"bytes": b"not an image", "path": None}
+    for change in ({"focus_areas_bbox": uneven}, {"image": no_image}):
+        fake_hub(monkeypatch, chart("red", PIPE), chart("blue", PIPE, **change))
+        assert run("refocus", tmp_path) == 2
+        error = capsys.readouterr().err
+        assert "ReFocus row 1" in error and error.count("\n") == 1
+
+
+def write_set(folder, count):
+    """A .jsonl file whose answers are "<folder> <number>"."""
+    folder.mkdir()
+    Image.new("RGB", (60, 40)).save(folder / "image.png")
+    row = {"image": "image.png", "question": "What?", "boxes": [PIPE]}
+    rows = [row | {"id": i, "answer": f"{folder.name} {i}"} for i in range(count)]
+    (folder / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "set.jsonl"
+
+
+def test_a_mixture_has_its_shares_and_no_row_twice(tmp_path, capsys):
+    a, b = write_set(tmp_path / "a", 40), write_set(tmp_path / "b", 8)
+    output = tmp_path / "a" / "mixed.jsonl"
+
+    def mix(seed, count=30, code=0):
+        command = ["mix", output, f"{a}=4", f"{b}=1", "--count", count, "--seed", seed]
+        assert run(*command) == code
+        return JsonLines(output, allow_absolute_paths=True)
+
+    data, answers = mix(0), [example.answer for example in mix(0)]
+    assert answers == [example.answer for example in data] != [x.answer for x in mix(1)]
+    assert len(set(answers)) == len(answers) == 30
+    assert sum(answer.startswith("b") for answer in answers) == 6
+    assert {answer[0] for answer in answers[:20]} == {"a", "b"}  # shuffled
+    assert {row["image"] for row in data.rows} == {"image.png", str(tmp_path / "b" / "image.png")}
+    assert "6 rows have images outside" in capsys.readouterr().out
+    mix(0, count=43, code=2)
+    assert "has 8 rows, not 9: use --count 40" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_it_runs_as_a_script_in_any_folder(tmp_path):
+    command = [sys.executable, ROOT / "extras" / "convert.py", "--help"]
+    assert b"extras/convert.py gqa" in subprocess.check_output(command, cwd=tmp_path)

@@ -1,0 +1,221 @@
+"""extras/pictures.py: maps, boxes, words and verdicts are drawn at the right place."""
+
+import matplotlib
+import pytest
+import torch
+from PIL import Image, ImageChops, ImageSequence
+
+from data import Example
+from extras import pictures
+from extras.pictures import COLORS, color_scale, draw_row, mean_map, overlay, plot_animation
+
+GRAY = Image.new("RGB", (56, 56), "gray")
+WORDS = ["the", " dot", " is", " blue", " .", ""]
+
+
+def make_answer(shift=0, words=WORDS, grid=(7, 7), **fields):
+    """An answer whose word i attends to cell 3 * i + shift, and a little to all. Every third word
+    is selected."""
+    cells = grid[0] * grid[1]
+    maps = [[0.01] * cells for _ in words]
+    for i, row in enumerate(maps):
+        row[(3 * i + shift) % cells] = 0.5
+    selected = [i % 3 == 0 for i in range(len(words))]
+    answer = dict(caption="answer", words=words, maps=maps, grid=grid, selected=selected)
+    return answer | fields
+
+
+def make_example(image=GRAY, question="Where?", answer="blue", boxes=((8, 8, 16, 16),)):
+    return Example(image, question, answer, list(boxes))
+
+
+EXAMPLE = make_example()
+ANSWERS = [make_answer(0, correct=0.0), make_answer(20, correct=1.0)]  # before and after training
+
+
+def find_color(picture, color):
+    """The bounding box of the pixels of this color, or None."""
+    difference = ImageChops.difference(picture, Image.new("RGB", picture.size, color))
+    masks = [band.point(lambda v: 255 * (v == 0)) for band in difference.split()]
+    return ImageChops.darker(ImageChops.darker(masks[0], masks[1]), masks[2]).getbbox()
+
+
+# --- maps ---
+
+
+def test_the_colors_are_inferno():
+    inferno = matplotlib.colormaps["inferno"]
+    for level in range(256):
+        expected = [255 * v for v in inferno(level)[:3]]
+        assert list(COLORS[3 * level : 3 * level + 3]) == pytest.approx(expected, abs=9)
+
+
+@pytest.mark.parametrize("size, grid", [((70, 70), (7, 7)), ((120, 30), (2, 8))])
+def test_a_hot_cell_lights_only_its_own_pixels(size, grid):
+    image, (rows, cols) = Image.new("RGB", size, (40, 120, 200)), grid
+    dark = overlay(image, [0.0] * (rows * cols), grid, (), size, 1)
+    width, height = size[0] // cols, size[1] // rows
+    for cell in (0, 5, 11):
+        hot = overlay(image, [float(i == cell) for i in range(rows * cols)], grid, (), size, 1)
+        x, y = cell % cols * width, cell // cols * height
+        assert ImageChops.difference(hot, dark).getbbox() == (x, y, x + width, y + height)
+
+
+def test_the_color_scale_is_linear_and_ends_at_the_highest():
+    picture = overlay(Image.new("RGB", (40, 10)), [0, 0.2, 0.4, 0.6], (1, 4), (), (40, 10), 0.4)
+    bar = Image.new("RGB", (80, 512))
+    pictures.draw_color_bar(bar, 0, 0, 512, 0.4, clipped=False)
+    for i, level in enumerate((0, 128, 255, 255)):
+        color = tuple(COLORS[3 * level : 3 * level + 3])
+        assert picture.getpixel((5 + 10 * i, 5)) == bar.getpixel((3, 511 - 2 * level)) == color
+
+
+def test_the_mean_map_uses_only_the_selected_words():
+    answer = dict(maps=[[1.0, 0.0], [9.0, 9.0], [0.5, 0.5]], selected=[True, False, True])
+    assert mean_map(answer) == [0.75, 0.25]
+    other = answer | {"selected": [False, False, True]}
+    assert color_scale([answer, other]) == 0.75  # one scale for all answers
+
+
+# --- boxes and text ---
+
+
+def test_the_box_is_drawn_around_its_place():
+    image = Image.new("RGB", (100, 50), "gray")
+    picture = pictures.show_boxes(image, [(20, 10, 60, 40)], (200, 200))
+    outer, inner = (find_color(picture, color) for color in pictures.BOX_COLORS)
+    assert outer == (35, 15, 125, 85) and inner == (37, 17, 123, 83)
+    assert len(picture.crop((40, 20, 120, 80)).getcolors()) == 1  # it covers nothing of the region
+
+
+@pytest.mark.parametrize(
+    "box, outline",
+    [
+        ((0, 0, 100, 50), (0, 0, 200, 100)),
+        ((99, 0, 100, 50), (193, 0, 200, 100)),
+        ((-9, -9, 1, 1), (0, 0, 7, 7)),
+    ],
+)
+def test_a_box_at_the_edge_stays_visible(box, outline):
+    picture = pictures.show_boxes(Image.new("RGB", (100, 50), "gray"), [box], (200, 100))
+    outer, inner = (find_color(picture, color) for color in pictures.BOX_COLORS)
+    assert outer == outline and inner == tuple(v + d for v, d in zip(outline, (2, 2, -2, -2)))
+
+
+def test_words_stay_inside_the_lines_and_keep_their_spaces():
+    font = pictures.load_font(pictures.FONT)
+    words = ["The", " dot", "\n", "on", " un", "do", "", " x" + "x" * 99]
+    placed = pictures.lay_out(words, font, 150)
+    assert [word for _, _, word in placed[:-1]] == ["The", "dot", "", "on", "un", "do", ""]
+    assert placed[-1][2].endswith("...")  # a long word is cut
+    assert all(x + font.getlength(word) <= 150 + 1e-3 for _, x, word in placed)
+    assert placed[1][1] == pytest.approx(font.getlength("The") + font.getlength(" "))
+    line, x, word = placed[4]
+    assert placed[5][:2] == (line, pytest.approx(x + font.getlength(word)))  # no space between
+
+
+# --- rows ---
+
+
+def distance(row, side, column, attention):
+    """The largest difference between the photo in a column and the expected one."""
+    left, top = pictures.GAP + column * (side + pictures.GAP), pictures.CAPTION
+    photo = row.crop((left, top, left + side, top + side))
+    scale = color_scale(ANSWERS)
+    expected = overlay(GRAY, attention, (7, 7), EXAMPLE.boxes, (side, side), scale)
+    return max(high for _, high in ImageChops.difference(photo, expected).getextrema())
+
+
+def test_before_after_has_a_row_per_question_and_colored_verdicts(tmp_path):
+    pictures.plot_before_after([(EXAMPLE, ANSWERS)] * 3, tmp_path / "three.png")
+    pictures.plot_before_after([(EXAMPLE, ANSWERS)], tmp_path / "one.png")
+    three, one = (Image.open(tmp_path / f"{name}.png") for name in ("three", "one"))
+    assert three.size == (one.width, 3 * one.height)
+    wrong, right = find_color(one, pictures.WRONG), find_color(one, pictures.RIGHT)
+    assert pictures.SIDE < wrong[0] < wrong[2] < right[0] < right[2] <= one.width
+    assert max(wrong[3], right[3]) < one.height
+    for column, answer in enumerate(ANSWERS, 1):
+        assert distance(one, pictures.SIDE, column, mean_map(answer)) == 0
+
+
+def test_look_shows_entropy_and_has_no_verdict_without_ground_truth(tmp_path):
+    example, answer = make_example(answer="", boxes=()), make_answer(entropy=[0, 0, 0, 3.0, 0, 0])
+    pictures.plot_answers(example, [answer], tmp_path / "look.jpg")  # any format that Pillow writes
+    row = draw_row(example, [answer])
+    assert Image.open(tmp_path / "look.jpg").size == row.size
+    bluest = 102, 102, 255
+    assert find_color(row, bluest) and not find_color(draw_row(example, [make_answer()]), bluest)
+    assert not find_color(row, pictures.RIGHT) and not find_color(row, pictures.WRONG)
+
+
+def test_a_row_grows_with_its_text_and_a_frame_shows_the_last_lines():
+    long = make_answer(words=[f" word{i}" for i in range(110)])
+    question = make_example(question="What is " + "very " * 60 + "long?")
+    height = draw_row(EXAMPLE, ANSWERS[:1]).height + 150
+    assert draw_row(EXAMPLE, [long]).height > height < draw_row(question, ANSWERS[:1]).height
+    frames = [draw_row(EXAMPLE, [long], side=256, lines=4, current=[i]) for i in (0, 109)]
+    assert frames[0].size == frames[1].size and frames[0].height < 520
+    first, last = (find_color(frame, pictures.MARKED) for frame in frames)
+    assert first[1] < last[1] < first[1] + 100
+
+
+# --- the moving picture ---
+
+
+def read_gif(path):
+    """Its frames as RGB images, and their durations in milliseconds."""
+    with Image.open(path) as gif:
+        assert gif.format == "GIF" and gif.info["loop"] == 0
+        frames = [frame.copy() for frame in ImageSequence.Iterator(gif)]
+    return [frame.convert("RGB") for frame in frames], [frame.info["duration"] for frame in frames]
+
+
+def test_the_animation_shows_the_map_of_each_word_and_then_the_mean(tmp_path):
+    plot_animation(EXAMPLE, ANSWERS, tmp_path / "x.gif")
+    frames, durations = read_gif(tmp_path / "x.gif")
+    assert len(frames) == len(WORDS)  # the last word has no text, and the last frame the means
+    assert durations[0] > durations[1] and durations[-1] > durations[1]
+    for column, answer in enumerate(ANSWERS, 1):
+        maps = [*answer["maps"][:-1], mean_map(answer)]
+        for i, frame in enumerate(frames):
+            distances = [distance(frame, pictures.GIF_SIDE, column, each) for each in maps]
+            # The palette changes colors slightly, another map changes a cell completely.
+            assert distances.pop(i) < 48 and min(distances) > 80
+
+
+@pytest.mark.parametrize("count, most, frames", [(10, 48, 10), (110, 48, 37), (7, 6, 4)])
+def test_a_long_answer_adds_several_words_per_frame(count, most, frames):
+    currents = pictures.list_frames([[f" w{i}" for i in range(count)], [" a", "", " b"]], most)
+    assert len(currents) == frames <= most
+    words, others = zip(*currents)
+    assert list(words) == sorted(set(words)) and words[-1] == count - 1
+    assert set(others) <= {0, 2} and others[-1] == 2  # stays at its last word
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(640, 480), (90, 900)])
+def test_the_animation_stays_below_one_megabyte(tmp_path, size):
+    # Noise compresses worst. The answers are as long as the default permits.
+    image = Image.merge("RGB", [Image.effect_noise(size, 200)] * 3)
+    maps = torch.rand(110, 300, generator=torch.Generator().manual_seed(0)).tolist()
+    answers = [make_answer(0, [f" word{i}" for i in range(110)], (15, 20), maps=maps)] * 2
+    plot_animation(make_example(image, boxes=[(0, 0, 2, 2)]), answers, tmp_path / "x.gif")
+    assert (tmp_path / "x.gif").stat().st_size <= 1_000_000
+
+
+@pytest.mark.parametrize("size", [(1, 1), (900, 90)])
+def test_small_and_wide_images_and_an_empty_answer_are_no_error(tmp_path, size):
+    example = make_example(Image.new("RGB", size, "gray"), boxes=[(0, 0, 1, 1)])
+    plot_animation(example, [make_answer(words=[""])], tmp_path / "x.gif")
+
+
+# --- the heat map of probe ---
+
+
+def test_the_heat_map_is_brightest_at_the_best_head(tmp_path):
+    pictures.plot_heatmap([[0.5, 0.6, 0.55], [0.4, 0.9, 0.6], [0.5, 0.7, 0.6]], tmp_path / "x.png")
+    picture = Image.open(tmp_path / "x.png")
+    corners = {(i, j): (70 + 52 * j + 2, 24 + 24 * i + 2) for i in range(3) for j in range(3)}
+    colors = {head: picture.getpixel(corner) for head, corner in corners.items()}
+    assert colors[1, 1] == tuple(COLORS[-3:]) and list(colors.values()).count(colors[1, 1]) == 1
+    assert colors[0, 0] == colors[1, 0] == tuple(COLORS[:3])  # chance and below
