@@ -1,1 +1,1 @@
-"""What surrounds a run: commands, the report, converters, several GPUs. Training needs none of it."""
+"""What surrounds a run: commands, the report, converters, several GPUs. No training needs it."""
