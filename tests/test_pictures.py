@@ -93,7 +93,7 @@ def test_the_box_is_drawn_around_its_place():
     [
         ((0, 0, 100, 50), (0, 0, 200, 100)),
         ((99, 0, 100, 50), (193, 0, 200, 100)),
-        ((-9, -9, 1, 1), (0, 0, 7, 7)),
+        ((-9, -9, 10, 10), (0, 0, 25, 25)),
     ],
 )
 def test_a_box_at_the_edge_stays_visible(box, outline):
