@@ -185,7 +185,7 @@ def test_a_finished_run_has_pictures_and_a_card_with_results(tmp_path):
     compile(card.split("```python\n")[1].split("```")[0], "the code in the card", "exec")
     hub = model_card(run.settings | {"model_name_or_path": "Qwen/Qwen3-VL-2B-Instruct"})
     assert hub.startswith("---\nbase_model: Qwen/Qwen3-VL-2B-Instruct\nlibrary_name: peft\n")
-    assert report.first_corrected(BEFORES, AFTERS) == 1
+    assert report.first_corrected([BEFORE, *BEFORES], [BEFORE, *AFTERS]) == 2
     rows, row = (Image.open(run.folder / name) for name in ("look.png", "before_after.png"))
     assert rows.height == 3 * row.height
 
