@@ -1,6 +1,7 @@
 """metrics.py: the metrics of a group and of a step by hand, signs of reward hacking, and alarms."""
 
-from math import log, tanh
+import json
+from math import isnan, log, nan, tanh
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ def rewards_of(**settings):
     cfg = Config(format_lengths="3,3", **settings)
     vlm, prompt = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(grid=(1, 2))
     completions = Completions(torch.zeros(2, 3).long(), MASK, TEXTS)
-    scores = Scores(torch.zeros(2, 3), ENTROPY, ATTENTION, PROMPT_ROW)
+    scores = Scores(torch.zeros(2, 3), ENTROPY, ATTENTION.clone(), PROMPT_ROW)
     return sayo_mini.compute_rewards(vlm, EXAMPLE, prompt, completions, scores, cfg)
 
 
@@ -53,12 +54,19 @@ def test_rewards_of_a_group(alignment, fraction, rho):
 
 def test_attention_metrics_use_the_selection_and_leave_out_padding():
     _, inputs = rewards_of(alignment="query", token_fraction=0.3)
-    assert attention_metrics(ENTROPY, MASK, inputs) == {
+    metrics = attention_metrics(ENTROPY, MASK, inputs)
+    assert json.loads(json.dumps(metrics)) == {
         "entropy": pytest.approx((0.1 + 0.9 + 0.2 + 0.1 + 0.9) / 5),
-        "attention/auroc": 0.5,  # 0.6 against 0.2, and 0.1 against 0.3
+        "attention/auroc": 0.5,  # 1 and 0: 0.6 against 0.2, and 0.1 against 0.3
         "attention/log_rho": pytest.approx((log(1.5) + log(0.5)) / 2, abs=1e-6),
         "attention/image_mass": pytest.approx((0.2 + 0.8 + 0.6 + 0.8 + 0.4) / 5),
     }
+    inputs.attention[1, 1] = torch.tensor([0.3, 0.1])
+    assert attention_metrics(ENTROPY, MASK, inputs)["attention/auroc"] == 1.0
+    inputs.region = torch.tensor([True, True])  # the region of the whole image has no AUROC: chance
+    assert attention_metrics(ENTROPY, MASK, inputs)["attention/auroc"] == 0.5
+    inputs.attention[0, 1, 0] = nan
+    assert isnan(attention_metrics(ENTROPY, MASK, inputs)["attention/auroc"])
 
 
 def test_advantages_of_a_step_are_normalized_within_each_group():
@@ -78,7 +86,7 @@ def test_advantages_of_a_step_are_normalized_within_each_group():
     assert metrics["reward_std"] == pytest.approx(std.mean().item())
 
 
-def group(total, lengths, finished, attention, teaches, entropy):
+def group(total, lengths, finished, attention, entropy):
     mask = torch.arange(4) < torch.tensor(lengths)[:, None]
     rewards = {"attention": torch.tensor(attention), "accuracy": torch.tensor([0.0, 1.0])}
     texts = ["I look. <answer> red </answer>", "<answer> blue"]
@@ -87,14 +95,14 @@ def group(total, lengths, finished, attention, teaches, entropy):
         completions=Completions(mask.long(), mask, texts, 1.0, torch.tensor(finished)),
         rewards=rewards,
         metrics={"entropy": entropy},
-        teaches=teaches,
+        teaches=False,
     )
 
 
 def test_metrics_of_a_step():
     groups = [
-        group([0.0, 2.0], [1, 2], [True, False], [0.1, 0.2], True, entropy=0.5),
-        group([1.0, 1.0], [3, 4], [True, True], [0.3, 0.4], False, entropy=1.5),
+        group([0.0, 2.0], [1, 2], [True, False], [0.1, 0.2], entropy=0.5),
+        group([1.0, 1.0], [3, 4], [True, True], [0.3, 0.4], entropy=1.5),
     ]
     first = {"loss": 2.0, "tokens": 3, "kl": 0.1, "ratio": 1.0}
     second = {"loss": 4.0, "tokens": 1, "kl": 0.5, "ratio": 1.4}
@@ -109,7 +117,7 @@ def test_metrics_of_a_step():
         "skipped_updates": 1,
         "reward": 1.0,
         "reward_std": 2**0.5 / 2,  # mean of sqrt(2) and 0
-        "frac_reward_zero_std": 0.5,
+        "frac_reward_zero_std": 1.0,
         "entropy": 1.0,
         "completions/mean_length": 2.5,
         "completions/min_length": 1.0,
@@ -130,13 +138,14 @@ def test_metrics_of_a_step():
     }
     metrics = step_metrics(groups, updates)
     assert metrics == {name: pytest.approx(value, abs=1e-6) for name, value in expected.items()}
+    assert json.loads(json.dumps(metrics)) == metrics
 
 
 def test_signs_of_reward_hacking():
     for text, share in {
         "": 0,
         "I look. I see. I answer.": 0,
-        "I look. I look! I LOOK?": 2 / 3,
+        "I look.  I look! I LOOK?": 2 / 3,
         "I look. I see.\nI look\nI see. So.": 2 / 5,
         "It is 3.5. Or is it 4.5.": 0,  # a decimal point does not end a sentence
     }.items():
