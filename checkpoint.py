@@ -343,25 +343,12 @@ def stop_signals():
         mute_lost_terminal()
         stop.append(number)
 
-    with handle_signals(handler):
-        yield stop
-
-
-def interrupt(number, frame):
-    """A signal handler that acts like Ctrl-C."""
-    mute_lost_terminal()
-    raise KeyboardInterrupt
-
-
-@contextmanager
-def handle_signals(handler):
-    """Handle Ctrl-C, SIGTERM and SIGHUP with `handler` within the block."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)  # nohup ignores it
     previous = {number: signal.signal(number, handler) for number in numbers}
     try:
-        yield
+        yield stop
     finally:
         for number, old in previous.items():
             signal.signal(number, old)

@@ -4,7 +4,6 @@ and mistyped flags are answered before torch loads."""
 import argparse
 import math
 import operator
-import os
 import signal
 import sys
 from dataclasses import asdict, dataclass, field, fields
@@ -261,10 +260,9 @@ def refuse(message):
 
 
 def check_command_line(argv):
-    """Before torch loads, answer --help and refuse mistakes. Until `main` runs, Ctrl-C ends the
-    program without a traceback: C extensions would swallow or replace an exception."""
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    """Before torch loads, answer --help and refuse mistakes. Until then, Ctrl-C ends the program at
+    once: C extensions would swallow or replace an exception."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         parse_command_line(argv)
     except InputError as error:

@@ -6,6 +6,7 @@ image, at the tokens where the model is least certain. Start at `train_step`; se
 
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -31,14 +32,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import reward
-from checkpoint import (
-    RunDirectory,
-    handle_signals,
-    interrupt,
-    resume_command,
-    run_config,
-    stop_signals,
-)
+from checkpoint import RunDirectory, resume_command, run_config, stop_signals
 from data import Example, encode_example, example_region, load_datasets, step_examples
 from evaluate import evaluate, results_table
 from metrics import Alarms, attention_metrics, sample_rows, step_metrics
@@ -241,19 +235,18 @@ def learning_rate(cfg, step):
 
 
 def main(argv=None):
-    """The command line. User errors and a full GPU end in one line and exit code 2, Ctrl-C and
-    SIGTERM in 130. Returns the exit code."""
+    """The command line. User errors and a full GPU end in one line and exit code 2, Ctrl-C in 130.
+    Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     folder = None
     try:
-        with handle_signals(interrupt):
-            command, given = parse_command_line(argv)
-            folder = given.get("output_dir", "runs/sayo") if command == "train" else None
-            if command == "train":
-                return train(run_config(given))
-            from extras.commands import run_command
+        command, given = parse_command_line(argv)
+        if command == "train":
+            folder = given.get("output_dir", "runs/sayo")
+            return train(run_config(given))
+        from extras.commands import run_command
 
-            return run_command(command, given)
+        return run_command(command, given)
     except InputError as error:
         problem = " ".join(str(error).split())
     except torch.OutOfMemoryError:
@@ -275,4 +268,5 @@ def continue_hint(folder):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # see check_command_line
     sys.exit(main())

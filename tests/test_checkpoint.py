@@ -299,12 +299,11 @@ def test_signal_ends_the_run_after_the_current_step(tmp_path, capsys, monkeypatc
     assert not differences(whole, folder)
 
 
-@SIGNALS
 @pytest.mark.parametrize("call, evaluation", [(1, "before"), (6, "after")])
-def test_signal_during_an_evaluation_stops_immediately(
-    tmp_path, capsys, monkeypatch, whole, call, evaluation, number
+def test_ctrl_c_during_an_evaluation_stops_immediately(
+    tmp_path, capsys, monkeypatch, whole, call, evaluation
 ):
-    stop = partial(signal.raise_signal, number)
+    stop = partial(signal.raise_signal, signal.SIGINT)
     do_after_call(monkeypatch, model.Vlm, "sample_groups", call, stop)
     folder = tmp_path / "run"
     run(folder, expect=130)
