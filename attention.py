@@ -2,8 +2,8 @@
 recorded.
 
 `sayo_attention` runs in every layer, on top of transformers' own SDPA. A completion attends to its
-prompt and to itself, never to other completions: beyond the prompt's own attention, time and memory
-grow with G * C * (P + C), not with the square of the packed length.
+prompt and to itself, never to other completions. Besides the prompt's attention to itself, time and
+memory grow with G * C * (P + C), not with (P + G * C)^2.
 """
 
 from dataclasses import dataclass, field
@@ -86,7 +86,8 @@ def decode_attention(query, keys, values, prompt, scaling, ignored=None):
 
     Args: query (B, H_kv, G, h, D) of B prompts with G completions, h query heads per key head; keys
     and values (B, H_kv, G, t, D) of the completions so far; prompt, the layer's PromptCache of B
-    prompts; ignored (B, P + t) bool, as padding is, or None. Returns: the shape of `query`."""
+    prompts; ignored (B, P + t) bool, true on positions to mask out, or None.
+    Returns: the shape of `query`."""
     B, kv_heads, G, h, D = query.shape
     P, q, shape = prompt.keys.shape[2], query.contiguous() * scaling, query.shape[:-1]
     to_prompt = q.view(B * kv_heads, G * h, D) @ prompt.keys.flatten(0, 1).mT  # (B*H_kv, G*h, P)

@@ -185,7 +185,8 @@ class RunDirectory:
         return all(last > share for share in earlier)
 
     def cut_log(self, name):
-        """Remove the steps after the checkpoint, which run again; a kill can cut the last line."""
+        """Remove the rows of steps after the checkpoint, because these steps run again. A last line
+        that a kill left incomplete goes, too."""
         path, kept = self.folder / name, []
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
             if not line.endswith(b"\n") or json.loads(line)["step"] > self.step:

@@ -66,7 +66,7 @@ class Config:
     prompts_per_step: int = flag(4, "questions per optimizer step", minimum=1)
     completions_per_forward: int = flag(
         0,
-        "micro-batch: below G saves memory, above G packs groups; 0 means G",
+        "micro-batch: less than G saves memory, more than G packs several groups, 0 is G",
         may_change=True,
         minimum=0,
     )
@@ -105,7 +105,9 @@ class Config:
         "runs/sayo", "folder for logs, checkpoints, adapter and report", may_change=True
     )
     save_steps: int = flag(20, "steps between checkpoints", may_change=True, minimum=1)
-    keep_best: bool = flag(False, "end with the adapter of the steps with the most right samples")
+    keep_best: bool = flag(
+        False, "end with the adapter of those save_steps steps whose samples were right most often"
+    )
     report_to: str = flag(
         "none",
         "also log to this tracker, which must be installed",
@@ -260,8 +262,8 @@ def refuse(message):
 
 
 def check_command_line(argv):
-    """Before torch loads, answer --help and refuse mistakes. Until then, Ctrl-C ends the program at
-    once: C extensions would swallow or replace an exception."""
+    """Before torch loads, answer --help and refuse mistakes. While it loads, Ctrl-C kills the
+    program: a KeyboardInterrupt inside the import of a C extension can be lost."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         parse_command_line(argv)

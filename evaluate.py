@@ -42,8 +42,8 @@ def evaluate(vlm, examples, cfg, name, before=None):
     - id, question and answer of the example; text, ids, selected tokens and length of the greedy
       answer; correct (0 or 1)
     - area, the region's fraction of the image, and `reward.localization` of the mean map of the
-      selected tokens; permuted_auroc scores the same map with the *next* example's region, which a
-      positional habit fits as well as its own
+      selected tokens; permuted_auroc scores the same map with the *next* example's region: a model
+      that always looks at the same place scores equally on both
     - early, late (0 or 1), see `reward.early_and_late`; permuted_..., with the next region
     - fixed_..., the same scores on fixed text: the model is fed the answers of `before`, so only
       changes in attention count. Without `before` they equal the scores above

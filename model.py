@@ -40,9 +40,9 @@ SUPPORTED = ("qwen2_5_vl", "qwen3_vl")
 LORA_TARGETS = r".*language_model\.layers.*\.(q|k|v|o|gate|up|down)_proj"
 LORA_VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 TOKENS_PER_FORWARD = 2**12  # when prompts are prefilled or answers evaluated together
-SAMPLED_AT_ONCE = 64  # completions; up to about this many, each extra one costs little time
+SAMPLED_AT_ONCE = 64  # completions decoded together; up to about 64, one more costs little time
 LOGITS_PER_CHUNK = 2**24  # floats, 64 MiB: the logits of about 110 tokens with Qwen's vocabulary
-CHECK_DONE = {"cuda": 8}  # tokens between checks for the end of all completions: each waits
+CHECK_DONE = {"cuda": 8}  # tokens between checks whether all have ended; a check waits for the GPU
 
 # With fp16 as the compute type the vision tower stays in fp32, because it overflows in fp16.
 Qwen2_5_VLForConditionalGeneration._keep_in_fp32_modules = ["visual"]
@@ -202,7 +202,8 @@ def load_tokenizer(name, config):
 
 
 def add_lora(model, r, alpha):
-    """The PEFT model: LoRA on the language model's linear layers, everything else frozen."""
+    """The PEFT model: LoRA in fp32, without dropout, on the language model's linear layers.
+    Everything else is frozen."""
     model.requires_grad_(False)
     return get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, target_modules=LORA_TARGETS))
 
@@ -255,8 +256,9 @@ class Prompt:
 
 @dataclass
 class Completions:
-    """G completions of one prompt. `mask` is true on real tokens including the end of turn. It is
-    determined by position, because a model may itself write the padding token."""
+    """G completions of one prompt. `mask` is true on real tokens, up to and including the end of
+    turn. A completion that was cut off at `max_tokens` has none, and is trained on like any other.
+    The mask does not compare ids with the padding id, because a model may write that token."""
 
     ids: torch.Tensor  # (G, C), padded on the right
     mask: torch.Tensor  # (G, C) bool
@@ -287,7 +289,7 @@ class Vlm:
         self.model, self.tokenizer, self.image_processor = model, tokenizer, processor
         self.core = model.get_base_model()  # the transformers model under PEFT, LoRA in place
         self.device = self.core.device
-        self.dtype = self.core.lm_head.weight.dtype  # to compute in; 4-bit weights hide it
+        self.dtype = self.core.lm_head.weight.dtype  # 4-bit weights do not show it
         # transformers 5.24 renames past_key_values, the argument and the output, to cache.
         known = inspect.signature(type(self.core.model).forward).parameters
         self.cache_name = "cache" if "cache" in known else "past_key_values"
@@ -455,13 +457,15 @@ class Vlm:
             first, rest = h[P - 1].expand(len(x), 1, -1), h[P:].view(*x.shape, -1)[:, :-1]
             predictors.append(torch.cat([first, rest], 1).flatten(0, 1))  # (G*C, D)
         targets = torch.cat([x.flatten() for x in ids])
-        values = self._token_scores(torch.cat(predictors), targets, temperature)
-        values = zip(*(v.split([x.numel() for x in ids]) for v in values))
-        scores = [Scores(*(v.view(x.shape) for v in pair)) for pair, x in zip(values, ids)]
-        for number, group in enumerate(scores if attention else ()):
-            maps = sum(layer[number] for layer in capture.maps.values()) / len(self.layers)
-            group.prompt_attention = maps[0]
-            group.attention = maps[1:].view(*group.logps.shape, -1)  # (G, C, N)
+        logps, entropy = self._token_scores(torch.cat(predictors), targets, temperature)
+        sizes, scores = [x.numel() for x in ids], []
+        for x, group_logps, group_entropy in zip(ids, logps.split(sizes), entropy.split(sizes)):
+            scores.append(Scores(group_logps.view_as(x), group_entropy.view_as(x)))
+        if attention:
+            for number, group in enumerate(scores):
+                maps = sum(layer[number] for layer in capture.maps.values()) / len(self.layers)
+                group.prompt_attention = maps[0]
+                group.attention = maps[1:].view(*group.logps.shape, -1)  # (G, C, N)
         return scores
 
     def _packed_forward(self, prompts, ids, capture=None, **kwargs):
@@ -498,7 +502,7 @@ class Vlm:
 
         def chunk(hidden, targets):
             logps = self._logits(hidden, temperature).log_softmax(-1)  # (rows, V)
-            # The entropy is computed last, so that recomputation can stop before it.
+            # The entropy comes last: it has no gradient, so recomputation can stop before it.
             chosen = logps.gather(-1, targets[:, None])[:, 0]
             return chosen, torch.special.entr(logps.detach().exp()).sum(-1)
 

@@ -19,7 +19,8 @@ def select_tokens(entropy, mask, fraction=0.3):
     """Select the tokens at which the model is least certain: the paper's top 30 % by entropy.
     Args: entropy (G, C) in nats; mask (G, C) bool; fraction of each completion's own n real tokens.
     Returns: bool (G, C), true on max(1, floor(fraction * n)) real tokens of each row. Ties go to
-    the earlier token. Nothing is selected in an empty row. The official code counts padding.
+    the earlier token. Nothing is selected in an empty row. The official code takes the fraction of
+    the padded length.
     """
     entropy = _fp32(entropy, mask=mask)
     count = mask.sum(1, keepdim=True)  # (G, 1)
@@ -33,8 +34,9 @@ def align_attention(attention, prompt_row, alignment="query"):
     """Pair each token j with an attention row.
 
     The entropy of token j is the uncertainty *before* it is written. "query", the paper's reading,
-    uses the row whose query is token j; that row predicts token j + 1. "predict" uses the row that
-    predicts token j. Its query is token j - 1, or the prompt's last token for the first token.
+    uses the row computed when token j is the input, with which the model predicts token j + 1.
+    "predict" uses the row that predicts token j: its query is token j - 1, or for the first token
+    the prompt's last one.
     Args: attention (..., C, N), row j has token j as its query; prompt_row (..., N), the row of the
     prompt's last token. Returns: (..., C, N). Raises: ValueError for an unknown alignment.
     """
@@ -52,8 +54,9 @@ def attention_reward(attention, region, selected, eps=1e-8):
     `a` is the mean attention from the selected tokens to image tokens in the region, `v` to all
     image tokens. With rho = (a + eps) / (v + eps), r_v = (rho^2 - 1) / (rho^2 + 1).
     Args: attention (G, C, N), mean over heads and layers; region (N,) bool; selected (G, C) bool.
-    Returns: (G,) in [-1, 1]; 0 for uniform attention, -1 if nothing is selected: 0 would let empty
-    completions avoid the penalty. Raises: ValueError for an empty region or wrong shapes.
+    eps keeps the logarithm finite if there is no attention to the region.
+    Returns: (G,) in [-1, 1]; 0 for uniform attention, -1 if nothing is selected. Raises: ValueError
+    for an empty region or wrong shapes.
     """
     rho = attention_ratio(attention, region, selected, eps)
     return torch.where(selected.any(1), torch.tanh(rho.log()), -1.0)

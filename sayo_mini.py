@@ -51,22 +51,22 @@ class Group:
     rewards: dict[str, torch.Tensor] = None  # name -> (G,), unweighted
     total_reward: torch.Tensor = None  # (G,), the weighted sum
     advantages: torch.Tensor = None  # (G,)
-    old_logps: torch.Tensor = None  # (G, C) under the policy that sampled
+    old_logps: torch.Tensor = None  # (G, C) before the first update of the step
     ref_logps: torch.Tensor = None  # (G, C) under the model before training, for the KL
     metrics: dict[str, float] = None  # means over the group
-    teaches: bool = True  # false if all rewards are equal up to rounding: the group is left out
+    teaches: bool = True  # false if all rewards are equal: the group is left out of the loss
 
 
 def train_step(vlm, examples, cfg, optimizer, generator, scaler=NO_LOSS_SCALE):
     """One step of GRPO: sample G completions of every question, score and reward them, update.
 
-    A forward pass scores all completions of one or more groups, `completions_per_forward` at a
-    time, and carries the gradient. Log-probabilities, entropies and attention come from the same
-    pass. Args: scaler, a GradScaler for a model in fp16.
+    One forward pass with gradient gives the log-probabilities, entropies and attention of a group;
+    of several groups if `completions_per_forward` is at least 2 G. Below G, `score_groups` splits
+    the group to save memory. Args: scaler, a GradScaler for a model in fp16.
     Returns: (metrics, see `step_metrics`; samples, a dict per completion).
     """
     groups = sample(vlm, examples, cfg, generator)
-    step_tokens = sum(group.completions.mask.sum().item() for group in groups)
+    step_tokens = sum(group.completions.mask.sum().item() for group in groups)  # of all groups
     per_forward = max(1, cfg.completions_per_forward // cfg.num_generations)  # groups
     updates = []
     for iteration in range(cfg.num_iterations):
@@ -75,12 +75,12 @@ def train_step(vlm, examples, cfg, optimizer, generator, scaler=NO_LOSS_SCALE):
             batch = groups[i : i + per_forward]
             prompts, completions = [g.prompt for g in batch], [g.completions for g in batch]
             scores = vlm.score_groups(prompts, completions, attention=iteration == 0)
-            if iteration == 0:
+            if iteration == 0:  # later iterations keep these rewards, and move away from old_logps
                 score_and_reward(vlm, batch, scores, cfg)
-            loss, stats = batch_loss(batch, scores, cfg, step_tokens)
-            if stats:  # else no group of this batch teaches anything
+            if any(group.teaches for group in batch):
+                loss, stats = batch_loss(batch, scores, cfg, step_tokens)
                 scaler.scale(loss).backward()  # plain loss.backward() except in fp16
-            losses += stats
+                losses += stats
         updates.append(update(optimizer, scaler, losses, cfg))
     return step_metrics(groups, updates), sample_rows(groups)
 
@@ -104,8 +104,9 @@ def score_and_reward(vlm, groups, scores, cfg):
         group.total_reward = sum(w * group.rewards[name] for name, w in weights.items())
         group.advantages = reward.group_advantages(group.total_reward)
         group.old_logps = score.logps.detach()
-        finite = group.old_logps[mask].isfinite().all().item()  # if not, `update` skips the step
-        group.teaches = not (finite and group.total_reward.std().item() < 1e-6)
+        equal = group.total_reward.std().item() < 1e-6  # up to rounding
+        broken = not group.old_logps[mask].isfinite().all().item()
+        group.teaches = broken or not equal  # `update` must see a broken group, to skip the step
         group.metrics = attention_metrics(score.entropy, mask, inputs)
     if cfg.beta and any(group.teaches for group in groups):
         with torch.no_grad():
@@ -127,8 +128,8 @@ def compute_rewards(vlm, example, prompt, completions, scores, cfg):
         format_lengths=parse_lengths(cfg.format_lengths),
     )
     rewards = {name: function(inputs) for name, function in reward.REWARDS.items()}
-    dtype = {"dtype": torch.float32, "device": vlm.device}
-    return {name: torch.as_tensor(value, **dtype) for name, value in rewards.items()}, inputs
+    fp32 = {"dtype": torch.float32, "device": vlm.device}
+    return {name: torch.as_tensor(value, **fp32) for name, value in rewards.items()}, inputs
 
 
 def batch_loss(groups, scores, cfg, step_tokens):
@@ -157,16 +158,17 @@ def batch_loss(groups, scores, cfg, step_tokens):
 
 
 def update(optimizer, scaler, losses, cfg):
-    """One update. If loss or gradient is not finite, skip it and halve fp16's loss scale."""
-    if losses:  # else there was no backward pass
-        scaler.unscale_(optimizer)
+    """One update. If loss or gradient is not finite, it is skipped, and in fp16 the GradScaler
+    lowers the loss scale. Args: losses, a dict per group that had a backward pass."""
+    if not losses:
+        return {"losses": losses, "grad_norm": 0.0, "finite": True}
+    scaler.unscale_(optimizer)
     limit = cfg.max_grad_norm if cfg.max_grad_norm > 0 else math.inf
     norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], limit)
     finite = norm.isfinite().item() and all(math.isfinite(x["loss"]) for x in losses)
     if finite:
         optimizer.step()
-    if losses:
-        scaler.update()
+    scaler.update()
     optimizer.zero_grad()
     return {"losses": losses, "grad_norm": norm.item(), "finite": finite}
 

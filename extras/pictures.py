@@ -25,7 +25,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 # works in grayscale and for color-blind readers.
 INFERNO = "000004 160b39 420a68 6a176e 932667 bc3754 dd513a f37819 fca50a f6d746 fcffa4"
 POINTS = Image.frombytes("RGB", (11, 1), bytes.fromhex(INFERNO))
-# The colors of 256 levels, 3 bytes each: between the centers of the first and the last point.
+# The colors of 256 levels, 3 bytes each, interpolated from the 11 points.
 COLORS = POINTS.resize((256, 1), Image.Resampling.BILINEAR, box=(0.5, 0, 10.5, 1)).tobytes()
 BOX_COLORS = "white", "#00d5ff"  # outer and inner line; inferno has no cyan
 RIGHT, WRONG, NEUTRAL = "#00765a", "#b34700", "#444444"  # green and red that color-blind people see

@@ -48,7 +48,8 @@ class SayoTrainer(GRPOTrainer):
     def __init__(self, cfg, args, vlm, train_set):
         self.cfg = cfg
         forbid_placeholders(vlm)
-        # TRL pads prompts on the left, but lets the tokenizer pad the positions of image tokens.
+        # TRL pads prompts on the left, but the tokenizer pads the mask of image tokens on its own
+        # side.
         vlm.tokenizer.padding_side = "left"
         adapter = {p: p.data.clone() for p in vlm.model.parameters() if p.requires_grad}
         super().__init__(
