@@ -2,7 +2,9 @@
 
 transformers is imported where it is needed: tests/test_reward.py runs without it."""
 
+import json
 import os
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -18,7 +20,10 @@ import torch
 if hasattr(signal, "SIGHUP"):  # nohup ignores it, which the program and so the tests would inherit
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)  # the program also does so for models this small
-TINY = Path(__file__).parent.parent / "tiny"
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tiny"
+FAST = "--device cpu --no-load_in_4bit --prompts_per_step 2 --num_generations 4".split()
+FAST += ["--model_name_or_path", str(TINY)]
 # For tests marked cuda. `study/gpu.sh --small` runs them on the CPU to check the tests themselves.
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 
@@ -69,33 +74,53 @@ def qwen2_5_config(tokenizer):
     from transformers import Qwen2_5_VLConfig
 
     ids = tokenizer.convert_tokens_to_ids
-    return Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=64,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3]),
-            eos_token_id=ids("<|im_end|>"),
-            pad_token_id=ids("<|endoftext|>"),
-        ),
-        vision_config=dict(
-            depth=2,
-            hidden_size=32,
-            intermediate_size=64,
-            num_heads=2,
-            patch_size=8,
-            out_hidden_size=64,
-            window_size=32,
-            fullatt_block_indexes=[1],
-        ),
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
-    )
+    text = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    text |= dict(num_attention_heads=4, num_key_value_heads=2)
+    text |= dict(rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3]))
+    text |= dict(eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"))
+    vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=8)
+    vision |= dict(out_hidden_size=64, window_size=32, fullatt_block_indexes=[1])
+    names = "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"
+    tokens = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
+    special = dict(zip(names, map(ids, tokens)))
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special)
+
+
+def run_program(folder, flags="", expect=0):
+    """Run the program in this process with FAST and these flags; check the exit code."""
+    import sayo_mini
+
+    argv = [*FAST, "--output_dir", str(folder), *shlex.split(flags)]
+    assert sayo_mini.main(argv) == expect
+
+
+def read_log(folder, name="metrics.jsonl"):
+    """The rows of a log, parsed as strict JSON: without NaN and Infinity, which Python accepts."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = (folder / name).read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def adapter_weights(folder):
+    """The tensors of a run's adapter."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def error_line(capfd, program="sayo_mini.py"):
+    """The only line that the program itself wrote to stderr; progress bars do not count."""
+    lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith(f"{program}: ")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def trained(vlm):
+    """The parameters of the adapter."""
+    return [p for p in vlm.model.parameters() if p.requires_grad]
 
 
 def load(folder=TINY, load_in_4bit=False, **settings):
@@ -105,10 +130,14 @@ def load(folder=TINY, load_in_4bit=False, **settings):
 
     torch.manual_seed(0)
     vlm = load_vlm(folder, load_in_4bit=load_in_4bit, device="cpu", **settings)
+    randomize_adapter(vlm)
+    return vlm
+
+
+def randomize_adapter(vlm):
     for name, p in vlm.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.02)
-    return vlm
 
 
 def ask(vlm, index=0, G=4, C=12, temperature=1.0, seed=0):

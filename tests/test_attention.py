@@ -1,19 +1,15 @@
 """attention.py against dense attention, and several groups in one forward pass of the model."""
 
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import TINY, ask, load
+from conftest import TINY, ask, load, trained
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
-import sayo_mini
-from attention import Capture, PackedGroup, PromptCache, decode_attention, image_attention
+from attention import Capture, PackedGroup, image_attention
 from attention import sayo_attention as attend
-from config import TINY as PRESET
-from config import Config
 from scenes import Scenes
 
 SCALING, IMAGE = 0.3, torch.tensor([1, 2, 4])  # positions of the image tokens in the prompt
@@ -79,29 +75,6 @@ def test_a_plain_sequence_is_computed_by_transformers():
     torch.testing.assert_close(out, dense(group, query, key, value)[1])
 
 
-@pytest.mark.parametrize("lengths", [(7, 7), (7, 5)])
-def test_a_decoded_token_sees_its_prompt_and_its_own_past(lengths):
-    G, C, (B, P) = 3, 4, (len(lengths), max(lengths))
-    groups = [make_group(length, G, C) for length in lengths]
-    filled = torch.full((B, 2, P, 8), 9.0), torch.full((B, 2, P, 8), 9.0)  # 9: padding
-    own, queries, expected = [[], []], [], []
-    for i, (group, qkv) in enumerate(groups):
-        for x, prompt, completions in zip(qkv[1:], filled, own):
-            prompt[i, :, : group.P] = x[0, :, : group.P]
-            completions.append(x[0, :, group.P :].unflatten(1, (G, C)))  # (H_kv, G, C, D)
-        query = qkv[0][0, :, group.P :].unflatten(1, (G, C))[:, :, -1]  # (H, G, D)
-        queries.append(query.unflatten(0, (2, 2)).transpose(1, 2))  # (H_kv, G, h, D)
-        out = dense(group, *qkv)[1][0, group.P :].unflatten(0, (G, C))[:, -1]  # (G, H, D)
-        expected.append(out.unflatten(1, (2, 2)).transpose(0, 1))
-    padding = torch.arange(P + C) >= torch.tensor(lengths)[:, None]
-    padding[:, P:] = False
-    cache = PromptCache(*filled, padding)
-    keys, values = (torch.stack(parts) for parts in own)
-    ignored = padding if lengths[0] != lengths[1] else None
-    found = decode_attention(torch.stack(queries), keys, values, cache, SCALING, ignored)
-    torch.testing.assert_close(found, torch.stack(expected))
-
-
 class LargestTensor(TorchDispatchMode):
     numel = 0
 
@@ -140,15 +113,14 @@ def test_packed_groups_equal_single_groups(family, checkpointing, request):
     generator = torch.Generator().manual_seed(0)
     groups = vlm.sample_groups(prompts, 3, 12, generator=generator)
     groups[1] = groups[1][:2]
-    assert len(towers) == 1  # for all images at once
-    parameters = [p for p in vlm.model.parameters() if p.requires_grad]
 
     def gradient(scores):
         total = sum((s.logps * c.mask).sum() for s, c in zip(scores, groups))
-        return torch.cat([g.flatten() for g in torch.autograd.grad(total, parameters)])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(total, trained(vlm))])
 
     packed = vlm.score_groups(prompts, groups)
     alone = [vlm.score(*pair) for pair in zip(prompts, groups)]
+    assert len(towers) == 1  # for all images at once, and never again
     for found, expected, group in zip(packed, alone, groups):
         for name in ("logps", "entropy", "attention"):
             a, b = (getattr(scores, name)[group.mask] for scores in (found, expected))
@@ -158,23 +130,6 @@ def test_packed_groups_equal_single_groups(family, checkpointing, request):
     groups[1].temperature = 0.5
     with pytest.raises(ValueError):  # one temperature for all
         vlm.score_groups(prompts, groups)
-
-
-def test_completions_per_forward_changes_only_memory():
-    scenes, found = list(Scenes("validation", 3)), []
-    for per_forward, batches in {0: [1, 1, 1], 2: [1, 1, 1], 9: [2, 1]}.items():
-        settings = dict(num_generations=4, max_completion_length=12, beta=0.01)
-        cfg = Config(**PRESET | settings | dict(completions_per_forward=per_forward))
-        vlm = load(completions_per_forward=per_forward)
-        optimizer = torch.optim.AdamW([p for p in vlm.model.parameters() if p.requires_grad])
-        generator = torch.Generator().manual_seed(0)
-        with patch.object(vlm, "score_groups", wraps=vlm.score_groups) as score:
-            metrics, _ = sayo_mini.train_step(vlm, scenes, cfg, optimizer, generator)
-        sizes = [len(call.args[0]) for call in score.call_args_list]
-        assert sizes == [size for size in batches for _ in ("policy", "reference")]
-        found.append([metrics[name] for name in ("loss", "grad_norm", "kl", "entropy", "reward")])
-    for other in found[1:]:
-        assert other == pytest.approx(found[0], rel=1e-3, abs=1e-5)
 
 
 def test_batches_have_at_most_the_limit_or_one_item():

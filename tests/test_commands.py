@@ -8,9 +8,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import TINY, load
+from conftest import TINY, error_line, load
 from PIL import Image, ImageStat
-from safetensors.torch import load_file, save_file
 
 import reward
 import sayo_mini
@@ -31,9 +30,7 @@ def fails(capfd, flags):
     """Run a command that fails. Returns: its one line on stderr."""
     capfd.readouterr()
     assert sayo_mini.main(list(map(str, flags))) == 2
-    lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith("sayo_mini.py: ")]
-    assert len(lines) == 1
-    return lines[0]
+    return error_line(capfd)
 
 
 # --- look ---
@@ -139,16 +136,6 @@ def test_a_mistake_is_one_line_before_the_model_loads(capfd, photo, run, monkeyp
     assert words in fails(capfd, [*photo[0], *FAST, *flags])
 
 
-def test_look_refuses_an_adapter_with_nan(tmp_path, capfd, photo, run):
-    shutil.copytree(run / "adapter", tmp_path / "nan")
-    path, output = tmp_path / "nan" / "adapter_model.safetensors", tmp_path / "out.png"
-    weights = load_file(path)
-    weights[next(iter(weights))].fill_(float("nan"))
-    save_file(weights, path)
-    flags = [*photo[0], *FAST, "--adapter", path.parent, "--output", output]
-    assert "NaN" in fails(capfd, flags) and not output.exists()
-
-
 # --- probe ---
 
 
@@ -250,19 +237,6 @@ def test_check_names_every_problem_and_summarizes_the_valid_examples(tmp_path, c
     assert bins == [("2 to 5", "1"), ("50 or more", "1"), ("0 to 5", "1"), ("5 to 10", "1")]
     first = Image.open(path.with_suffix(".check.png")).convert("L").crop((8, 8, 232, 176))
     assert ImageStat.Stat(first).stddev[0] > 30  # a photo
-
-
-def test_the_picture_shows_the_answer_below_a_long_question(tmp_path, capsys):
-    pictures = []
-    for answer in ("so", "no"):
-        path = write_set(tmp_path, {"question": "Why ever? " * 40, "answer": answer})
-        assert sayo_mini.main(["check", str(path)]) == 0
-        pictures.append(Image.open(path.with_suffix(".check.png")).crop((8, 180, 232, 260)))
-    assert pictures[0] != pictures[1]
-
-
-def test_a_check_without_a_readable_file_is_one_line(capfd, tmp_path):
-    assert "cannot read the data set" in fails(capfd, ["check", tmp_path / "nowhere.jsonl"])
 
 
 def test_check_allows_images_outside_the_folder_with_the_flag(tmp_path, capsys):

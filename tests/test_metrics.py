@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import load
+from conftest import load, trained
 from PIL import Image
 
 import sayo_mini
@@ -71,10 +71,9 @@ def test_attention_metrics_use_the_selection_and_leave_out_padding():
 
 def test_advantages_of_a_step_are_normalized_within_each_group():
     vlm = load()
-    settings = dict(
-        num_generations=4, max_completion_length=16, reward_weights="attention=2,format=1"
-    )
-    optimizer = torch.optim.AdamW([p for p in vlm.model.parameters() if p.requires_grad])
+    settings = dict(num_generations=4, max_completion_length=16)
+    settings |= dict(reward_weights="attention=2,format=1")
+    optimizer = torch.optim.AdamW(trained(vlm))
     args = Config(**TINY | settings), optimizer, torch.Generator().manual_seed(1)
     metrics, rows = sayo_mini.train_step(vlm, list(Scenes("train", 3)), *args)
     assert [row["id"] for row in rows[::4]] == ["train-0-0", "train-0-1", "train-0-2"]
@@ -192,9 +191,8 @@ def test_answers_that_get_worse_raise_an_alarm():
     line = "step 42: answers get worse: 59% of the recent samples are right, 75% were at best; stop"
     assert steps_with_alarms(rows) == {42: f"{line} here, or use --keep_best"}
     assert list(steps_with_alarms(rows[20:], history=rows[:20])) == [42]  # the same after a resume
-    assert list(steps_with_alarms(rows, prompts_per_step=128)) == [
-        33
-    ]  # a step has enough questions
+    # With 128 questions per step, one step has enough of them.
+    assert list(steps_with_alarms(rows, prompts_per_step=128)) == [33]
     assert not steps_with_alarms(rows[:41])
     assert not steps_with_alarms([row(share) for share in [0.9] * 8 + [0.1] * 7])  # too few
 

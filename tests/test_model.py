@@ -1,22 +1,16 @@
 """Tests of model.py and attention.py against independent implementations: the transformers forward
 on one completion at a time, and eager attention."""
 
-from types import SimpleNamespace
-
 import bitsandbytes
 import pytest
 import torch
-from conftest import TINY, ask, load
+from conftest import TINY, ask, load, trained
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import generic
 
-import attention
 import model
-import reward
 from config import InputError
-from extras.probe import attention_maps
 from model import Completions, load_vlm
 from scenes import Scenes
 
@@ -90,54 +84,33 @@ def test_packed_group_equals_separate_forwards(folder, checkpointing, split):
         torch.testing.assert_close(packed[name], separate[name], atol=2e-4, rtol=1e-3, msg=name)
 
 
-def test_chunked_projection_gives_the_same_scores(monkeypatch):
-    vlm = load()
+def test_only_one_chunk_of_logits_exists_at_a_time(monkeypatch):
+    """The logits (G*C, V) are never materialized: the head gets at most LOGITS_PER_CHUNK // V rows
+    at a time. The scores are the same."""
+    vlm, rows = load(), []
     prompt, completions = ask(vlm)
     whole = vlm.score(prompt, completions)
-    monkeypatch.setattr(model, "LOGITS_PER_CHUNK", 64 * 5)  # five rows of logits at a time
+    monkeypatch.setattr(model, "LOGITS_PER_CHUNK", 64 * 5)
+    vlm.core.lm_head.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
     parts = vlm.score(prompt, completions)
     torch.testing.assert_close(parts.logps, whole.logps, atol=5e-6, rtol=0)
     torch.testing.assert_close(parts.entropy, whole.entropy, atol=5e-6, rtol=0)
-
-
-def test_only_one_chunk_of_logits_exists_at_a_time(monkeypatch):
-    """The logits (G*C, V) are never materialized: the head gets at most LOGITS_PER_CHUNK // V rows
-    at a time."""
-    vlm = load()
-    prompt, completions = ask(vlm)
-    monkeypatch.setattr(model, "LOGITS_PER_CHUNK", 64 * 5)
-    rows = []
-    vlm.core.lm_head.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
-    vlm.score(prompt, completions).logps.sum().backward()
+    parts.logps.sum().backward()
     assert max(rows) == 5
     assert sum(rows) == 2 * completions.ids.numel()  # forward pass, then again for the gradient
 
 
-def test_only_log_probabilities_carry_gradient():
-    vlm = load()
-    scores = vlm.score(*ask(vlm))
-    assert scores.logps.requires_grad
-    assert not scores.entropy.requires_grad
-    assert not scores.attention.requires_grad
-    assert not scores.prompt_attention.requires_grad
-
-
-def test_score_under_no_grad_makes_no_graph():
-    vlm = load(gradient_checkpointing=True)
+@pytest.mark.parametrize("split", [0, 3])
+def test_only_log_probabilities_carry_gradient_and_nothing_does_under_no_grad(split):
+    vlm = load(gradient_checkpointing=True, completions_per_forward=split)
     prompt, completions = ask(vlm)
-    with torch.no_grad():
-        scores = vlm.score(prompt, completions)
-    for tensor in (scores.logps, scores.entropy, scores.attention, scores.prompt_attention):
-        assert not tensor.requires_grad and tensor.grad_fn is None
-    with torch.no_grad():  # the same for a split group and the reference
-        vlm.completions_per_forward = 3
-        assert vlm.score(prompt, completions).logps.grad_fn is None
-        assert vlm.score(prompt, completions, reference=True).logps.grad_fn is None
-
-
-def test_score_without_attention_returns_none_for_it():
-    vlm = load()
-    scores = vlm.score(*ask(vlm), attention=False)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            scores = vlm.score(prompt, completions)
+        assert scores.logps.requires_grad == grad
+        for tensor in (scores.entropy, scores.attention, scores.prompt_attention):
+            assert not tensor.requires_grad and tensor.grad_fn is None
+    scores = vlm.score(prompt, completions, attention=False)
     assert scores.attention is None and scores.prompt_attention is None
 
 
@@ -153,15 +126,6 @@ def test_reference_is_the_model_without_adapter():
         without_adapter = vlm.score(*batch).logps
     torch.testing.assert_close(reference, without_adapter, atol=1e-6, rtol=0)
     assert (reference - trained).abs().max() > 1e-3
-
-
-def test_vision_tower_runs_once_per_example():
-    vlm, runs = load(), []
-    vlm.core.model.visual.register_forward_hook(lambda *args: runs.append(1))
-    prompt, completions = ask(vlm)
-    vlm.score(prompt, completions)
-    vlm.score(prompt, completions, reference=True)
-    assert len(runs) == 1
 
 
 def test_padding_token_written_by_the_model_is_scored():
@@ -212,33 +176,6 @@ def test_captured_attention_equals_eager(folder, layers, heads, checkpointing):
             torch.testing.assert_close(found, maps[P - 1, image], atol=1e-6, rtol=0)
 
 
-def test_attention_maps_of_every_layer_and_head_equal_eager(folder):
-    vlm = load(folder, layers=(-1,), heads=(0,))  # the maps do not depend on this choice
-    prompt, completions = ask(vlm, G=1)
-    maps, prompt_maps = attention_maps(vlm, prompt, completions)  # (L, H, C, N), (L, H, N)
-    vlm.core.set_attn_implementation("eager")
-    P, image = len(prompt.input_ids), prompt.image_positions
-    with torch.no_grad():
-        _, out = reference_forward(vlm, prompt, completions, 0, output_attentions=True)
-    expected = torch.cat(out.attentions)[..., image]  # (L, H, S, N)
-    torch.testing.assert_close(maps, expected[:, :, P:], atol=1e-6, rtol=0)
-    torch.testing.assert_close(prompt_maps, expected[:, :, P - 1], atol=1e-6, rtol=0)
-
-
-def test_checkpointing_does_not_capture_twice(monkeypatch):
-    """The backward pass runs every layer again, but the map already exists."""
-    calls, original = [], attention.image_attention
-
-    def counted(*args):
-        calls.append(1)
-        return original(*args)
-
-    monkeypatch.setattr(attention, "image_attention", counted)
-    vlm = load(gradient_checkpointing=True, layers=(1, 3))
-    vlm.score(*ask(vlm)).logps.sum().backward()
-    assert len(calls) == 2
-
-
 def logits_with_and_without_padding(vlm):
     """Logits (1, 5, V) of five tokens alone, and of the same tokens after three padding tokens."""
     ids = torch.tensor([[12, 13, 14, 15, 16]])
@@ -251,62 +188,15 @@ def logits_with_and_without_padding(vlm):
         return alone, vlm.core(**batch).logits[:, 3:]
 
 
-def test_padding_is_masked_in_a_plain_forward():
-    alone, after_padding = logits_with_and_without_padding(load())
-    torch.testing.assert_close(alone, after_padding, atol=1e-5, rtol=0)
-
-
-def test_padding_would_be_attended_to_without_the_mask_registration(monkeypatch):
+def test_padding_is_masked_in_a_plain_forward(monkeypatch):
     """This is why attention.py registers a mask function: transformers silently drops the padding
     mask of an attention implementation that has none."""
     vlm = load()
+    alone, after_padding = logits_with_and_without_padding(vlm)
+    torch.testing.assert_close(alone, after_padding, atol=1e-5, rtol=0)
     monkeypatch.delitem(AttentionMaskInterface._global_mapping, "sayo")
     alone, after_padding = logits_with_and_without_padding(vlm)
-    assert (alone - after_padding).abs().max() > 0.1  # with the registration, below 1e-5
-
-
-def test_completion_attends_to_the_prompt_and_its_own_past_only():
-    """Change a token in the second of three completions. The output changes only from that token
-    on and in that completion; everything else is bit-identical."""
-    vlm = load()
-    prompt, completions = ask(vlm, G=3, C=6)
-    other = Completions(completions.ids.clone(), completions.mask)
-    other.ids[1, 2] = (other.ids[1, 2] + 7) % 40 + 10
-    with torch.no_grad():
-        a, b = vlm.score(prompt, completions), vlm.score(prompt, other)
-    changed = a.entropy != b.entropy  # entropy j is computed before token j is read
-    assert changed.int().tolist() == [[0] * 6, [0, 0, 0, 1, 1, 1], [0] * 6]
-    changed = (a.attention != b.attention).any(-1)  # token j is the query of row j
-    assert changed.int().tolist() == [[0] * 6, [0, 0, 1, 1, 1, 1], [0] * 6]
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            self.numel = max(self.numel, out.untyped_storage().nbytes() // out.element_size())
-        return out
-
-
-def test_attention_memory_does_not_grow_with_the_square_of_the_packed_length():
-    """The capture creates no tensor larger than (1 + G*C) x (P + C); the output needs none larger
-    than G copies of its keys. The packed sequence has 2,100 tokens, and its square is 4.4 million.
-    """
-    P, G, C, D = 100, 20, 100, 4
-    query, key = torch.randn(1, 2, P + G * C, D), torch.randn(1, 1, P + G * C, D)
-    mask = torch.ones(1, 1, C, P + C, dtype=torch.bool).tril(P)
-    group = attention.PackedGroup(P, G, C, torch.arange(10), mask)
-    with LargestTensor() as largest:
-        attention.image_attention(query, key, group, attention.Capture([0], [0, 1]), 0.5)
-    assert largest.numel == (1 + G * C) * (P + C)
-    layer = SimpleNamespace(layer_idx=0, scaling=0.5, is_causal=True, num_key_value_groups=2)
-    with LargestTensor() as largest, torch.no_grad():
-        attention.sayo_attention(layer, query, key, key, mask, packed=[group], scaling=0.5)
-    assert largest.numel < 100_000
+    assert (alone - after_padding).abs().max() > 0.1
 
 
 # --- sampling ---
@@ -354,40 +244,6 @@ def test_groups_sampled_together_equal_groups_sampled_alone(folder):
         assert group.texts == alone.texts and torch.equal(group.finished, alone.finished)
     for group in vlm.sample_groups(prompts, 4, 30, generator=torch.Generator().manual_seed(3)):
         assert group.mask[:, -1].any() and group.ids.shape == group.mask.shape
-
-
-def test_score_scores_the_distribution_that_was_sampled(folder):
-    """Sampling draws each token from the log-probabilities that the packed forward computes."""
-    vlm = load(folder)
-    scenes, logits = Scenes("validation", 100), []
-    questions = [scenes[0].question, "dot"]
-    prompts = [vlm.encode(scenes[i].image, question) for i, question in enumerate(questions)]
-    original = vlm._logits
-
-    def recorded(*args):
-        logits.append(original(*args))
-        return logits[-1]
-
-    vlm._logits = recorded
-    groups = vlm.sample_groups(prompts, 3, 8, generator=torch.Generator().manual_seed(1))
-    vlm._logits = original
-    logps = torch.stack(logits, 1).log_softmax(-1)  # (B*G, C, V)
-    for i, (prompt, group) in enumerate(zip(prompts, groups)):
-        C = group.ids.shape[1]
-        expected = logps[3 * i : 3 * i + 3, :C].gather(-1, group.ids[..., None])[..., 0]
-        found = vlm.score(prompt, group).logps
-        torch.testing.assert_close(found[group.mask], expected[group.mask], atol=1e-5, rtol=0)
-
-
-def test_completions_end_with_the_stop_token_and_are_masked_by_position():
-    vlm = load()
-    _, completions = ask(vlm, G=8, C=24)
-    assert completions.finished.any()
-    for ids, mask, finished in zip(completions.ids, completions.mask, completions.finished):
-        n = int(mask.sum())
-        assert mask[:n].all()  # padding is on the right
-        stops = torch.isin(ids[:n], vlm.stop_ids)
-        assert not stops[:-1].any() and stops[-1] == finished
 
 
 def test_no_deprecated_name_of_transformers_is_used(folder, monkeypatch):
@@ -448,7 +304,7 @@ def test_4bit_on_the_cpu():
     prompt, completions = ask(vlm)
     scores = vlm.score(prompt, completions)
     scores.logps[completions.mask].sum().backward()
-    assert all(p.grad.isfinite().all() for p in vlm.model.parameters() if p.requires_grad)
+    assert all(p.grad.isfinite().all() for p in trained(vlm))
     for row in range(4):
         real = completions.mask[row]
         logps, _ = reference_scores(vlm, prompt, completions, row)
@@ -483,26 +339,3 @@ def test_only_lora_in_the_language_model_is_trainable(folder):
 def test_nonexistent_layers_and_heads_are_refused(layers, heads, message):
     with pytest.raises(InputError, match=message):
         load_vlm(TINY, load_in_4bit=False, layers=layers, heads=heads, device="cpu")
-
-
-def test_a_prefix_that_the_whole_group_shares_gets_no_gradient():
-    """The advantages of a group sum to 0. So a look that is the same in all completions, because
-    their text is the same up to there, can earn no advantage."""
-    vlm = load()
-    prompt, completions = ask(vlm, G=4)
-    ids = completions.ids.clone()
-    ids[:, :4] = ids[0, :4]
-    same_length = torch.ones_like(ids, dtype=torch.bool)
-    group = Completions(ids, same_length, completions.texts)
-    first, rest = same_length.clone(), same_length.clone()
-    first[:, 4:], rest[:, :4] = False, False
-    norms = []
-    for mask in (first, rest):
-        logps = vlm.score(prompt, group, attention=False).logps
-        advantages = reward.group_advantages(torch.tensor([0.9, 0.1, 0.2, 0.4]))
-        loss, _ = reward.grpo_loss(logps, logps.detach(), None, advantages, mask, beta=0)
-        vlm.model.zero_grad()
-        loss.backward()
-        gradients = [p.grad.flatten() for p in vlm.model.parameters() if p.requires_grad]
-        norms.append(torch.cat(gradients).norm().item())
-    assert norms[0] < 1e-5 * norms[1]

@@ -1,6 +1,5 @@
 """extras/pictures.py: maps, boxes, words and verdicts are drawn at the right place."""
 
-import matplotlib
 import pytest
 import torch
 from PIL import Image, ImageChops, ImageSequence
@@ -43,13 +42,6 @@ def find_color(picture, color):
 # --- maps ---
 
 
-def test_the_colors_are_inferno():
-    inferno = matplotlib.colormaps["inferno"]
-    for level in range(256):
-        expected = [255 * v for v in inferno(level)[:3]]
-        assert list(COLORS[3 * level : 3 * level + 3]) == pytest.approx(expected, abs=9)
-
-
 @pytest.mark.parametrize("size, grid", [((70, 70), (7, 7)), ((120, 30), (2, 8))])
 def test_a_hot_cell_lights_only_its_own_pixels(size, grid):
     image, (rows, cols) = Image.new("RGB", size, (40, 120, 200)), grid
@@ -68,13 +60,6 @@ def test_the_color_scale_is_linear_and_ends_at_the_highest():
     for i, level in enumerate((0, 128, 255, 255)):
         color = tuple(COLORS[3 * level : 3 * level + 3])
         assert picture.getpixel((5 + 10 * i, 5)) == bar.getpixel((3, 511 - 2 * level)) == color
-
-
-def test_the_mean_map_uses_only_the_selected_words():
-    answer = dict(maps=[[1.0, 0.0], [9.0, 9.0], [0.5, 0.5]], selected=[True, False, True])
-    assert mean_map(answer) == [0.75, 0.25]
-    other = answer | {"selected": [False, False, True]}
-    assert color_scale([answer, other]) == 0.75  # one scale for all answers
 
 
 # --- boxes and text ---
@@ -142,17 +127,6 @@ def test_look_shows_entropy_and_has_no_verdict_without_ground_truth(tmp_path):
     assert not find_color(row, pictures.RIGHT) and not find_color(row, pictures.WRONG)
 
 
-def test_a_row_grows_with_its_text_and_a_frame_shows_the_last_lines():
-    long = make_answer(words=[f" word{i}" for i in range(110)])
-    question = make_example(question="What is " + "very " * 60 + "long?")
-    height = draw_row(EXAMPLE, ANSWERS[:1]).height + 150
-    assert draw_row(EXAMPLE, [long]).height > height < draw_row(question, ANSWERS[:1]).height
-    frames = [draw_row(EXAMPLE, [long], side=256, lines=4, current=[i]) for i in (0, 109)]
-    assert frames[0].size == frames[1].size and frames[0].height < 520
-    first, last = (find_color(frame, pictures.MARKED) for frame in frames)
-    assert first[1] < last[1] < first[1] + 100
-
-
 # --- the moving picture ---
 
 
@@ -175,15 +149,6 @@ def test_the_animation_shows_the_map_of_each_word_and_then_the_mean(tmp_path):
             distances = [distance(frame, pictures.GIF_SIDE, column, each) for each in maps]
             # The palette changes colors slightly, another map changes a cell completely.
             assert distances.pop(i) < 48 and min(distances) > 80
-
-
-@pytest.mark.parametrize("count, most, frames", [(10, 48, 10), (110, 48, 37), (7, 6, 4)])
-def test_a_long_answer_adds_several_words_per_frame(count, most, frames):
-    currents = pictures.list_frames([[f" w{i}" for i in range(count)], [" a", "", " b"]], most)
-    assert len(currents) == frames <= most
-    words, others = zip(*currents)
-    assert list(words) == sorted(set(words)) and words[-1] == count - 1
-    assert set(others) <= {0, 2} and others[-1] == 2  # stays at its last word
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from evaluate import pack_map, results_table
 from extras import report
 from extras.model_card import model_card
 from extras.pictures import COLORS
-from extras.report import average_bins, line_chart, mean_by_position, write_report
+from extras.report import line_chart, write_report
 
 pytestmark = pytest.mark.slow
 BLUE = (40, 120, 200)  # of the whole image
@@ -222,15 +222,3 @@ def test_charts_are_well_formed_and_scaled():
     texts = [text.text for text in svg.iter("text")]
     assert texts[0] == "a < b" and texts[-2:] == ["one", "two"] and "step 3" in texts
     assert line_chart("nothing", {"one": [None]}, "step") == ""
-
-
-def test_a_long_curve_becomes_means_of_neighbors():
-    points = average_bins([*range(1200)])
-    assert len(points) == 400 and points[0] == (1, 1) and points[-1] == (1198, 1198)
-    assert average_bins([4.0, None, 6.0]) == [(0, 4.0), (2, 6.0)]
-
-
-def test_attention_along_the_answer_by_hand():
-    assert mean_by_position([[0.2, 0.4], [0.4]]) == pytest.approx([0.3, 0.4])
-    # One of four answers is longer, which is too few for a mean.
-    assert mean_by_position([[0.1], [0.1], [0.1], [0.1, 0.9]]) == pytest.approx([0.1])

@@ -17,21 +17,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import FAST, ROOT, TINY, adapter_weights, error_line, randomize_adapter, read_log
 from peft import get_peft_model_state_dict
-from safetensors.torch import load_file
 from trl import GRPOTrainer
 
 import sayo_mini
-from config import ROOT, parse_command_line
+from config import parse_command_line
 from data import encode_example, load_datasets, step_examples
 from extras import scale_trl
 from model import Vlm, load_model
 from scenes import Scenes
 
 SCRIPT = str(ROOT / "extras" / "scale_trl.py")
-FAST = "--device cpu --no-load_in_4bit --prompts_per_step 3 --num_generations 4 --eval_examples 2"
-FAST = [*FAST.split(), "--model_name_or_path", str(TINY)]
+FAST = [*FAST, "--prompts_per_step", "3", "--eval_examples", "2"]
 
 
 def run(folder, flags="", code=0):
@@ -41,12 +39,7 @@ def run(folder, flags="", code=0):
 
 def read_updates(folder):
     """The rows of the log that TRL wrote for updates."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "loss" in row]
-
-
-def load_adapter(folder):
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
+    return [row for row in read_log(folder) if "loss" in row]
 
 
 def largest_difference(a, b):
@@ -71,15 +64,6 @@ def make_trainer(folder, flags=""):
 
 def trainable_parameters(vlm):
     return {name: p for name, p in vlm.model.named_parameters() if p.requires_grad}
-
-
-def randomize_adapter(vlm):
-    """Make the adapter change the output. LoRA's B starts at 0, and many tests would pass by
-    accident with an adapter that does nothing."""
-    torch.manual_seed(1)
-    for name, p in vlm.model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.02)
 
 
 def record_gradients(vlm, optimizer):
@@ -151,10 +135,8 @@ def test_one_step_equals_that_of_sayo_mini(tmp_path, monkeypatch, qwen2_5, case)
     # With equal rewards TRL behaves differently, see docs/scaling.md.
     assert metrics["frac_reward_zero_std"] == 0
     prompts = [g.prompt for g in groups for _ in range(cfg.num_generations)]
-    completions = []
-    for group in groups:
-        rows = zip(group.completions.ids, group.completions.mask)
-        completions += [ids[mask].tolist() for ids, mask in rows]
+    rows = [row for g in groups for row in zip(g.completions.ids, g.completions.mask, g.old_logps)]
+    completions = [ids[mask].tolist() for ids, mask, _ in rows]
     assert len({len(p.input_ids) for p in prompts}) == 3 and len(set(map(len, completions))) > 1
 
     def generate_same(trainer, prompt_ids, images, fields, num_generations):
@@ -177,11 +159,9 @@ def test_one_step_equals_that_of_sayo_mini(tmp_path, monkeypatch, qwen2_5, case)
     theirs = record_gradients(vlm, trainer.create_optimizer())
     trainer.train()
     assert vlm.core.is_activation_checkpointing == cfg.gradient_checkpointing
-    for group in groups:
-        rows = zip(group.completions.ids, group.completions.mask, group.old_logps)
-        for ids, mask, values in rows:
-            row = (*group.prompt.input_ids.tolist(), *ids[mask].tolist())
-            assert (logps[row] - values[mask]).abs().max() < 1e-5
+    for prompt, (ids, mask, values) in zip(prompts, rows):
+        row = (*prompt.input_ids.tolist(), *ids[mask].tolist())
+        assert (logps[row] - values[mask]).abs().max() < 1e-5
     row = trainer.state.log_history[0]
     for name in ("loss", "grad_norm", "reward", "rewards/attention/mean", "rewards/accuracy/mean"):
         assert row[name] == pytest.approx(metrics[name], abs=1e-5), name
@@ -219,7 +199,7 @@ def test_updates_equal_those_of_sayo_mini(tmp_path, monkeypatch):
         examples = step_examples(train_set, step, cfg)
         sayo_mini.train_step(vlm, examples, cfg, optimizer, torch.Generator())
     # Compare by norm, because Adam makes a full step even where a gradient is almost 0.
-    for name, theirs in load_adapter(tmp_path).items():
+    for name, theirs in adapter_weights(tmp_path).items():
         ours = params[name.replace(".weight", ".default.weight")]
         assert (ours - theirs).norm() < 1e-3 * ours.norm(), name
 
@@ -244,23 +224,6 @@ def test_trl_samples_the_same_completions(tmp_path):
     ours = vlm.sample(prompt, 16, cfg.max_completion_length, cfg.temperature)
     assert theirs == [ids[mask].tolist() for ids, mask in zip(ours.ids, ours.mask)]
     assert not set(vlm.placeholders) & set(ours.ids.flatten().tolist())
-
-
-def test_scoring_does_not_change_the_trainer(tmp_path):
-    """The model remains in train mode. The rows of one example need not be a whole group."""
-    _, trainer, vlm = make_trainer(tmp_path)
-    randomize_adapter(vlm)
-    score, batch = trainer.reward_funcs[0], [trainer.train_dataset[i] for i in (0, 0, 1, 1, 1)]
-    columns = {name: [row[name] for row in batch] for name in batch[0] if name != "prompt"}
-    ids = [[33, 20, 8, 7], [20, 33, 8], [9, 9, 12, 30], [11], [30, 31]]
-    vlm.model.train()
-    together = score(None, None, ids, **columns)
-    assert vlm.model.training and all(p.grad is None for p in vlm.model.parameters())
-    alone = []
-    for i in range(5):
-        row = {name: [column[i]] for name, column in columns.items()}
-        alone += score(None, None, [ids[i]], **row)
-    assert together == pytest.approx(alone, abs=1e-5) and len(set(together)) == 5
 
 
 # --- what TRL would do differently ---
@@ -328,14 +291,14 @@ def test_two_processes_equal_one_and_resume(tmp_path, monkeypatch):
         assert [theirs[name] for name in names] == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert one[3]["kl"] > 1e-3  # the policy has changed
 
-    whole = load_adapter(folder)
+    whole = adapter_weights(folder)
     shutil.rmtree(folder / "adapter")
     shutil.rmtree(folder / "checkpoint-4")
     (folder / "checkpoint-4").mkdir()  # a kill can leave an empty folder behind
     out = run_two_processes(folder, "--resume")
     assert out.count(f"resuming {folder / 'checkpoint-2'}") == 1  # only the first process prints
     assert out.count("'loss'") == 2  # the two missing steps
-    assert largest_difference(load_adapter(folder), whole) == 0
+    assert largest_difference(adapter_weights(folder), whole) == 0
     assert [row["step"] for row in read_updates(folder)] == [1, 2, 3, 4]
 
 
@@ -348,12 +311,12 @@ def test_sampled_run_resumes_bit_for_bit_and_says_where_things_are(tmp_path, cap
     assert f"starting from the beginning in {tmp_path}\n" in out and out.endswith(last)
     assert not (tmp_path / "samples.jsonl").exists()  # TRL logs no samples
     assert "# LoRA adapter for tiny" in (tmp_path / "adapter" / "README.md").read_text()
-    whole, logged = load_adapter(tmp_path), read_updates(tmp_path)
+    whole, logged = adapter_weights(tmp_path), read_updates(tmp_path)
     shutil.rmtree(tmp_path / "checkpoint-2")
     for missing_steps in (1, 0):
         shutil.rmtree(tmp_path / "adapter")
         assert scale_trl.main(["--resume", "--output_dir", str(tmp_path)]) == 0
-        assert largest_difference(load_adapter(tmp_path), whole) == 0
+        assert largest_difference(adapter_weights(tmp_path), whole) == 0
         assert capsys.readouterr().out.count("'loss'") == missing_steps
         rewards = [row["reward"] for row in read_updates(tmp_path)]
         assert rewards == [row["reward"] for row in logged]
@@ -378,9 +341,7 @@ def refused(capfd, folder, flags=""):
     """Run with flags that are refused. Returns: the one line on stderr."""
     capfd.readouterr()
     run(folder, f"--max_steps 1 {flags}", code=2)
-    error = capfd.readouterr().err
-    assert error.startswith("scale_trl.py: ") and error.count("\n") == 1, error
-    return error
+    return error_line(capfd, "scale_trl.py")
 
 
 def test_what_cannot_work_is_refused(capfd, tmp_path, monkeypatch):
@@ -390,12 +351,14 @@ def test_what_cannot_work_is_refused(capfd, tmp_path, monkeypatch):
     assert "already contains a run" in refused(capfd, mini)
     assert "nowhere" in refused(capfd, mini / "run", f"--adapter {tmp_path / 'nowhere'}")
     assert "--max_steps" in refused(capfd, tmp_path / "run", "--max_steps 0")
-    with monkeypatch.context() as patch:
-        patch.setenv("WORLD_SIZE", "5")
-        assert "number of processes, 5" in refused(capfd, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_FSDP", "true")  # what `accelerate launch --use_fsdp` does
-        assert "FSDP" in refused(capfd, tmp_path / "run")
+    # ACCELERATE_USE_FSDP is what `accelerate launch --use_fsdp` sets.
+    for name, value, words in (
+        ("WORLD_SIZE", "5", "number of processes, 5"),
+        ("ACCELERATE_USE_FSDP", "true", "FSDP"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert words in refused(capfd, tmp_path / "run")
     zero3 = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
     monkeypatch.setattr(scale_trl, "GRPOConfig", lambda **settings: zero3)  # needs DeepSpeed
     assert "ZeRO-3" in refused(capfd, tmp_path / "run")

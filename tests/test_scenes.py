@@ -7,9 +7,7 @@ import pytest
 from PIL import Image
 
 from config import InputError
-from scenes import BACKGROUND, COLORS, LARGE_SCENES, NAMES, Card, Scenes, draw
-
-DIGITS = "0123456789"
+from scenes import BACKGROUND, COLORS, LARGE_SCENES, NAMES, Card, Scenes
 
 
 def layouts(count, split="train", **settings):
@@ -42,10 +40,9 @@ def test_no_scene_is_in_two_splits(cards, size):
     # must be in the same split if the question is about the other one.
     style = dict(cards=(cards, cards), card_size=(size, size), image_size=cards + size)
     counts = {"train": 700, "validation": 300, "test": 300}
-    scenes = [
-        {frozenset(cards) for cards in layouts(count, split, seed=seed, **style)}
-        for seed, (split, count) in enumerate(counts.items())
-    ]
+    scenes = []
+    for seed, (split, count) in enumerate(counts.items()):
+        scenes.append(set(map(frozenset, layouts(count, split, seed=seed, **style))))
     assert all(scenes) and not any(a & b for a, b in combinations(scenes, 2))
 
 
@@ -64,12 +61,8 @@ def test_cards_are_everywhere_in_the_image_and_apart(settings, size, card_sizes,
     boxes = sum(boxes, [])
     assert {x2 - x1 for x1, _, x2, _ in boxes} == {y2 - y1 for _, y1, _, y2 in boxes}
     assert {x2 - x1 for x1, _, x2, _ in boxes} == set(card_sizes)
-    assert [f(b[i] for b in boxes) for i, f in enumerate([min, min, max, max])] == [
-        0,
-        0,
-        size,
-        size,
-    ]
+    edges = [f(box[i] for box in boxes) for i, f in enumerate([min, min, max, max])]
+    assert edges == [0, 0, size, size]
     quadrants = Counter((x1 + x2 < size, y1 + y2 < size) for x1, y1, x2, y2 in boxes)
     assert len(quadrants) == 4 and min(quadrants.values()) > 0.8 * len(boxes) / 4
     assert {len(cards) for cards in drawn} == set(counts)
@@ -110,12 +103,6 @@ def test_the_question_names_one_card_and_the_answer_is_its_mark(settings):
                 assert 0.1 < counts[COLORS[card.mark]] / tile.width**2 < 0.4
             assert tile.getpixel((0, 0)) == COLORS[card.color]
         assert bare.tobytes() == example.image.tobytes()  # nothing is outside the cards
-
-
-def test_each_digit_looks_different():
-    pictures = {draw([Card("white", digit, (10, 10, 70, 70))], 80).tobytes() for digit in DIGITS}
-    assert len(pictures) == 10
-    assert {cards[0].mark for cards in layouts(60, **LARGE_SCENES)} == set(DIGITS)
 
 
 def test_a_crowded_scene_has_all_its_cards_unless_they_cannot_fit(monkeypatch):

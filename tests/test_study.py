@@ -10,20 +10,17 @@ import pytest
 import torch
 from conftest import TINY, ask, load
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import checkpoint
-import reward
 import sayo_mini
 from config import TINY as SETTINGS
 from config import Config
-from data import region_mask
 from model import load_vlm
 from scenes import Scenes
-from study import kill, make_tiny, memory, step
+from study import kill, make_tiny, step
 from study.common import RESULTS, ROOT
-from study.random_model import make_model, make_question, model_config
-from study.step_arms import NaiveVlm, make_trl_trainer
+from study.random_model import make_model, make_question
+from study.step_arms import NaiveVlm
 
 SCENES = Scenes("validation", 10)
 
@@ -72,39 +69,6 @@ def test_ours_and_naive_make_the_same_step_and_ours_from_fewer_tokens():
 
 
 @pytest.mark.slow
-def test_trl_has_the_same_loss_and_gradient(tmp_path, monkeypatch):
-    """TRL samples, rewards and updates. Our loss of the same completions has the same gradient."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    monkeypatch.chdir(tmp_path)
-    ours, theirs, seen = load(), load(), {}
-    adapter = {k: v.clone() for k, v in get_peft_model_state_dict(theirs.model).items()}
-
-    def rewards(prompts, completion_ids, **kwargs):
-        seen["ids"] = torch.tensor(completion_ids)
-        return [float(i % 2) for i in range(len(prompts))]
-
-    trainer = make_trl_trainer(theirs, SCENES[0], rewards, 12, 4, checkpointing=True)
-    set_peft_model_state_dict(trainer.model, adapter)
-    trainer.args.max_steps = trainer.args.logging_steps = 1
-    trainer.train()
-    log = trainer.state.log_history[0]
-    prompt, completions = ask(ours, G=4, C=12)
-    completions.ids, completions.mask = seen["ids"], torch.ones(4, 12, dtype=torch.bool)
-    logps = ours.score(prompt, completions).logps
-    with torch.no_grad():
-        reference = ours.score(prompt, completions, attention=False, reference=True)
-    advantages = reward.group_advantages(torch.tensor([0.0, 1, 0, 1]))
-    fixed = logps.detach(), reference.logps, advantages, completions.mask
-    loss, stats = reward.grpo_loss(logps, *fixed, beta=0.001)
-    loss.backward()
-    gradients = [p.grad.norm() for p in ours.model.parameters() if p.requires_grad]
-    assert log["kl"] == pytest.approx(stats["kl"], rel=1e-4) and stats["kl"] > 1e-3
-    assert log["loss"] == pytest.approx(loss.item(), abs=1e-8)
-    assert log["grad_norm"] == pytest.approx(torch.stack(gradients).norm().item(), rel=1e-4)
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_variants_take_turns_and_finished_points_are_not_measured_again(tmp_path, monkeypatch):
     args = dict(points=["60,4,2"], arms=("ours", "trl"), rounds=1, device="cpu", cuda_graph=False)
@@ -125,39 +89,7 @@ def test_variants_take_turns_and_finished_points_are_not_measured_again(tmp_path
     assert len(prompt.input_ids) == 300 and len(prompt.image_positions) == 256
 
 
-@pytest.mark.parametrize("shape, billions", [("2b", 2.13), ("8b", 8.77)])
-def test_shapes_have_the_published_sizes(shape, billions):
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(model_config(shape))
-    model.tie_weights()
-    assert model.num_parameters() == pytest.approx(1e9 * billions, rel=0.003)
-
-
 # --- tables ---
-
-
-def entry(part, point, seconds, **options):
-    """A measured point where the naive variant takes twice as long as ours, and TRL three times."""
-    rows = {}
-    for k, arm in enumerate(step.ARMS, 1):
-        rows[arm] = [{"peak": k * 2**20}] + 2 * [{"seconds": k * seconds, "capture": seconds / 100}]
-    usual = {"device": "cpu", "load_in_4bit": True, "gradient_checkpointing": True}
-    return {"part": part, **dict(zip("PCG", point)), **usual, **options, "rows": rows}
-
-
-def test_step_tables():
-    measured = [entry("setting", (20, 20, 4), 2.0), entry("point", (20, 30, 4), 1.0)]
-    measured[1]["rows"].pop("trl")
-    measured += [entry("scaling G", (20, 20, G), 1 + G / 4) for G in (4, 8, 16)]
-    for n in (1, 2, 5):
-        measured.append(entry("scaling layers", (20, 20, 4), 2.0 * n, layers=list(range(n))))
-    tables = {name: rows_of(text) for name, text in step.tables({"measured": measured}).items()}
-    (setting,), (point,) = tables["setting"], tables["point"]
-    assert setting["ours, s"] == "2.00" and setting["TRL / ours"] == "3.0 (3.0 to 3.0)"
-    assert setting["weights"] == "NF4" and setting["naive, MB"] == "2"
-    assert point["naive / ours"] == "2.0 (2.0 to 2.0)" and point["TRL, s"] == ""
-    fits = [row["linear fit"] for row in tables["scaling"]]
-    assert fits == ["1.000 + 0.2500 G", "0.000 + 0.0200 layers"]
 
 
 def rows_of(table):
@@ -177,23 +109,6 @@ def test_documents_show_the_committed_results():
                 assert any(row.items() <= other.items() for other in committed), (page, row)
                 shown += 1
     assert shown >= 20
-
-
-@pytest.mark.slow
-def test_missing_memory_is_measured_and_predicted(tmp_path, monkeypatch):
-    costs = {"ours": [{"before": 2**27, "peak": 2**26}, {"seconds": 2.5}]}
-    monkeypatch.setattr(memory, "SMALL", "")
-    monkeypatch.setattr(memory, "POINTS", [(64, 2), (64, 4)])
-    monkeypatch.setattr(memory, "make_model", lambda *args: "folder")
-    monkeypatch.setattr(memory, "compare", lambda *args: costs)
-    results = {"measured": [{"shape": "30m", "N": 64, "G": 2, "peak": 2**24}]}
-    args = dict(shapes=["30m"], models="", device="", results=tmp_path / "memory.json")
-    memory.measure_missing(SimpleNamespace(**args), results)
-    assert json.loads(args["results"].read_text()) == results
-    _, row = rows_of(memory.table(results))
-    predicted = results["measured"][1]["predicted"]
-    assert row["G"] == "4" and row["model, MB"] == "128" and row["s per step"] == "2.50"
-    assert 2**26 < predicted < 2**28 and row["error"] == f"{predicted / (3 * 2**26) - 1:+.1%}"
 
 
 # --- the kill test ---
@@ -234,17 +149,3 @@ def test_tiny_sees_but_makes_mistakes_and_needs_the_image():
         right = [f"<answer> {x.answer} </answer>" in a.texts[0] for x, a in zip(scenes, answers)]
         share[blank] = sum(right) / len(right)
     assert 0.45 <= share[False] <= 0.75 and share[True] < 0.2, share
-
-
-def test_the_teacher_names_cells_and_its_words_are_tokens():
-    cards, grid, size = Scenes("train", 1).layout(0), make_tiny.GRID, (make_tiny.SIZE,) * 2
-    words = make_tiny.cell_words(cards)
-    for card in cards:
-        row, column = make_tiny.place_words(card)
-        cell = (int(row[1]) - 1) * grid[1] + int(column[1]) - 1
-        assert region_mask([card.box], size, grid)[cell]
-        assert words[cell] == [card.color, card.mark, row, column]
-    touched = region_mask([card.box for card in cards], size, grid)
-    assert all(words[i] == ["."] for i in range(len(words)) if not touched[i])
-    text, tokenizer = make_tiny.answer_text(cards[0], cards[1]), AutoTokenizer.from_pretrained(TINY)
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
