@@ -17,7 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-if hasattr(signal, "SIGHUP"):  # nohup ignores it, which the program and so the tests would inherit
+# nohup and a shell's background jobs ignore these, which the program and so the tests would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)  # the program also does so for models this small
 ROOT = Path(__file__).parent.parent
