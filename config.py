@@ -95,6 +95,12 @@ class Config:
         "attention row of a token: its own, or the predicting one",
         choices=["query", "predict"],
     )
+    region: str = flag(
+        "boxes",
+        "what the attention reward rewards: the boxes, or as a placebo the boxes rolled by half "
+        "the image",
+        choices=["boxes", "rolled"],
+    )
     layers: str = flag("-1", "layers whose attention counts: all, 2,3 or --layers=-2,-1")
     heads: str = flag("all", "heads of those layers: all, or 0,3")
     format_lengths: str = flag("60,100", "min,max tokens that earn the full format reward")

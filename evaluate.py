@@ -1,10 +1,11 @@
 """Evaluation: greedy answers to held-out questions, where the model looks while it answers, and the
-table that compares both before and after training."""
+verdict and the table that compare both before and after training."""
 
 import math
+import zlib
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean, stdev
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
@@ -39,12 +40,13 @@ def evaluate(vlm, examples, cfg, name, before=None):
     Args: examples, a data set; name, for the progress bar; before, the results of an earlier
     evaluation of the same examples, or None.
     Returns: a list of dicts for JSON, one per example:
-    - id, question and answer of the example; text, ids, selected tokens and length of the greedy
-      answer; correct (0 or 1)
+    - id, question and answer of the example, and image, a checksum of its pixels; text, ids,
+      selected tokens and length of the greedy answer; correct (0 or 1)
     - area, the region's fraction of the image, and `reward.localization` of the mean map of the
       selected tokens; permuted_auroc scores the same map with the *next* example's region: a model
       that always looks at the same place scores equally on both
-    - early, late (0 or 1), see `reward.early_and_late`; permuted_..., with the next region
+    - early, late (0 or 1), see `reward.early_and_late`, of the tokens before <answer>;
+      permuted_..., with the next region
     - fixed_..., the same scores on fixed text: the model is fed the answers of `before`, so only
       changes in attention count. Without `before` they equal the scores above
     - per token (C,): to_region and to_image, sums of attention; words, what it adds to the text;
@@ -69,6 +71,7 @@ def evaluate(vlm, examples, cfg, name, before=None):
                 next_region = example_region(next_example, prompt.grid)
                 row = answer_fields(example, trace) | map_fields(vlm, prompt, region, trace)
                 row |= attention_fields(trace, fixed_trace, region, next_region)
+                row |= look_fields(row["words"], trace.attention, region, next_region)
                 results.append(row)
                 bar.update()
     return results
@@ -121,6 +124,7 @@ def answer_fields(example, trace):
         "id": example.id,
         "question": example.question,
         "answer": example.answer,
+        "image": zlib.crc32(example.image.tobytes()),
         "text": text,
         "ids": trace.completion.ids[0].tolist(),
         "selected": trace.selected.tolist(),
@@ -131,19 +135,30 @@ def answer_fields(example, trace):
 
 def attention_fields(trace, fixed, region, next_region):
     """Args: the traces of the model's own answer and of the fixed text; two regions (N,)."""
-    early, late = reward.early_and_late(trace.attention, region, trace.selected)
-    looks = reward.early_and_late(trace.attention, next_region, trace.selected)
     fixed_scores = reward.localization(fixed.map, region)
     return {
         "area": region.float().mean().item(),
         **reward.localization(trace.map, region),
         "permuted_auroc": reward.localization(trace.map, next_region)["auroc"],
         **{f"fixed_{name}": score for name, score in fixed_scores.items()},
-        "early": float(early),
-        "late": float(late),
-        "permuted_early": float(looks[0]),
-        "permuted_late": float(looks[1]),
     }
+
+
+def look_fields(words, attention, region, next_region):
+    """Args: words, from `written_words`; attention (C, N); two regions (N,)."""
+    before_answer = tokens_before_answer(words)
+    early, late = reward.early_and_late(attention, region, before_answer)
+    permuted_early, permuted_late = reward.early_and_late(attention, next_region, before_answer)
+    looks = dict(early=early, late=late, permuted_early=permuted_early, permuted_late=permuted_late)
+    return {name: float(look) for name, look in looks.items()}
+
+
+def tokens_before_answer(words):
+    """The tokens that end before <answer>, (C,) bool; all if there is no <answer>.
+    Args: words, from `written_words`. A real model's <answer> is several tokens."""
+    text = "".join(words)
+    start = text.find("<answer>") if "<answer>" in text else len(text)
+    return torch.tensor([len(word) for word in words]).cumsum(0) <= start
 
 
 def map_fields(vlm, prompt, region, trace):
@@ -186,6 +201,75 @@ def unpack_map(packed):
     return [largest * (LEVELS.index(level) / 63) ** 2 for level in levels]
 
 
+# --- what changed ---
+
+
+def verdict(before, after):
+    """What training changed, in three sentences with tests on the same questions, a line each.
+    Args: before, after, lists of results of `evaluate`, in the same order."""
+    images, pairs = [row["image"] for row in before], list(zip(before, after))
+    right = [sum(row["correct"] for row in rows) for rows in (before, after)]
+    changes = [new["correct"] - old["correct"] for old, new in pairs]
+    auroc = paired_change([new["auroc"] - old["auroc"] for old, new in pairs], images)
+    fixed = paired_change([new["fixed_auroc"] - old["auroc"] for old, new in pairs], images)
+    looks = [
+        f"{sum(not row['early'] for row in rows)} {name}, {count_corrected(rows)} corrected"
+        for name, rows in (("before", before), ("after", after))
+    ]
+    return (
+        f"Answers: {right[0]:.0f} right before, {right[1]:.0f} right after, of {len(before)}; "
+        f"{changes.count(1)} fixed, {changes.count(-1)} broken (exact sign test, "
+        f"{sign_test(sum_by_image(changes, images))}).\n"
+        f"Attention on the region: AUROC {auroc} while the model writes its own words, "
+        f"{fixed} while it reads the words from before training.\n"
+        f"First looks off the region: {looks[0]}; {looks[1]}."
+    )
+
+
+def sum_by_image(values, images):
+    """The sum of the values of every image. Questions about one image are not independent, so tests
+    and intervals count images."""
+    sums = dict.fromkeys(images, 0)
+    for image, value in zip(images, values):
+        sums[image] += value
+    return list(sums.values())
+
+
+def sign_test(changes):
+    """The exact two-sided p-value, as text, if changes were up or down by chance; zeros do not
+    count. With one question per image this is McNemar's test."""
+    up, down = sum(c > 0 for c in changes), sum(c < 0 for c in changes)
+    tail = sum(math.comb(up + down, k) for k in range(min(up, down) + 1))
+    p = min(1.0, 2 * tail / 2 ** (up + down))
+    return f"p = {p:.2g}" if p >= 1e-6 else "p < 1e-6"
+
+
+def standard_error(values, images):
+    """The standard error of the mean, clustered by image. There must be at least two images."""
+    mean = fmean(values)
+    sums = sum_by_image([value - mean for value in values], images)
+    count = len(sums)
+    return math.sqrt(sum(s * s for s in sums) * count / (count - 1)) / len(values)
+
+
+def paired_change(differences, images):
+    """The mean difference and its 95 % interval as text, e.g. "+0.22 [+0.19, +0.25]"."""
+    pairs = [(d, image) for d, image in zip(differences, images) if not math.isnan(d)]
+    if not pairs:
+        return "-"
+    differences, images = zip(*pairs)
+    mean = fmean(differences)
+    if len(set(images)) < 2:
+        return f"{mean:+.2f}"
+    half = 1.96 * standard_error(differences, images)
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def results_text(before, after):
+    """The verdict and the table, as a run prints them."""
+    return f"{verdict(before, after)}\n\n{results_table(before, after)}"
+
+
 # --- the table ---
 
 
@@ -203,13 +287,11 @@ def results_table(before, after):
         lines.append("no confidence interval for one example: use --eval_examples 2 or more")
     if any("-" in row for row in rows):
         lines.append("-: the AUROC is undefined if the region covers the whole image")
-    lines += ["", f"{'early look, late look':32}{'before':>25}{'after':>25}"]
+    lines += ["", f"{'first look, last look':32}{'before':>25}{'after':>25}"]
     for early, late in ((1, 1), (0, 1), (1, 0), (0, 0)):
         title = ", ".join("on the region" if look else "off" for look in (early, late))
         cells = [count_looks(results, early, late) for results in (before, after)]
         lines.append(f"{title:32}{cells[0]:>25}{cells[1]:>25}")
-    cells = [count_corrected(results) for results in (before, after)]
-    lines.append(f"{'wrong early looks corrected':32}{cells[0]:>25}{cells[1]:>25}")
     return "\n".join(lines)
 
 
@@ -229,18 +311,19 @@ def table_rows(before, after):
         ("  TAS", "tas", "0.500"),
         ("the same on fixed text, AUROC", "fixed_auroc", "0.500"),
         ("  mass / area", "fixed_mass_over_area", "1.000"),
-        ("early look on the region", "early", mean("permuted_early")),
-        ("late look on the region", "late", mean("permuted_late")),
+        ("first look on the region", "early", mean("permuted_early")),
+        ("last look on the region", "late", mean("permuted_late")),
         ("attention to the whole image", "image_mass", ""),
         ("answer length, tokens", "length", ""),
     ]
     unbounded = "mass_over_area", "fixed_mass_over_area", "length"
+    images = [row["image"] for row in before]
     rows = {}
     for title, key, chance in metrics:
         proportion = key in ("correct", "early", "late")
         largest = math.inf if key in unbounded else 1.0
         cells = [
-            confidence_interval([row[key] for row in results], proportion, largest)
+            confidence_interval([row[key] for row in results], images, proportion, largest)
             for results in (before, after)
         ]
         rows[key] = title, *cells, chance
@@ -255,12 +338,11 @@ def count_looks(results, early, late):
 
 
 def count_corrected(results):
-    """How many of the answers that look elsewhere early look at the region late, as text."""
-    late = [r["late"] for r in results if not r["early"]]
-    return f"{sum(late):.0f} of {len(late)}"
+    """How many answers look elsewhere first, and at the region last."""
+    return sum(row["late"] > row["early"] for row in results)
 
 
-def confidence_interval(values, proportion=False, largest=1.0):
+def confidence_interval(values, images, proportion=False, largest=1.0):
     """The mean and its 95 % confidence interval as text, e.g. "0.523 [0.461, 0.584]".
 
     The interval is normal, mean +- 1.96 standard errors, unless it reaches an end of the possible
@@ -268,15 +350,19 @@ def confidence_interval(values, proportion=False, largest=1.0):
     even if all values are equal. It uses the variance mean * (1 - mean), the largest possible for
     values in [0, 1], so it is never too narrow. Metrics without an upper bound are clipped at 0.
 
-    Args: values, floats from 0 to `largest`, which is 1 or infinity; NaNs are ignored; proportion,
-    true if every value is 0 or 1, always uses Wilson's interval.
-    Returns: text; only the mean for a single value, "-" for no values.
+    Args: values, floats from 0 to `largest`, which is 1 or infinity; NaNs are ignored; images, of
+    the values, which are the independent units; proportion, true if every value is 0 or 1, always
+    uses Wilson's interval.
+    Returns: text; only the mean for a single image, "-" for no values.
     """
-    values = [v for v in values if not math.isnan(v)]
-    if len(values) < 2:
-        return f"{values[0]:.3f}" if values else "-"
-    n, mean, z = len(values), fmean(values), 1.96
-    half = z * stdev(values) / math.sqrt(n)
+    pairs = [(value, image) for value, image in zip(values, images) if not math.isnan(value)]
+    if not pairs:
+        return "-"
+    values, images = zip(*pairs)
+    n, mean, z = len(set(images)), fmean(values), 1.96
+    if n < 2:
+        return f"{mean:.3f}"
+    half = z * standard_error(values, images)
     low, high = mean - half, mean + half
     if proportion or (largest == 1 and not 0 < low <= high < 1):
         p = min(max(mean, 0.0), 1.0)  # rounding can push a mean above 1

@@ -160,17 +160,24 @@ def localization(attention, region):
     }
 
 
-def early_and_late(attention, region, selected):
+def early_and_late(attention, region, before_answer, fraction=0.15):
     """Whether one answer looks at the region early, and late: [bool, bool].
 
-    The paper finds that early looks go wrong and are rarely corrected. Early is the mean map of the
-    first third of the selected tokens, late that of the last third, at least one token each. On the
-    region means mass / area above 1. Args: attention (C, N); region (N,) and selected (C,) bool.
+    The paper finds that early looks go wrong and are rarely corrected. The looks of an answer are
+    the tokens before <answer> that look hardest: the 15 % with the largest Euclidean norm of their
+    attention map, which is large if much attention falls on few cells. Early is the mean map of the
+    first third of these tokens, late that of the last third, at least one token each. It is on the
+    region if its brightest cell is. Args: attention (C, N); region (N,) bool; before_answer (C,)
+    bool, the tokens before <answer>, or all if there are none.
     """
-    chosen = _fp32(attention, selected=selected)[selected]  # (n, N)
-    third = -(-len(chosen) // 3)
-    looks = torch.stack([chosen[:third], chosen[len(chosen) - third :]])  # (2, third, N)
-    return (attention_ratio(looks, region, selected.new_ones(2, third)) > 1).tolist()
+    attention = _fp32(attention, region=region, before_answer=before_answer)
+    if before_answer.any():
+        attention = attention[before_answer]
+    norms = attention.norm(dim=1)[None]  # (1, C)
+    looks = attention[select_tokens(norms, torch.ones_like(norms).bool(), fraction)[0]]  # (n, N)
+    third = -(-len(looks) // 3)
+    maps = looks[:third].mean(0), looks[len(looks) - third :].mean(0)  # (N,) each
+    return [localization(map, region)["pointing"] > 0.5 for map in maps]
 
 
 @dataclass

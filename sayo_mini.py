@@ -34,7 +34,7 @@ from tqdm import tqdm
 import reward
 from checkpoint import RunDirectory, resume_command, run_config, stop_signals
 from data import Example, encode_example, example_region, load_datasets, step_examples
-from evaluate import evaluate, results_table
+from evaluate import evaluate, results_text
 from metrics import Alarms, attention_metrics, sample_rows, step_metrics
 from model import Completions, Prompt, load_model
 
@@ -118,12 +118,16 @@ def score_and_reward(vlm, groups, scores, cfg):
 
 def compute_rewards(vlm, example, prompt, completions, scores, cfg):
     """All rewards of a group, {name: (G,)}, and the RewardInputs they were computed from."""
+    region = example_region(example, prompt.grid)
+    if cfg.region == "rolled":  # a placebo: the same size, but the wrong place
+        shift = [side // 2 for side in prompt.grid]
+        region = region.view(prompt.grid).roll(shift, (0, 1)).flatten()
     inputs = reward.RewardInputs(
         texts=completions.texts,
         lengths=completions.mask.sum(1).tolist(),
         answer=example.answer,
         attention=reward.align_attention(scores.attention, scores.prompt_attention, cfg.alignment),
-        region=example_region(example, prompt.grid).to(vlm.device),
+        region=region.to(vlm.device),
         selected=reward.select_tokens(scores.entropy, completions.mask, cfg.token_fraction),
         format_lengths=parse_lengths(cfg.format_lengths),
     )
@@ -215,7 +219,7 @@ def train(cfg):
             vlm.load_adapter(run.folder / "best")
         run.save_adapter(vlm.model)
         after = run.write_json("after.json", evaluate(vlm, eval_set, cfg, "after", before))
-        print(results_table(before, after) if after else "no held-out questions: not evaluated")
+        print(results_text(before, after) if after else "no held-out questions: not evaluated")
     from extras.report import write_report  # here, because no step needs it
 
     write_report(run, eval_set)

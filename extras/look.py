@@ -18,7 +18,7 @@ from data import (
     stored_size,
     text_errors,
 )
-from evaluate import trace_attention, written_words
+from evaluate import tokens_before_answer, trace_attention, written_words
 from extras.pictures import plot_animation, plot_answers
 from model import adapter_settings, load_model
 from scenes import Scenes
@@ -105,9 +105,10 @@ def describe_answer(vlm, example, cfg, caption):
         scores = reward.localization(trace.map, region)
         auroc, ratio = scores["auroc"], scores["mass_over_area"]
         print(f"  r_v {r_v:.3f}, AUROC {auroc:.3f}, mass / area {ratio:.2f}")
-        looks = reward.early_and_late(trace.attention, region, trace.selected)
-        early, late = ("on" if look else "off" for look in looks)
-        print(f"  early look: {early} the region; late look: {late}")
+        before_answer = tokens_before_answer(written_words(vlm, trace.completion))
+        looks = reward.early_and_late(trace.attention, region, before_answer)
+        first, last = ("on" if look else "off" for look in looks)
+        print(f"  first look: {first} the region; last look: {last}")
     return {
         "caption": caption,
         "words": written_words(vlm, trace.completion),

@@ -4,7 +4,7 @@ this machine."""
 from pathlib import Path
 
 from config import parse_weights
-from evaluate import results_table
+from evaluate import results_text
 
 CARD = """\
 ---
@@ -62,7 +62,7 @@ def model_card(settings, before=None, after=None):
         meaning = "with it" if settings["max_steps"] else "without it"
         start = f"| started from | another adapter; *before* means {meaning} |\n"
     if before and after:
-        results = f"```\n{results_table(before, after)}\n```"
+        results = f"```\n{results_text(before, after)}\n```"
     parts = {
         "base": base,
         "base_model": f"base_model: {base}\n" if "/" in base else "",

@@ -30,7 +30,7 @@ COLORS = POINTS.resize((256, 1), Image.Resampling.BILINEAR, box=(0.5, 0, 10.5, 1
 BOX_COLORS = "white", "#00d5ff"  # outer and inner line; inferno has no cyan
 RIGHT, WRONG, NEUTRAL = "#00765a", "#b34700", "#444444"  # green and red that color-blind people see
 MARKED = "#ffd23f"  # behind the current word
-DARKEN = 0.4  # brightness of the image under a map
+DARKEN, COLORED = 0.5, 0.4  # brightness and share of color of the image under a map
 
 # Sizes in pixels.
 GAP, CAPTION, LINE, BAND, NOTE = 14, 36, 26, 38, 28
@@ -90,13 +90,14 @@ def heat(attention, grid, size, highest):
 
 
 def overlay(image, attention, grid, boxes, size, highest):
-    """Draw an attention map over an image, which becomes gray and dark.
+    """Draw an attention map over an image, which becomes darker and less colorful.
 
     The map is added like light, so more attention is always brighter. Args: see `heat`; boxes, in
     pixels of `image`; size, (width, height) to fit into. Returns: an RGB image.
     """
     picture = fit(image, size)
-    dark = picture.convert("L").point(lambda v: DARKEN * v).convert("RGB")
+    gray = picture.convert("L").convert("RGB")
+    dark = Image.blend(gray, picture, COLORED).point(lambda v: DARKEN * v)
     picture = ImageChops.screen(dark, heat(attention, grid, picture.size, highest))
     draw_boxes(picture, boxes, image.size)
     return picture
@@ -287,18 +288,22 @@ def plot_before_after(rows, path):
 
 def plot_animation(example, answers, path):
     """Write a looping GIF of one or two answers. Each frame adds a word, marks it and shows its
-    attention; a long answer adds several words per frame. The last frame shows the mean maps."""
+    attention; a long answer adds several words per frame. The first word in which two answers
+    differ is held longer. The last frame shows the mean maps."""
     image = fit(example.image, (GIF_SIDE, GIF_SIDE))  # once, because a photo can be large
     scales = [new / old for new, old in zip(image.size, example.image.size)] * 2
     boxes = [[v * scale for v, scale in zip(box, scales)] for box in example.boxes]
     example = replace(example, image=image, boxes=boxes)
     words = [answer["words"] for answer in answers]
     for most, colors in ATTEMPTS:
+        currents = list_frames(words, most)
         frames = [
             draw_row(example, answers, GIF_SIDE, GIF_LINES, current)
-            for current in [*list_frames(words, most), None]
+            for current in [*currents, None]
         ]
-        content = encode(frames, colors)
+        written = [{each[i].strip() for each, i in zip(words, current)} for current in currents]
+        decides = next((i for i, texts in enumerate(written) if len(texts) > 1), 0)
+        content = encode(frames, colors, decides)
         if len(content) <= MAX_GIF_BYTES:
             break
     Path(path).write_bytes(content)
@@ -317,14 +322,16 @@ def list_frames(words, most):
     return [[each[min(i, len(each) - 1)] for each in visible] for i in last]
 
 
-def encode(frames, colors):
-    """The frames as a looping GIF with one palette, so that no color flickers. Returns: bytes."""
+def encode(frames, colors, held):
+    """The frames as a looping GIF with one palette, so that no color flickers. Args: held, the
+    index of a frame to show longer. Returns: bytes."""
     strip = Image.new("RGB", (frames[0].width, frames[0].height * len(frames)))
     for i, frame in enumerate(frames):
         strip.paste(frame, (0, frame.height * i))
     palette = strip.quantize(colors, Image.Quantize.FASTOCTREE)
     first, *rest = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     durations = [1500, *[400] * (len(frames) - 2), 4000]  # milliseconds
+    durations[held] = 2000
     file = io.BytesIO()
     first.save(file, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
     return file.getvalue()

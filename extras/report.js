@@ -31,8 +31,10 @@ function drawMap(canvas, image, question, answer, map) {  // as `overlay` in pic
   const context = canvas.getContext("2d"), { width, height } = canvas, [rows, cols] = answer.grid;
   context.globalCompositeOperation = "source-over";
   context.drawImage(image, 0, 0, width, height);
-  fill(context, "saturation", "black", 0, 0, width, height);  // no colors
-  fill(context, "source-over", "rgba(0, 0, 0, 0.6)", 0, 0, width, height);  // darker
+  context.globalAlpha = 0.6;
+  fill(context, "saturation", "black", 0, 0, width, height);  // 40 % of the color stays
+  context.globalAlpha = 1;
+  fill(context, "source-over", "rgba(0, 0, 0, 0.5)", 0, 0, width, height);  // darker
   map.forEach((value, i) => {
     const row = Math.floor(i / cols), col = i % cols;
     const [left, right] = [col, col + 1].map(n => Math.round(n * width / cols));
@@ -127,7 +129,7 @@ function listFilters() {  // [text, does it show a question with these answers?]
   }
   data.names.forEach((name, n) => {
     for (const [early, late] of [[1, 1], [0, 1], [1, 0], [0, 0]]) {
-      const text = `${name}: early look ${place(early)}, late look ${place(late)}`;
+      const text = `${name}: first look ${place(early)}, last look ${place(late)}`;
       filters.push([text, answers => answers[n].early === early && answers[n].late === late]);
     }
   });
@@ -148,7 +150,7 @@ function addFilters() {
     select.after(` the first ${items.length} of ${data.total} questions`);
 }
 
-data.questions.filter(question => question.image).forEach(addMaps);
+for (const index of data.shown) addMaps(data.questions[index], index);
 data.questions.forEach(addQuestion);
 addFilters();
 for (const section of document.querySelectorAll(".evaluated"))

@@ -6,13 +6,14 @@ import base64
 import html
 import io
 import json
+import math
 import re
 from functools import partial
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from statistics import fmean
 
-from evaluate import LEVELS, pack_map, results_table, unpack_map
+from evaluate import LEVELS, pack_map, results_table, unpack_map, verdict
 from extras.model_card import model_card
 from extras.pictures import COLORS, color_scale, mean_map, plot_animation, plot_before_after
 
@@ -45,7 +46,7 @@ def write_report(run, examples):
         ]
         shown = [(examples[i], pair) for i, pair in enumerate(pairs[:IN_PICTURE])]
         run.atomic_write("look.png", partial(plot_before_after, shown))
-        chosen = first_corrected(before, after)
+        chosen = most_telling(before, after)
         example, pair = examples[chosen], pairs[chosen]
         run.atomic_write("before_after.png", partial(plot_before_after, [(example, pair)]))
         run.atomic_write("look.gif", partial(plot_animation, example, pair))
@@ -54,10 +55,15 @@ def write_report(run, examples):
     run.write_text("report.html", render_page(run, before, after, examples))
 
 
-def first_corrected(before, after):
-    """The index of the first question that training corrected, or 0 if it corrected none."""
-    pairs = enumerate(zip(before, after))
-    return next((i for i, (old, new) in pairs if new["correct"] > old["correct"]), 0)
+def most_telling(before, after):
+    """The index of the question to show: the first that training corrected after a wrong first look
+    that stayed wrong. If there is none, the first that it corrected; else the first."""
+    fixed = [
+        i for i, (old, new) in enumerate(zip(before, after)) if new["correct"] > old["correct"]
+    ]
+    fixed = [i for i in fixed if i < LISTED]
+    looked = [i for i in fixed if after[i]["late"] > after[i]["early"] == before[i]["early"]]
+    return (looked + fixed + [0])[0]
 
 
 def as_answer(row, name):
@@ -75,17 +81,22 @@ def render_page(run, before, after, examples):
     settings, evaluations = run.settings, {"before": before, "after": after}
     evaluations = {name: rows for name, rows in evaluations.items() if rows}
     model, data_set = (Path(settings[name]).name for name in ("model_name_or_path", "dataset"))
+    chosen = most_telling(before, after) if before and after else 0
+    shown = [chosen, *(i for i in range(WITH_MAPS) if i != chosen)]
+    shown = [i for i in shown[:WITH_MAPS] if i < len(before or [])]
     data = {
         "levels": LEVELS,
         "colors": COLORS.hex(),
         "names": list(evaluations),
         "total": len(before or []),
-        "questions": list_questions(examples, evaluations),
+        "shown": shown,
+        "questions": list_questions(examples, evaluations, shown),
     }
     parts = {
         "TITLE": f"{model} on {data_set}: {run.step} of {settings['max_steps']} steps",
         "SETTINGS": "\n".join(f"{name}: {value}" for name, value in settings.items()),
-        "TABLE": results_table(before, after) if after else "The run is not finished.",
+        "VERDICT": verdict(before, after) if after else "The run is not finished.",
+        "TABLE": results_table(before, after) if after else "",
         "REWARDED": f"layers {settings['layers']}, heads {settings['heads']}",
     }
     parts = {name: html.escape(text) for name, text in parts.items()} | {
@@ -103,20 +114,20 @@ def read_part(name):
     return (Path(__file__).parent / name).read_text("utf-8")
 
 
-def list_questions(examples, evaluations):
-    """The held-out questions, a list of dicts for JSON; the first WITH_MAPS have photos and maps.
+def list_questions(examples, evaluations, shown):
+    """The held-out questions, a list of dicts for JSON; those in `shown` have photos and maps.
     `scale` is the attention with the brightest color, `mean` the mean map of the selected words."""
     questions = []
     for i, rows in enumerate(zip(*(results[:LISTED] for results in evaluations.values()))):
         answers = []
         for row in rows:
             keys = ["correct", "early", "late"]
-            if i < WITH_MAPS:
+            if i in shown:
                 keys += ["words", "grid", "maps", "selected"]
             answers.append({key: row[key] for key in keys} | {"text": cut(row["text"])})
         question, truth = cut(rows[0]["question"]), cut(rows[0]["answer"])
         questions.append({"question": question, "truth": truth, "answers": answers})
-        if i < WITH_MAPS:
+        if i in shown:
             unpacked = [as_answer(row, name) for name, row in zip(evaluations, rows)]
             for answer, maps in zip(answers, unpacked):
                 answer["mean"] = pack_map(mean_map(maps))
@@ -150,23 +161,25 @@ def metric_charts(steps):
     charts = []
     for title, pattern in CHARTS.items():
         names = [name for name in (steps[0] if steps else []) if re.fullmatch(pattern, name)]
-        lines = {name: [step[name] for step in steps] for name in names}
+        words = {name: name.split("/")[1] if "rewards/" in name else name for name in names}
+        lines = {words[name]: [step[name] for step in steps] for name in names}
         charts.append(line_chart(title, lines, "step"))
     return charts
 
 
 def position_charts(evaluations):
     """The mean attention to the region and to the whole image at each token of the answers, right
-    and wrong ones, a list of SVGs. Args: evaluations, {"before": results, "after": results}."""
-    charts = []
-    for title, key in (("the region", "to_region"), ("the whole image", "to_image")):
-        lines = {}
+    and wrong ones, two SVGs with one scale. Args: evaluations, {name: results}."""
+    charts = {"attention to the region": {}, "attention to the whole image": {}}
+    for (title, lines), key in zip(charts.items(), ("to_region", "to_image")):
         for name, results in evaluations.items():
-            for verdict, correct in (("right", 1), ("wrong", 0)):
+            for answers, correct in (("right", 1), ("wrong", 0)):
                 rows = [row[key] for row in results if row["correct"] == correct]
-                lines[f"{name} training, {len(rows)} {verdict} answers"] = mean_by_position(rows)
-        charts.append(line_chart(f"attention to {title}", lines, "token"))
-    return charts
+                lines[f"{name} training, {len(rows)} {answers} answers"] = mean_by_position(rows)
+    highest = max(
+        (max(v, default=0) for lines in charts.values() for v in lines.values()), default=0
+    )
+    return [line_chart(title, lines, "token", highest) for title, lines in charts.items()]
 
 
 def mean_by_position(lists):
@@ -176,21 +189,21 @@ def mean_by_position(lists):
     return [fmean(column) for column in columns if 3 * len(column) >= len(lists)]
 
 
-def line_chart(title, lines, x_label):
-    """Draw a line chart as inline SVG.
+def line_chart(title, lines, x_label, highest=-math.inf):
+    """Draw a line chart as inline SVG. Several lines get a legend.
 
-    Args: lines, {name: values at x = 1, 2, ...}, with None for a missing value.
-    Returns: the SVG as a string, or "" if there are no values.
+    Args: lines, {name: values at x = 1, 2, ...}, with None for a missing value; highest, that the
+    y axis reaches at least. Returns: the SVG as a string, or "" if there are no values.
     """
     longest = max((len(values) for values in lines.values()), default=0)
     values = [v for line in lines.values() for v in line if v is not None]
     if not values:
         return ""
     width, height, left, right, top, bottom = 420, 190, 52, 408, 26, 156
-    low, high = min(0.0, *values), max(values)
+    low, high = min(0.0, *values), max(highest, *values)
     high = high if high > low else low + 1
     parts = [
-        f'<svg class="chart" viewBox="0 0 {width} {height + 14 * len(lines)}">',
+        f'<svg class="chart" viewBox="0 0 {width} {height + 14 * len(lines) * (len(lines) > 1)}">',
         f'<text x="{left}" y="14" class="title">{html.escape(title)}</text>',
         f'<path class="axis" d="M{left},{top} V{bottom} H{right}"/>',
         f'<text x="{left - 5}" y="{top + 6}" text-anchor="end">{high:.2g}</text>',
@@ -205,11 +218,10 @@ def line_chart(title, lines, x_label):
             for x, value in average_bins(line)
         ]
         y, style = height + 14 * n, f'class="line{n % LINE_STYLES}"'
-        parts += [
-            f'<polyline {style} points="{" ".join(points)}"/>',
-            f'<path {style} d="M{left},{y - 4} h36"/>',
-            f'<text x="{left + 42}" y="{y}">{html.escape(name)}</text>',
-        ]
+        parts.append(f'<polyline {style} points="{" ".join(points)}"/>')
+        if len(lines) > 1:
+            parts.append(f'<path {style} d="M{left},{y - 4} h36"/>')
+            parts.append(f'<text x="{left + 42}" y="{y}">{html.escape(name)}</text>')
     return "".join(parts) + "</svg>"
 
 

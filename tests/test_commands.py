@@ -73,9 +73,11 @@ def test_look_answers_scores_and_draws(tmp_path, capsys, photo):
     auroc = reward.localization(trace.map, region)["auroc"]
     assert f"answer: {trace.completion.texts[0]}" in out
     assert f"r_v {r_v:.3f}, AUROC {auroc:.3f}" in out
-    looks = reward.early_and_late(trace.attention, region, trace.selected)
-    early, late = ("on" if look else "off" for look in looks)
-    assert f"early look: {early} the region; late look: {late}\n" in out
+    answer = trace.completion.texts[0].split().index("<answer>")  # a word is a token here
+    before_answer = torch.arange(len(trace.attention)) < answer
+    looks = reward.early_and_late(trace.attention, region, before_answer)
+    first, last = ("on" if look else "off" for look in looks)
+    assert f"first look: {first} the region; last look: {last}\n" in out
     assert Image.open(output).width > 300 and "the tiny model only knows" not in out
 
 
@@ -109,7 +111,7 @@ def test_look_without_a_box_scores_nothing_and_the_tiny_model_only_knows_cards(t
     flags = ["look", "--image", str(path), "--question", "What color is the mug?", *FAST]
     assert sayo_mini.main([*flags, "--output", str(tmp_path / "out.png")]) == 0
     out = capsys.readouterr().out
-    assert "answer: " in out and "r_v" not in out and "early look" not in out
+    assert "answer: " in out and "r_v" not in out and "first look" not in out
     assert "the tiny model only knows" in out
 
 

@@ -47,6 +47,7 @@ save_steps               1 | 0
 device                   auto cuda cpu | gpu
 lr_scheduler_type        cosine constant | linear
 alignment                query predict | both
+region                   boxes rolled | moved
 report_to                none tensorboard wandb trackio | mlflow
 layers                   all -1 0,-2 | last 1.5 2,,3 ''
 heads                    all 0,3 | first ''

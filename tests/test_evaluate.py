@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import zlib
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -19,10 +21,14 @@ from evaluate import (
     confidence_interval,
     evaluate,
     pack_map,
+    paired_change,
     results_table,
+    sign_test,
+    standard_error,
     table_rows,
     trace_attention,
     unpack_map,
+    verdict,
     written_words,
 )
 from model import Completions
@@ -49,12 +55,14 @@ def test_a_row_has_the_answer_and_where_the_model_looked(vlm):
         trace = trace_attention(vlm, prompt, CFG)
         region, other = (example_region(x, (7, 7)) for x in (example, following))
         texts = dict(id=example.id, question=example.question, answer=example.answer)
+        texts |= dict(image=zlib.crc32(example.image.tobytes()))
         completion = vlm.sample(prompt, 1, CFG.max_completion_length, temperature=0)
         texts |= dict(text=completion.texts[0], ids=completion.ids[0].tolist())
         scores = reward.localization(trace.map, region)
-        looks = {}
+        looks, words = {}, [word.strip() for word in written_words(vlm, completion)]
+        thoughts = torch.arange(len(words)) < words.index("<answer>")  # a word is a token here
         for prefix, cells in (("", region), ("permuted_", other)):
-            found = reward.early_and_late(trace.attention, cells, trace.selected)
+            found = reward.early_and_late(trace.attention, cells, thoughts)
             looks |= {f"{prefix}early": float(found[0]), f"{prefix}late": float(found[1])}
         expected = texts | {
             "selected": trace.selected.tolist(),
@@ -189,36 +197,49 @@ def test_maps_of_long_answers_are_pooled(vlm, monkeypatch, cells, grid):
 # --- the table
 
 
+def interval(values, *args, **kwargs):
+    """The interval of values that belong to different images."""
+    return confidence_interval(values, range(len(values)), *args, **kwargs)
+
+
 def test_confidence_intervals():
     # Wilson, 8 of 10: center (0.8 + 1.9208 / 10) / 1.38416,
     # half width 1.96 sqrt(0.016 + 0.009604) / 1.38416.
-    assert confidence_interval([1.0] * 8 + [0.0] * 2, proportion=True) == "0.800 [0.490, 0.943]"
+    assert interval([1.0] * 8 + [0.0] * 2, proportion=True) == "0.800 [0.490, 0.943]"
     # The normal interval would have zero width.
-    assert confidence_interval([1.0] * 10, proportion=True) == "1.000 [0.722, 1.000]"
+    assert interval([1.0] * 10, proportion=True) == "1.000 [0.722, 1.000]"
     # The mean of 1, 2, 3 is 2, the standard deviation 1, the half width 1.96 / sqrt(3).
-    assert confidence_interval([1.0, math.nan, 2.0, 3.0], largest=INF) == "2.000 [0.868, 3.132]"
-    assert confidence_interval([1.0]) == "1.000" and confidence_interval([math.nan]) == "-"
+    assert interval([1.0, math.nan, 2.0, 3.0], largest=INF) == "2.000 [0.868, 3.132]"
+    assert interval([1.0]) == "1.000" and interval([math.nan]) == "-"
     # Inside the range, the normal interval is used: 0.5 +- 1.96 * 0.1 / sqrt(3).
-    assert confidence_interval([0.4, 0.5, 0.6]) == "0.500 [0.387, 0.613]"
+    assert interval([0.4, 0.5, 0.6]) == "0.500 [0.387, 0.613]"
     # The normal interval is [-0.240, 0.740], so Wilson's for 1 of 4 is used: center
     # (0.25 + 1.9208 / 4) / 1.9604, half width 1.96 sqrt(0.046875 + 0.060025) / 1.9604 = 0.3269.
     # It depends only on the mean and n, so shared ties (0.5) get the same interval.
-    assert confidence_interval([0.0, 0.0, 0.0, 1.0]) == "0.250 [0.046, 0.699]"
-    assert confidence_interval([0.0, 0.0, 0.5, 0.5]) == "0.250 [0.046, 0.699]"
-    assert confidence_interval([1 + 1e-15] * 5) == "1.000 [0.566, 1.000]"
+    assert interval([0.0, 0.0, 0.0, 1.0]) == "0.250 [0.046, 0.699]"
+    assert interval([0.0, 0.0, 0.5, 0.5]) == "0.250 [0.046, 0.699]"
+    assert interval([1 + 1e-15] * 5) == "1.000 [0.566, 1.000]"
     # 2 +- 1.96 * 2.828 / sqrt(2), clipped at 0; a ratio has no upper bound.
-    assert confidence_interval([0.0, 4.0], largest=INF) == "2.000 [0.000, 5.920]"
+    assert interval([0.0, 4.0], largest=INF) == "2.000 [0.000, 5.920]"
+
+
+NUMBERS = count()
+
+
+def results(number, *args, **changed):
+    return [result(*args, **changed) for _ in range(number)]
 
 
 def result(correct=1.0, auroc=0.5, early=1.0, late=1.0, **changed):
     names = "permuted_auroc mass_over_area pointing tas image_mass fixed_auroc fixed_mass_over_area"
     row = dict.fromkeys(names.split(), 0.5) | dict(area=0.1, length=13)
-    row |= dict(correct=correct, auroc=auroc, early=early, late=late)
+    row |= dict(correct=correct, auroc=auroc, early=early, late=late, image=next(NUMBERS))
     return row | {"permuted_early": 0.0, "permuted_late": 1.0} | changed
 
 
 def test_rows_of_the_table():
-    before, after = [result(0.0, 0.4)] * 4 + [result(0.0, 0.4, area=0.6)], [result(1.0, 0.9)] * 5
+    before = results(4, 0.0, 0.4) + [result(0.0, 0.4, area=0.6)]
+    after = results(5, 1.0, 0.9)
     rows = table_rows(before, [row | {"length": 110, "tas": 0.75} for row in after])
     half, perfect = "0.500 [0.500, 0.500]", "1.000 [0.566, 1.000]"
     assert list(rows.values()) == [
@@ -230,8 +251,8 @@ def test_rows_of_the_table():
         ("  TAS", half, "0.750 [0.750, 0.750]", "0.500"),
         ("the same on fixed text, AUROC", half, half, "0.500"),
         ("  mass / area", half, half, "1.000"),
-        ("early look on the region", perfect, perfect, "0.000"),
-        ("late look on the region", perfect, perfect, "1.000"),
+        ("first look on the region", perfect, perfect, "0.000"),
+        ("last look on the region", perfect, perfect, "1.000"),
         ("attention to the whole image", half, half, ""),
         ("answer length, tokens", "13.000 [13.000, 13.000]", "110.000 [110.000, 110.000]", ""),
     ]
@@ -252,10 +273,38 @@ def test_looks_are_counted_with_their_accuracy():
     before, after = ([result(*row) for row in rows] for rows in (before, after))
     empty, *lines = results_table(before, after).splitlines()[13:]
     assert not empty and [re.split("  +", line) for line in lines] == [
-        ["early look, late look", "before", "after"],
+        ["first look, last look", "before", "after"],
         ["on the region, on the region", "1 answer, 100% right", "3 answers, 67% right"],
         ["off, on the region", "1 answer, 100% right", "0 answers"],
         ["on the region, off", "1 answer, 0% right", "0 answers"],
         ["off, off", "1 answer, 0% right", "1 answer, 0% right"],
-        ["wrong early looks corrected", "1 of 2", "0 of 1"],
     ]
+
+
+def test_the_verdict_tests_the_same_questions():
+    """Two questions about one image count as one: of three images, two got better."""
+    before = [
+        result(*row) for row in [(0, 0.4, 0, 0), (0, 0.4, 0, 0), (0, 0.5, 1, 1), (1, 0.6, 0, 1)]
+    ]
+    after = [
+        result(*row) for row in [(1, 0.6, 0, 1), (1, 0.6, 0, 1), (1, 0.7, 1, 1), (1, 0.8, 0, 1)]
+    ]
+    for rows in (before, after):
+        for row, image in zip(rows, (1, 1, 2, 3)):
+            row.update(image=image, correct=float(row["correct"]), fixed_auroc=row["auroc"] - 0.15)
+    answers, attention, looks = verdict(before, after).splitlines()
+    assert answers == (
+        "Answers: 1 right before, 4 right after, of 4; 3 fixed, 0 broken "
+        "(exact sign test, p = 0.5)."  # 2 / 2^2
+    )
+    assert attention.count("+0.20 [+0.20, +0.20]") == 1 and "+0.05 [+0.05, +0.05]" in attention
+    assert looks == "First looks off the region: 3 before, 1 corrected; 3 after, 3 corrected."
+
+
+def test_exact_sign_test_and_clustered_error():
+    assert sign_test([1] * 9 + [-1] + [0] * 5) == "p = 0.021"  # 2 (1 + 10) / 1024
+    assert sign_test([]) == sign_test([1, -1]) == "p = 1" and sign_test([1] * 30) == "p < 1e-6"
+    # Each on its own image: 1 / sqrt(3). Pairs of equal values on two images: as two values.
+    assert standard_error([1.0, 2.0, 3.0], [1, 2, 3]) == pytest.approx(3**-0.5)
+    assert standard_error([1.0, 1.0, 2.0, 2.0], [1, 1, 2, 2]) == pytest.approx(0.5)
+    assert paired_change([0.1, 0.3], [7, 7]) == "+0.20" and paired_change([math.nan], [1]) == "-"

@@ -44,11 +44,11 @@ def test_reward_and_data_can_be_used_alone():
 @pytest.mark.slow
 def test_a_run_loads_extras_only_after_its_table(tmp_path):
     """Records, in a real run, which modules of extras/ are loaded before the table is printed."""
-    code = "import sys, sayo_mini\nprint_table = sayo_mini.results_table\n"
-    code += "def results_table(*args):\n"
+    code = "import sys, sayo_mini\nprint_table = sayo_mini.results_text\n"
+    code += "def results_text(*args):\n"
     code += "    print([m for m in sys.modules if m.startswith('extras')], file=sys.stderr)\n"
     code += "    return print_table(*args)\n"
-    code += "sayo_mini.results_table = results_table\nsys.exit(sayo_mini.main(sys.argv[1:]))"
+    code += "sayo_mini.results_text = results_text\nsys.exit(sayo_mini.main(sys.argv[1:]))"
     flags = ["--max_steps", "0", "--eval_examples", "2", "--device", "cpu"]
     command = [sys.executable, "-c", code, *flags, "--output_dir", str(tmp_path)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -52,6 +52,14 @@ def test_rewards_of_a_group(alignment, fraction, rho):
     assert rewards["accuracy"].tolist() == [1.0, 0.0]
 
 
+def test_the_placebo_rewards_the_box_rolled_by_half_the_image():
+    rewards, inputs = rewards_of()
+    rolled, placebo = rewards_of(region="rolled")  # the grid is 1 x 2, so the other cell
+    assert placebo.region.tolist() == [not marked for marked in inputs.region.tolist()]
+    assert rolled["attention"].tolist() != rewards["attention"].tolist()
+    assert rolled["format"].tolist() == rewards["format"].tolist()
+
+
 def test_attention_metrics_use_the_selection_and_leave_out_padding():
     _, inputs = rewards_of(alignment="query", token_fraction=0.3)
     metrics = attention_metrics(ENTROPY, MASK, inputs)

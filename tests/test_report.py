@@ -3,6 +3,7 @@
 import json
 import re
 import xml.etree.ElementTree as ET
+from itertools import count
 
 import pytest
 from PIL import Image
@@ -10,7 +11,7 @@ from PIL import Image
 from checkpoint import RunDirectory
 from config import Config
 from data import Example
-from evaluate import pack_map, results_table
+from evaluate import pack_map, results_table, verdict
 from extras import report
 from extras.model_card import model_card
 from extras.pictures import COLORS
@@ -18,16 +19,21 @@ from extras.report import line_chart, write_report
 
 pytestmark = pytest.mark.slow
 BLUE = (40, 120, 200)  # of the whole image
-DARK = 0.4 * (0.3 * BLUE[0] + 0.59 * BLUE[1] + 0.11 * BLUE[2])  # gray and dark, without attention
+GRAY = 0.3 * BLUE[0] + 0.59 * BLUE[1] + 0.11 * BLUE[2]
+DARK = [0.5 * (0.6 * GRAY + 0.4 * v) for v in BLUE]  # less color, darker, without attention
 METRICS = {"step": 1, "entropy": 0.5, "kl": 0.0, "attention/auroc": 0.6}
 METRICS |= {"completions/mean_length": 9, "rewards/attention/mean": 0.2}
 SCORES = "auroc permuted_auroc mass_over_area pointing tas image_mass area fixed_auroc"
 SCORES += " fixed_mass_over_area permuted_early permuted_late"
 
 
+IMAGES = count()
+
+
 def make_row(maps, correct, early, late):
     """A result of `evaluate` on a grid of 2 x 4. Args: maps, {cell: attention} of each word."""
     return dict.fromkeys(SCORES.split(), 0.5) | {
+        "image": next(IMAGES),
         "question": "What is <b>it</b>?",
         "answer": "</script>",
         "text": "the dot r1",
@@ -97,7 +103,7 @@ def lit(page, answer=0):
         const y = canvas.height * (Math.floor(cell / 4) + 0.9) / 2;
         return [...canvas.getContext("2d").getImageData(x, y, 1, 1).data].slice(0, 3); })"""
     colors = page.locator("canvas").nth(answer).evaluate(script)
-    return {i: color for i, color in enumerate(colors) if max(color) > DARK + 15}
+    return {i: color for i, color in enumerate(colors) if sum(color) > sum(DARK) + 20}
 
 
 def test_mouse_and_keyboard_choose_the_word_whose_map_is_shown(page):
@@ -124,7 +130,8 @@ def test_the_colors_are_linear_and_the_same_before_and_after(page):
     cases = (0, 1, 4, 128), (0, 2, 7, 255), (0, 3, 1, 255), (1, 1, 6, 255), (1, 1, 0, 64)
     for answer, word, cell, level in cases:
         words_of(page, answer).nth(word).hover()
-        expected = [255 - (255 - DARK) * (255 - v) / 255 for v in COLORS[3 * level :][:3]]
+        light = zip(DARK, COLORS[3 * level :][:3])
+        expected = [255 - (255 - dark) * (255 - v) / 255 for dark, v in light]
         assert lit(page, answer)[cell] == pytest.approx(expected, abs=4)
     assert "40 % or more per cell" in page.locator(".question").first.inner_text()
 
@@ -135,10 +142,10 @@ def test_the_questions_can_be_filtered(page):
         "wrong before, right after (1)": [2],
         "right before, wrong after (2)": [1, 3],
         "wrong before, wrong after (0)": [],
-        "before: early look on the region, late look off (1)": [3],
-        "before: early look off, late look on the region (2)": [1, 2],
-        "before: early look off, late look off (0)": [],
-        "after: early look on the region, late look on the region (3)": [1, 2, 3],
+        "before: first look on the region, last look off (1)": [3],
+        "before: first look off, last look on the region (2)": [1, 2],
+        "before: first look off, last look off (0)": [],
+        "after: first look on the region, last look on the region (3)": [1, 2, 3],
         "all questions (3)": [1, 2, 3],
     }
     for option, found in expected.items():
@@ -152,7 +159,9 @@ def test_text_from_the_data_is_no_code_and_the_page_fits_a_phone(page):
     assert "What is <b>it</b>? (</script>) maps" in first
     assert re.search(r"before: ✓ right: the dot r1\s+after: ✗ wrong: the dot r1", first)
     assert page.locator("#questions a").first.get_attribute("href") == "#maps-0"
-    assert page.locator("pre").nth(1).inner_text().strip() == results_table(BEFORES, AFTERS).strip()
+    assert page.locator("pre").first.inner_text().strip() == results_table(BEFORES, AFTERS).strip()
+    assert page.locator("#verdict").inner_text() == verdict(BEFORES, AFTERS)
+    assert page.locator("#maps .question").first.get_attribute("id") == "maps-1"  # corrected
     assert "http" not in page.content()  # it works offline
 
 
@@ -164,7 +173,7 @@ def test_an_unfinished_run_has_a_page(open_report, before, visible):
     if visible:
         page.get_by_label("show").select_option("wrong before (1)")
         assert page.locator("#questions li:visible").count() == 1
-        assert "not finished" in page.locator("pre").nth(1).inner_text()
+        assert "not finished" in page.locator("#verdict").inner_text()
 
 
 # --- files, size and charts ---
@@ -185,7 +194,12 @@ def test_a_finished_run_has_pictures_and_a_card_with_results(tmp_path):
     compile(card.split("```python\n")[1].split("```")[0], "the code in the card", "exec")
     hub = model_card(run.settings | {"model_name_or_path": "Qwen/Qwen3-VL-2B-Instruct"})
     assert hub.startswith("---\nbase_model: Qwen/Qwen3-VL-2B-Instruct\nlibrary_name: peft\n")
-    assert report.first_corrected([BEFORE, *BEFORES], [BEFORE, *AFTERS]) == 2
+    # The second corrects a wrong first look; without it, the first corrected answer is shown.
+    wrong, right = BEFORE | {"correct": 0.0}, AFTER | {"correct": 1.0}
+    looks_again = right | {"early": 0.0, "late": 1.0}
+    assert report.most_telling([wrong, wrong], [right, looks_again]) == 1
+    assert report.most_telling([BEFORE, wrong], [BEFORE, right]) == 1
+    assert report.most_telling([BEFORE], [BEFORE]) == 0
     rows, row = (Image.open(run.folder / name) for name in ("look.png", "before_after.png"))
     assert rows.height == 3 * row.height
 
@@ -207,7 +221,7 @@ def test_the_page_of_a_long_run_stays_under_two_megabytes(tmp_path):
     noise = Example(Image.effect_noise((900, 700), 80), "?", "!", [(0, 0, 9, 9)])
     page = report.render_page(run, [row] * 1000, [row] * 1000, [noise] * 8)
     assert len(page.encode()) < 2e6
-    assert all(name in page for name in ("rewards/attention/mean", "1000 wrong answers", "kl"))
+    assert all(name in page for name in ("1000 wrong answers", "KL from the base model"))
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert data["total"] == 1000 and len(data["questions"]) == report.LISTED
     assert data["questions"][0]["answers"][1]["text"] == "\u8fd9" * 240 + "..."

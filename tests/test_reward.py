@@ -220,25 +220,36 @@ def test_empty_regions_wrong_shapes_and_unknown_alignments_are_refused():
             reward.attention_reward(ATTENTION, bools(*region), torch.ones(selected).bool())
 
 
-ON, OFF = [0.4, 0.1, 0.1, 0.0], [0.1, 0.3, 0.1, 0.1]  # cell 1: 0.4 / 0.15, and 0.1 / 0.15
+# Attention of one token to four cells, of which cell 0 is the region. HARD looks at one cell, SOFT
+# spreads more attention over several, and the faint ones hardly look.
+HARD_ON, HARD_OFF = [0.6, 0.1, 0.0, 0.0], [0.1, 0.0, 0.6, 0.0]
+SOFT_ON, SOFT_OFF = [0.3, 0.2, 0.2, 0.2], [0.2, 0.3, 0.2, 0.2]
+FAINT_ON, FAINT_OFF = [0.1, 0.0, 0.0, 0.0], [0.0, 0.1, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
-    "rows, selected, expected",
+    "rows, before_answer, expected",
     [
-        ([OFF, ON, OFF], [0, 1, 0], [True, True]),  # one token is the early and the late look
-        ([OFF, ON, OFF, ON], [0, 1, 1, 0], [True, False]),  # only selected tokens count
-        # Four tokens: two each. (0.4 + 0.1) / 2 = 0.25 is above 0.15, and (0.1 + 0.1) / 2 is not.
-        ([ON, OFF, OFF, OFF], [1] * 4, [True, False]),
-        # Seven tokens: three each. 0.4 + 0 + 0, and 0.4 + 0.1 + 0.1, against 3 * 0.15 = 0.45.
-        ([ON, *[[0.0, 0.3, 0.2, 0.1]] * 2, ON, ON, OFF, OFF], [1] * 7, [False, True]),
+        # One look among six tokens, floor(0.15 * 6) = 0: it is early and late.
+        ([FAINT_OFF, HARD_ON, *[FAINT_OFF] * 4], [1] * 6, [True, True]),
+        # Two of 14 tokens, a wrong look and a right one.
+        ([*[FAINT_ON] * 3, HARD_OFF, *[FAINT_OFF] * 9, HARD_ON], [1] * 14, [0, 1]),
+        ([SOFT_ON, HARD_ON, *[SOFT_OFF] * 9, HARD_OFF, *[SOFT_ON] * 2], [1] * 14, [1, 0]),
+        # Looks in and after the answer do not count, unless there is nothing before it.
+        ([FAINT_OFF, HARD_ON, FAINT_OFF, HARD_OFF, HARD_OFF], [1, 1, 1, 0, 0], [True, True]),
+        ([HARD_OFF, HARD_ON, FAINT_OFF], [0, 0, 0], [False, False]),
+        # Four of 28 tokens, two early and two late: their mean map decides.
+        ([HARD_OFF, SOFT_ON, HARD_ON, SOFT_OFF, *[FAINT_ON] * 24], [1] * 28, [False, True]),
+        ([HARD_ON, SOFT_ON, HARD_OFF, SOFT_OFF, *[FAINT_ON] * 24], [1] * 28, [True, False]),
         ([[0.1] * 4], [1], [False, False]),  # uniform attention is not on the region
     ],
 )
-def test_early_and_late_looks(rows, selected, expected):
-    args = bools(1, 0, 0, 0), bools(*selected)
+def test_early_and_late_looks(rows, before_answer, expected):
+    args = bools(1, 0, 0, 0), bools(*before_answer)
+    expected = [bool(look) for look in expected]
     assert reward.early_and_late(torch.tensor(rows), *args) == expected
     assert reward.early_and_late(torch.tensor(rows).bfloat16(), *args) == expected
+    assert reward.early_and_late(100 * torch.tensor(rows), *args) == expected
 
 
 @pytest.mark.parametrize(
@@ -434,7 +445,7 @@ def test_localization_of_a_map(attention, region, auroc, rho, pointing, mass):
         ("selected", lambda m: reward.attention_reward(torch.ones(1, 2, 2), bools(1, 0), m[None])),
         ("mask", lambda m: reward.grpo_loss(*[torch.ones(1, 2)] * 3, torch.ones(1), m[None])),
         ("region", lambda m: reward.localization(torch.ones(2), m)),
-        ("selected", lambda m: reward.early_and_late(torch.ones(2, 2), bools(1, 0), m)),
+        ("before_answer", lambda m: reward.early_and_late(torch.ones(2, 2), bools(1, 0), m)),
     ],
 )
 def test_a_mask_that_is_not_bool_is_refused_by_name(name, call):
