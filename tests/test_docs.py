@@ -83,7 +83,7 @@ def test_files_exist(page):
 def test_the_reading_table_has_every_file_of_the_top_level():
     table = README.split("## Which file to read")[1].split("## ")[0]
     names = re.findall(r"^\| `(.+?)` ", table, re.MULTILINE)
-    assert set(names) == {path.name for path in ROOT.glob("*.py")} | {"extras/", "study/"}
+    assert set(names) == {path.name for path in ROOT.glob("*.py")} | {"extras/", "study/", "docs/"}
 
 
 def test_logging_explains_every_metric_of_a_step():
