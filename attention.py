@@ -2,8 +2,8 @@
 recorded.
 
 `sayo_attention` runs in every layer, on top of transformers' own SDPA. A completion attends to its
-prompt and to itself, never to other completions. Besides the prompt's attention to itself, time and
-memory grow with G * C * (P + C), not with (P + G * C)^2.
+prompt and to itself, never to other completions. The completions cost G * C * (P + C) in time and
+memory, not (P + G * C)^2; the prompt's attention to itself comes on top.
 """
 
 from dataclasses import dataclass, field
@@ -103,7 +103,8 @@ def decode_attention(query, keys, values, prompt, scaling, ignored=None):
 
 @torch.no_grad()
 def image_attention(query, key, group, capture, scaling):
-    """The attention weights to the image tokens: softmax(q k^T) in fp32, one head at a time.
+    """The attention weights to the image tokens: softmax(q k^T) over all keys that the query sees,
+    of which the image columns are kept, in fp32, one head at a time.
 
     Args: query (1, H, S, D) and key (1, H_kv, S, D) of one PackedGroup, S = P + G*C.
     Returns: (1 + G*C, N), averaged over `capture.heads`, or (H, 1 + G*C, N) if not averaged. Row 0

@@ -101,7 +101,7 @@ class Config:
         "the image",
         choices=["boxes", "rolled"],
     )
-    layers: str = flag("-1", "layers whose attention counts: all, 2,3 or --layers=-2,-1")
+    layers: str = flag("-1", "layers whose mean attention counts: all, 2,3 or --layers=-2,-1")
     heads: str = flag("all", "heads of those layers: all, or 0,3")
     format_lengths: str = flag("60,100", "min,max tokens that earn the full format reward")
     # evaluation

@@ -54,7 +54,7 @@ class Group:
     old_logps: torch.Tensor = None  # (G, C) before the first update of the step
     ref_logps: torch.Tensor = None  # (G, C) under the model before training, for the KL
     metrics: dict[str, float] = None  # means over the group
-    teaches: bool = True  # false if all rewards are equal: the group is left out of the loss
+    teaches: bool = True  # false if all rewards are equal (and finite): left out of the loss
 
 
 def train_step(vlm, examples, cfg, optimizer, generator, scaler=NO_LOSS_SCALE):
@@ -66,7 +66,8 @@ def train_step(vlm, examples, cfg, optimizer, generator, scaler=NO_LOSS_SCALE):
     Returns: (metrics, see `step_metrics`; samples, a dict per completion).
     """
     groups = sample(vlm, examples, cfg, generator)
-    step_tokens = sum(group.completions.mask.sum().item() for group in groups)  # of all groups
+    # The loss is divided by the tokens of all groups, also of those that are left out of it.
+    step_tokens = sum(group.completions.mask.sum().item() for group in groups)
     per_forward = max(1, cfg.completions_per_forward // cfg.num_generations)  # groups
     updates = []
     for iteration in range(cfg.num_iterations):
@@ -75,7 +76,7 @@ def train_step(vlm, examples, cfg, optimizer, generator, scaler=NO_LOSS_SCALE):
             batch = groups[i : i + per_forward]
             prompts, completions = [g.prompt for g in batch], [g.completions for g in batch]
             scores = vlm.score_groups(prompts, completions, attention=iteration == 0)
-            if iteration == 0:  # later iterations keep these rewards, and move away from old_logps
+            if iteration == 0:  # later iterations keep these rewards and old_logps
                 score_and_reward(vlm, batch, scores, cfg)
             if any(group.teaches for group in batch):
                 loss, stats = batch_loss(batch, scores, cfg, step_tokens)
