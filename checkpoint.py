@@ -1,7 +1,7 @@
 """The folder of one run. It can be resumed after a kill at any time, bit-identically on a CPU.
 
 Files other than logs are replaced atomically. After a kill, the logs may contain steps newer than
-the checkpoint, and adapter/ may be missing. Resuming cuts the logs back and writes adapter/ again."""
+the checkpoint, and adapter/ may be missing. Resuming cuts the logs and writes adapter/ again."""
 
 import json
 import os

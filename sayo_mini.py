@@ -60,9 +60,10 @@ class Group:
 def train_step(vlm, examples, cfg, optimizer, generator, scaler=NO_LOSS_SCALE):
     """One step of GRPO: sample G completions of every question, score and reward them, update.
 
-    One forward pass with gradient gives the log-probabilities, entropies and attention of a group;
-    of several groups if `completions_per_forward` is at least 2 G. Below G, `score_groups` splits
-    the group to save memory. Args: scaler, a GradScaler for a model in fp16.
+    One forward pass with gradient gives the log-probabilities, entropies and attention of a group.
+    A `completions_per_forward` of 2 G or more packs several groups into it. From 1 to G - 1,
+    `score_groups` splits the group, with the same gradient and less memory; 0 means G.
+    Args: scaler, a GradScaler for a model in fp16.
     Returns: (metrics, see `step_metrics`; samples, a dict per completion).
     """
     groups = sample(vlm, examples, cfg, generator)
@@ -110,7 +111,7 @@ def score_and_reward(vlm, groups, scores, cfg):
         group.teaches = broken or not equal  # `update` must see a broken group, to skip the step
         group.metrics = attention_metrics(score.entropy, mask, inputs)
     if cfg.beta and any(group.teaches for group in groups):
-        with torch.no_grad():
+        with torch.no_grad():  # the adapter is on again before the backward pass recomputes
             prompts, completions = [g.prompt for g in groups], [g.completions for g in groups]
             references = vlm.score_groups(prompts, completions, attention=False, reference=True)
         for group, reference in zip(groups, references):
