@@ -1,5 +1,5 @@
-"""Every setting of a run is a flag. Only the standard library is imported here, so that `--help`
-and mistyped flags are answered before torch loads."""
+"""Every setting of a run is a flag. Only the standard library is imported at the top, so that
+`--help` and mistyped flags are answered before torch loads."""
 
 import argparse
 import math

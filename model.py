@@ -421,7 +421,7 @@ class Vlm:
         """Log-probability, entropy and attention to the image of every token of some groups, in one
         packed forward; group by group in parts if `completions_per_forward` is less than G.
 
-        Args: reference, switch the adapter off: the model before training.
+        Args: reference, switch the adapter off: the model that the KL refers to.
         Returns: a list of Scores; the attention is the mean over this Vlm's layers and heads.
         """
         with self.model.disable_adapter() if reference else nullcontext():

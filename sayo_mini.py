@@ -52,7 +52,7 @@ class Group:
     total_reward: torch.Tensor = None  # (G,), the weighted sum
     advantages: torch.Tensor = None  # (G,)
     old_logps: torch.Tensor = None  # (G, C) before the first update of the step
-    ref_logps: torch.Tensor = None  # (G, C) under the model before training, for the KL
+    ref_logps: torch.Tensor = None  # (G, C) under the model without adapter, for the KL
     metrics: dict[str, float] = None  # means over the group
     teaches: bool = True  # false if all rewards are equal (and finite): left out of the loss
 
