@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from conftest import FAST, ROOT, adapter_weights, error_line, read_log, run_program
@@ -265,6 +266,29 @@ def test_ctrl_c_during_an_evaluation_stops_immediately(
     monkeypatch.undo()
     resume(folder)
     assert not differences(whole, folder)
+
+
+def test_the_best_steps_had_the_highest_share_of_right_samples():
+    def is_best(*shares):  # of one step each; a window has two
+        history = [{"rewards/accuracy/mean": share} for share in shares]
+        run = SimpleNamespace(settings={"save_steps": 2}, history=history)
+        return checkpoint.RunDirectory.is_best(run)
+
+    assert is_best(0.2, 0.4) and is_best(0.2, 0.4, 0.1, 0.9)
+    assert not is_best(0.2, 0.4, 0.3, 0.3)  # equal is not better
+    assert not is_best(0.9, 0.1, 0.1, 0.8)  # 0.5, then 0.45
+    assert not is_best(0.8, 0.8, 0.1, 0.1, 0.5, 0.5)  # better than the second, not than the first
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "adapter", "after.json", *checkpoint.CHECKPOINTS]
+)
+def test_a_folder_with_one_trace_of_a_run_holds_a_run(tmp_path, name):
+    assert not checkpoint.holds_run(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()  # a run that ended before its first step
+    assert not checkpoint.holds_run(tmp_path)
+    (tmp_path / name).write_text("{}")
+    assert checkpoint.holds_run(tmp_path)
 
 
 def test_a_second_ctrl_c_stops_immediately_and_keeps_the_checkpoint(
