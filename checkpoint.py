@@ -65,6 +65,15 @@ def load_settings(folder):
         raise InputError(f"{path} is damaged ({error!r}): start again in a new folder") from None
 
 
+def check_data(cfg, data):
+    """Raises: InputError if a resumed run would not continue with the data it started with."""
+    config = Path(cfg.output_dir) / "config.json"
+    saved = json.loads(config.read_text("utf-8")).get("data_checksum", "") if cfg.resume else None
+    if saved not in (None, getattr(data, "checksum", "")):
+        problem = f"{cfg.dataset} or its images changed since the run in {cfg.output_dir} began"
+        raise InputError(f"{problem}: restore them, or start again with a new --output_dir")
+
+
 def holds_run(folder):
     """Whether a new run in this folder would overwrite a logged step, a checkpoint (including those
     of extras/scale_trl.py) or results. A run that ended before its first step has none of these."""
@@ -89,7 +98,7 @@ class RunDirectory:
     scale, and the number of steps, which determines the learning rate and the next examples.
     """
 
-    def __init__(self, cfg, params, optimizer, generator, scaler=None):
+    def __init__(self, cfg, params, optimizer, generator, scaler=None, data=None):
         self.folder, self.settings = Path(cfg.output_dir), asdict(cfg) | {"resume": False}
         self.params, self.optimizer, self.generator = params, optimizer, generator
         self.scaler = scaler  # a GradScaler
@@ -111,7 +120,8 @@ class RunDirectory:
         for name in LOGS:
             self.cut_log(name)
         versions = {name: version(name) for name in LIBRARIES}
-        self.write_json("config.json", self.settings | {"made_with": versions})
+        stored = {"data_checksum": getattr(data, "checksum", ""), "made_with": versions}
+        self.write_json("config.json", self.settings | stored)
         self.tracker = open_tracker(cfg.report_to, self.folder, self.settings)
 
     def atomic_write(self, name, write):

@@ -4,6 +4,7 @@
 import argparse
 import math
 import operator
+import re
 import signal
 import sys
 from dataclasses import asdict, dataclass, field, fields
@@ -35,6 +36,11 @@ class Config:
     )
     allow_absolute_paths: bool = flag(
         False, "allow images outside the data set's folder", may_change=True
+    )
+    boxes: str = flag(
+        "",
+        "unit of the boxes; by default pixels, but refused if they look like another unit",
+        choices=["pixels", "0-1", "0-100", "0-1000", "xywh"],
     )
     instruction: str = flag(
         "First say where in the image the answer is and what you see there. "
@@ -197,6 +203,19 @@ COMMANDS = {
     "check": "validate a .jsonl data set and draw its boxes; loads no model",
     "fit": "predict the GPU memory of a run, and which cards it fits on; needs no GPU",
 }
+OTHER_FLAGS = {  # what other programs call a flag -> what it is here
+    "lr": "--learning_rate",
+    "num_train_epochs num_epochs epochs": "--max_steps (an epoch: questions / --prompts_per_step)",
+    "steps iters": "--max_steps",
+    "per_device_train_batch_size batch_size": "--prompts_per_step",
+    "data data_path data_file dataset_name train_file": "--dataset",
+    "model model_name": "--model_name_or_path",
+    "max_new_tokens": "--max_completion_length",
+    "group_size": "--num_generations",
+    "kl_coef": "--beta",
+    "lora_rank": "--lora_r",
+    "resume_from_checkpoint": "--resume",
+}
 GROUPS = {  # the first flag of each group in --help -> its title
     "dataset": "data",
     "model_name_or_path": "model",
@@ -231,7 +250,11 @@ def parse_command_line(argv):
         name = unknown[0].split("=")[0]
         if name.removeprefix("--") in FIELDS:
             refuse(f"{command} does not use {name}")
-        nearest = get_close_matches(name, [*parser._option_string_actions, *COMMANDS], 1)
+        bare = name.strip("-").replace("-", "_")
+        nearest = [flag for names, flag in OTHER_FLAGS.items() if bare in names.split()]
+        nearest += get_close_matches(name, [*parser._option_string_actions, *COMMANDS], 1)
+        if bare == name and Path(name).suffix:
+            nearest = [f"--image {name}" if command == "look" else f"--dataset {name}"]
         question = f": did you mean {nearest[0]}?" if nearest else ""
         refuse(f"unrecognized arguments: {' '.join(unknown)}{question}")
     check_settings(vars(given))
@@ -272,10 +295,36 @@ def check_command_line(argv):
     program: a KeyboardInterrupt inside the import of a C extension can be lost."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        parse_command_line(argv)
+        check_paths(parse_command_line(argv)[1])
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def check_paths(given):
+    """Before torch loads, refuse paths that do not exist. Raises: InputError."""
+    missing = "No such file or directory"
+    for name, what in (("dataset", "data set"), ("image", "image")):
+        path = given.get(name, "scenes")
+        if path != "scenes" and (Path(path).is_dir() or not Path(path).exists()):
+            reason = "it is a folder" if Path(path).is_dir() else missing
+            raise InputError(f"cannot read the {what} {path}: {reason}")
+    if adapter := given.get("adapter"):
+        file, path = "adapter_config.json", Path(adapter)
+        if not (path / file).is_file():
+            found = [p for p in (path / "adapter", path.parent) if (p / file).is_file()]
+            hint = f": did you mean --adapter {found[0]}?" if found else f": {file}: {missing}"
+            raise InputError(f"no adapter in {adapter}{hint}")
+    model = given.get("model_name_or_path", "tiny")
+    if re.match(r"[./~]|.*\\|.*/.*/", model) and not Path(model).is_dir():
+        raise InputError(f"cannot load {model}: {missing}")
+    folder = Path(given.get("output_dir", Config.output_dir))
+    if given.get("resume") and not (folder / "config.json").exists():
+        raise InputError(f"no run in {folder}: cannot read config.json: {missing}")
+    if folder.is_file():
+        raise InputError(f"--output_dir {folder}: it is a file, not a folder")
+    if not (parent := Path(given.get("output", "look.png")).parent).is_dir():
+        raise InputError(f"--output {given['output']}: the folder {parent} does not exist")
 
 
 # --- from flags to a Config ---

@@ -3,11 +3,11 @@ image tokens under them. `JsonLines` reads your own examples and checks every ro
 
 import codecs
 import copy
+import hashlib
 import json
 import math
 import re
 import warnings
-import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -26,6 +26,29 @@ OTHER_NAMES = {  # names of the keys in other formats; difflib finds misspelling
     "answer": "label target solution response output ground_truth gt".split(),
     "boxes": "bbox bboxes bbox_2d bounding_box bounding_boxes region regions rect rects".split(),
 }
+UNITS = {  # a value of --boxes -> what such boxes are
+    "0-1": "fractions of the image",
+    "0-100": "percent of the image",
+    "0-1000": "thousandths of the image, as Qwen writes them",
+    "xywh": "x, y, width, height",
+}
+FORMATS = {  # how a file in another format starts -> what it is, and what to do
+    rb"\x1f\x8b|PK\x03\x04|BZh|\xfd7zXZ": "compressed (gzip, zip ...): unpack it",
+    b"PAR1": "Parquet: read it with pandas and write to_json(path, orient='records', lines=True)",
+    rb"\d+( [\d.]+){4,}\s": "a label of YOLO: extras/convert.py yolo converts it",
+    rb'\s*\{(?=.*"category_id"\s*:)(?=.*"images"\s*:)': "COCO: extras/convert.py coco converts it",
+    rb'\s*\[(?=.*"(conversations|messages)")': "a chat (LLaVA): write question, answer and boxes",
+    rb"\s*\[": "a JSON array: write one object per line, without commas",
+    rb"\s*\{([^\n]*[{[,])?[ \t\r]*\n": "pretty-printed JSON: write each object on one line",
+    rb"[^{\s][^\n{]*[,;\t]": "CSV: write one JSON object per line",
+}
+# Removed around an answer: spaces, characters without a width, tags, and the end of a text.
+BEFORE_ANSWER = r"^([\s\u200b-\u200f\u2060\ufeff]|<answer>|<s>|<bos>)+"
+END = r"</s>|<eos>|<pad>|<end_of_turn>|<[|｜](?!image|video|vision)[^<>]+[|｜]>"
+AFTER_ANSWER = rf"([\s\u200b-\u200f\u2060\ufeff]|</answer>|{END})+$"
+IMAGE_TAG = r"</?(?:image|img)(?:here)?(?![a-z])[^<>]*>"
+SPECIAL = {"question": rf"<[|｜][^<>]+[|｜]>|{IMAGE_TAG}"}  # what a text may not contain
+SPECIAL["answer"] = rf"{SPECIAL['question']}|{END}|</?answer>"
 
 
 @dataclass(frozen=True)
@@ -34,7 +57,7 @@ class Example:
 
     image: Image.Image
     question: str
-    answer: str  # the ground truth
+    answer: str | tuple[str, ...]  # the ground truth, or several accepted answers
     boxes: list[tuple[float, float, float, float]]  # (x1, y1, x2, y2) in pixels of `image`
     id: str = ""
 
@@ -106,9 +129,11 @@ def load_datasets(cfg):
         count = max(1, cfg.max_steps * cfg.prompts_per_step)
         return Scenes("train", count, cfg.seed, **style), Scenes("test", cfg.eval_examples, **style)
     problems = [] if cfg.skip_bad_examples else None
-    data = JsonLines(cfg.dataset, cfg.allow_absolute_paths, problems)
+    data = JsonLines(cfg.dataset, cfg.allow_absolute_paths, problems, cfg.boxes)
     if problems:
         print(f"skipped {data.rejected} rows of {data.path}; first problem: {problems[0]}")
+    for note in data.notes():
+        print(f"note: {note}")
     return data.split(cfg.eval_examples)
 
 
@@ -132,40 +157,56 @@ class JsonLines:
 
     Args: allow_absolute_paths, whether images may be outside the file's folder; problems, None to
     raise InputError for the first bad row, or a list, to which the problems of skipped rows are
-    added. Raises: InputError naming file and line.
+    added; unit, of the boxes, see `--boxes`. Raises: InputError naming file and line.
     """
 
-    def __init__(self, path, allow_absolute_paths=False, problems=None):
+    def __init__(self, path, allow_absolute_paths=False, problems=None, unit=""):
         self.path, self.folder = path, Path(path).parent.resolve()
         self.allow_absolute_paths, self.problems = allow_absolute_paths, problems
         self.rows = []  # dicts: image, question, answer, boxes, id, where, image_key
         self.rejected = 0  # rows
         self.ids = {}  # id -> place of its first use
-        self.sizes = {}  # image -> (width, height) or what is wrong with it
+        self.images = {}  # image -> (size, whether EXIF turns it, a hash of its file)
         try:  # some editors write a byte order mark
             content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"cannot read the data set {path}: {reason}") from None
-        if content.lstrip()[:1] == b"[":
-            raise InputError(f"{path} is a JSON array: write one object per line, without commas")
+        for start, what in FORMATS.items():
+            if re.match(start, content, re.DOTALL):
+                raise InputError(f"{path} is {what}")
         # str.splitlines() also splits at characters that may occur inside JSON strings.
-        for number, line in enumerate(content.split(b"\n"), 1):
-            if line.strip():
-                self.add(f"{path}:{number}", line)
+        lines = enumerate(content.split(b"\n"), 1)
+        rows = {f"{path}:{number}": parse_row(line) for number, line in lines if line.strip()}
+        self.unit = unit or self.refuse_unit(rows.values())
+        for where, row in rows.items():
+            self.add(where, row)
+        keys = "image_key", "question", "answer", "boxes"
+        self.contents = [json.dumps([row[key] for key in keys]) for row in self.rows]
+        self.checksum = hashlib.sha256("\n".join(self.contents).encode()).hexdigest()
         if not self.rows:
             first = f"; first problem: {problems[0]}" if problems else ""
             raise InputError(f"{path}: no usable examples{first}")
 
-    def add(self, where, line):
-        """Keep the row on this line if nothing is wrong with it."""
-        try:
-            row = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-            return self.reject(where, [f"not JSON in UTF-8 ({error})"])
-        if not isinstance(row, dict):
-            message = "not a JSON object with image, question, answer and boxes"
-            return self.reject(where, [message])
+    def refuse_unit(self, rows):
+        """Raises: InputError if the boxes of the file are evidently not in pixels."""
+        regions = {}  # image -> (its boxes, its size)
+        for row in rows:
+            try:
+                size, turned, _ = self.read_header(row["image"])
+                if are_boxes(row["boxes"]):
+                    size = (max(size),) * 2 if turned else size  # see `region_errors`
+                    regions.setdefault(row["image"], ([], size))[0].extend(row["boxes"])
+            except (LookupError, TypeError, InputError):  # `row_errors` says what is wrong
+                pass
+        if unit := likely_unit(list(regions.values())):
+            advice = f"use --boxes {unit}, or --boxes pixels if they are in pixels"
+            raise InputError(f"{self.path}: the boxes look like {UNITS[unit]}: {advice}")
+
+    def add(self, where, row):
+        """Keep a row if nothing is wrong with it. Args: row, a dict or what is wrong with it."""
+        if isinstance(row, str):
+            return self.reject(where, [row])
         row["where"] = where
         if row.get("id") in (None, ""):
             row["id"] = where
@@ -191,6 +232,7 @@ class JsonLines:
             if row.get(name) is None:
                 yield f"{name} is missing{suggest_key(name, row)}"
             else:
+                row[name] = clean_text(name, row[name])
                 yield from text_errors(name, row[name])
         if not isinstance(row["id"], (str, int)) or isinstance(row["id"], bool):
             yield "id must be text or an integer"
@@ -202,33 +244,57 @@ class JsonLines:
             yield from self.image_and_box_errors(row)
 
     def image_and_box_errors(self, row):
-        name = row["image"]
-        if name not in self.sizes:  # open an image once, even if many questions share it
-            try:
-                with image_errors(name), self.open_image(name) as image:
-                    self.sizes[name] = stored_size(image)
-            except InputError as error:
-                yield str(error)
-                return
-        path = self.image_path(name)
-        inside = path.is_relative_to(self.folder)
-        row["image_key"] = str(path.relative_to(self.folder) if inside else path)
+        try:
+            size, turned, row["image_key"] = self.read_header(row["image"])
+        except InputError as error:
+            yield str(error)
+            return
         if row.get("boxes") is not None:
-            yield from region_errors(row["boxes"], self.sizes[name])
+            row["boxes"] = to_pixels(row["boxes"], self.unit, size)
+            yield from region_errors(row["boxes"], size, self.unit, turned)
+
+    def read_header(self, name):
+        """(size as stored, whether EXIF turns it on its side, a hash of the file) of an image.
+        Reads it once, even if many questions share it. Raises: InputError."""
+        if name not in self.images:
+            with image_errors(name), self.open_image(name) as image:
+                key = hashlib.sha256(self.image_path(name).read_bytes()).hexdigest()
+                self.images[name] = stored_size(image), is_turned(image), key
+        return self.images[name]
 
     def image_path(self, name):
         return (self.folder / name).resolve()
 
     def open_image(self, name):
         """Open an image with Pillow. Raises: any exception; `image_errors` makes it a message."""
+        if re.match(r"\w+://|data:|/9j/|iVBOR", name):
+            raise ValueError("give the path of a file, not a URL or base64 data")
         path = self.image_path(name)
         # `..`, links and absolute paths can leave the folder.
         if not path.is_relative_to(self.folder) and not self.allow_absolute_paths:
             advice = "move it, or use --allow_absolute_paths"
             raise ValueError(f"it is outside the data set's folder: {advice}")
         if not path.is_file():  # opening a pipe would block forever
-            raise ValueError("it is a folder" if path.is_dir() else "no such file")
+            hint = "; write / instead of \\" if "\\" in name else ""
+            raise ValueError("it is a folder" if path.is_dir() else f"no such file{hint}")
         return Image.open(path)
+
+    def notes(self):
+        """What may be wrong with the file as a whole, a list of lines."""
+        boxes = [(box, self.images[row["image"]][0]) for row in self.rows for box in row["boxes"]]
+        beyond = sum(clip_box(*pair) is not pair[0] for pair in boxes)
+        copies = len(self) - len(set(self.contents))
+        firsts = [(row["answer"], row["question"]) for row in self.rows]
+        firsts = [(a if isinstance(a, str) else a[0], question) for a, question in firsts]
+        swapped = sum(a.endswith("?") or len(a) > len(question) for a, question in firsts)
+        counts = {
+            f"of {len(boxes)} boxes extend beyond their image and are clipped": beyond,
+            f"of {len(self)} examples repeat an earlier one: same image, text and boxes": copies,
+        }
+        if 2 * swapped > len(self):
+            what = "answers end in ? or are longer than their questions: are they swapped?"
+            counts[f"of {len(self)} {what}"] = swapped
+        return [f"{count} {what}" for what, count in counts.items() if count]
 
     def __len__(self):
         return len(self.rows)
@@ -255,7 +321,7 @@ class JsonLines:
         try:
             with image_errors(row["image"]), self.open_image(row["image"]) as image:
                 size = stored_size(image)
-                for error in region_errors(row["boxes"], size):  # the file may have changed
+                for error in region_errors(row["boxes"], size, self.unit):  # may have changed
                     raise ValueError(error)
                 boxes = [clip_box(box, size) for box in row["boxes"]]
                 image, boxes = apply_exif_orientation(image, boxes)
@@ -266,13 +332,12 @@ class JsonLines:
     def split(self, held_out):
         """Split by image into a training and a held-out data set.
 
-        A hash of the image's path selects a fifth of the images, at least one. These are held out,
-        with at most `held_out` questions about them. No image is in both parts. With `held_out` 0,
-        nothing is held out. Returns: (training, held-out). Raises: InputError if an image has to
-        be held out and there is only one.
+        A hash of the image's file selects a fifth of the images, at least one. These are held out,
+        with at most `held_out` questions about them. No image is in both parts, not even as a copy
+        under another name. With `held_out` 0, nothing is held out. Returns: (training, held-out).
+        Raises: InputError if an image has to be held out and there is only one.
         """
-        keys = {row["image_key"] for row in self.rows}
-        keys = sorted(keys, key=lambda key: zlib.crc32(key.encode()))
+        keys = sorted({row["image_key"] for row in self.rows})
         if held_out and len(keys) < 2:
             advice = "add images, or use --eval_examples 0"
             raise InputError(f"{self.path}: the only image cannot be held out; {advice}")
@@ -286,20 +351,53 @@ class JsonLines:
 # --- checks of a row ---
 
 
+def parse_row(line):
+    """The dict in a line, or what is wrong with it."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        return f"not JSON in UTF-8 ({error})"
+    if not isinstance(row, dict):
+        return "not a JSON object with image, question, answer and boxes"
+    if "question" not in row and {"conversations", "messages"} & row.keys():
+        return "a chat (LLaVA): write its turns as question and answer, and add boxes"
+    return row
+
+
+def clean_text(name, value):
+    """A row's image, question or answer without what evidently does not belong to it."""
+    if name == "answer" and isinstance(value, list) and value:
+        first, *others = (clean_text(name, answer) for answer in value)
+        return (first, *others) if others else first
+    if name == "image" or not isinstance(value, str):
+        return value
+    around = rf"^\s*{IMAGE_TAG}\s*" if name == "question" else f"{BEFORE_ANSWER}|{AFTER_ANSWER}"
+    return re.sub(around, "", value, flags=re.IGNORECASE)
+
+
 def text_errors(name, value):
     """Yield what is wrong with a row's image, question or answer."""
-    if not isinstance(value, str):
+    if isinstance(value, tuple):
+        for answer in value:
+            yield from text_errors(name, answer)
+    elif not isinstance(value, str):
         yield f"{name} must be text, in quotes, but is {shorten(value)}"
     elif not value.strip():
         yield f"{name} is empty"
     elif re.search("[\ud800-\udfff]", value):
         yield f"{name} {value!r} is not valid Unicode: it contains an unpaired surrogate"
-    elif name == "question" and (special := re.search(r"<\|\w+\|>", value)):
-        yield f"question contains {special.group()}, a special token: remove it"
+    elif name in SPECIAL and (special := re.search(SPECIAL[name], value, re.IGNORECASE)):
+        yield f"{name} contains {special.group()}, a special token: remove it"
 
 
-def region_errors(boxes, size):
-    """Yield what is wrong with an image's `size` (width, height), or with the boxes on it."""
+def answer_text(answer):
+    """The accepted answers as one text."""
+    return answer if isinstance(answer, str) else " or ".join(answer)
+
+
+def region_errors(boxes, size, unit="", turned=False):
+    """Yield what is wrong with an image's `size` (width, height), or with the boxes on it. Args:
+    unit, if the user named it; turned, whether EXIF turns the image on its side."""
     width, height = size
     if max(size) > MAX_ASPECT_RATIO * min(size):
         ratio = f"one side is more than {MAX_ASPECT_RATIO} times the other"
@@ -307,15 +405,62 @@ def region_errors(boxes, size):
     if not isinstance(boxes, list) or not all(map(is_numeric, boxes)):
         yield f"boxes must be a list of [x1, y1, x2, y2], all numbers, but are {shorten(boxes)}"
         return
-    values = [value for box in boxes for value in box]
-    if min(size) > 1 and all(-1 <= v <= 1 for v in values) and any(v % 1 for v in values):
-        problem = f"{shorten(boxes)} are probably fractions of the image, not pixels"
-        yield f"boxes: {problem}: multiply x by the width, {width}, and y by the height, {height}"
-        return
+    for box in boxes:
+        if not unit and box and max(box) <= 1.5 and max(size) > 8:
+            yield f"boxes: {shorten(box)} looks like {UNITS['0-1']}, not pixels"
+            return
+        beyond = len(box) == 4 and (box[2] > 1.02 * width or box[3] > 1.02 * height)
+        if turned and beyond and clip_box(box, (height, width)) is box:
+            fits = f"fits only the image as displayed, {height} x {width}, after EXIF rotation"
+            yield f"boxes: {box} {fits}: give pixels of the stored image, {width} x {height}"
+            return
     try:
         region_mask(boxes, size, (1, 1))
     except ValueError as error:
         yield f"boxes: {error}"
+
+
+def likely_unit(regions):
+    """The unit that boxes seem to be in, a key of UNITS, or None for pixels. One box proves little,
+    so those of a file are judged together. Args: regions, a list of (boxes, image size)."""
+    pairs = [(box, size) for boxes, size in regions for box in boxes]
+    if not pairs:
+        return None
+    boxes, sizes = (torch.tensor(x, dtype=torch.float64) for x in zip(*pairs))  # (n, 4), (n, 2)
+    start, end = boxes.split(2, 1)
+
+    def share(condition):
+        return condition.double().mean().item()
+
+    if share((boxes <= 1.5).all(1) & (sizes > 8).any(1)) >= 0.5:
+        return "0-1"
+    fits_xywh = (start >= 0).all(1) & (start + end <= 1.05 * sizes).all(1)
+    if share((start >= end).any(1)) >= 0.25 and share(fits_xywh) >= 0.95:
+        return "xywh"
+    beyond = share((end > 1.05 * sizes).any(1))
+    for unit, side in (("0-100", 100), ("0-1000", 1000)):
+        # How likely is it that all boxes on larger images stay below `side`, if they are pixels?
+        chance = math.prod(side / x for _, size in regions for x in size if 0.75 * x > side)
+        if share(((boxes >= 0) & (boxes <= side)).all(1)) >= 0.95 and boxes.max() > side / 2:
+            if beyond > 0.4 or (len(regions) > 2 and chance < 0.01):
+                return unit
+    return None
+
+
+def to_pixels(boxes, unit, size):
+    """Boxes in a unit of UNITS as pixels. Malformed boxes are not changed."""
+    if unit not in UNITS or not are_boxes(boxes):
+        return boxes
+    if unit == "xywh":
+        return [[x, y, x + width, y + height] for x, y, width, height in boxes]
+    most = int(unit.removeprefix("0-"))
+    return [[v * side / most for v, side in zip(box, size * 2)] for box in boxes]
+
+
+def are_boxes(boxes):
+    return isinstance(boxes, list) and all(
+        is_numeric(box) and len(box) == 4 and all(abs(v) < 1e9 for v in box) for box in boxes
+    )
 
 
 def is_numeric(box):
@@ -357,15 +502,19 @@ def image_errors(name):
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         else:
             return
-    raise InputError(f"cannot read the image {name!r}: {' '.join(str(reason).split())}")
+    raise InputError(f"cannot read the image {name[:200]!r}: {' '.join(str(reason).split())}")
 
 
 def stored_size(image):
     """The (width, height) of an opened image before any EXIF rotation."""
-    if image.format == "TIFF":  # only for TIFF does Pillow report the rotated size
-        if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
-            return image.size[::-1]
-    return image.size
+    # Only for TIFF does Pillow report the rotated size.
+    return image.size[::-1] if image.format == "TIFF" and is_turned(image) else image.size
+
+
+def is_turned(image):
+    """Whether EXIF turns an opened image on its side."""
+    exif = Image.Image.getexif(image)  # image.getexif() would decode a PNG
+    return exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
 def clip_box(box, size):
@@ -399,6 +548,12 @@ def apply_exif_orientation(image, boxes):
 def to_rgb(image):
     if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda v: v * (1 / 256)).convert("L")
+    if image.mode in ("I", "F"):  # they have no fixed range: map theirs to black to white
+        low, high = image.getextrema()
+        if not -math.inf < low <= high < math.inf:
+            raise ValueError("its pixels are not finite numbers")
+        scale = 255 / ((high - low) or 1)
+        image = image.convert("F").point(lambda v: v * scale - low * scale).convert("L")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))

@@ -38,7 +38,10 @@ from decoding import Decoder, GraphDecoder
 
 SUPPORTED = ("qwen2_5_vl", "qwen3_vl")
 LORA_TARGETS = r".*language_model\.layers.*\.(q|k|v|o|gate|up|down)_proj"
-LORA_VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+# Settings of a plain LoRA that may have any value: the names of the weights show what they did.
+FREE = """r lora_alpha lora_dropout target_modules exclude_modules modules_to_save task_type
+layers_to_transform layers_pattern base_model_name_or_path revision auto_mapping peft_version
+inference_mode""".split()
 TOKENS_PER_FORWARD = 2**12  # when prompts are prefilled or answers evaluated together
 SAMPLED_AT_ONCE = 64  # completions decoded together; up to about 64, one more costs little time
 LOGITS_PER_CHUNK = 2**24  # floats, 64 MiB: the logits of about 110 tokens with Qwen's vocabulary
@@ -155,9 +158,7 @@ def load_pretrained(name, load_in_4bit, device, dtype):
     )
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if config.model_type not in SUPPORTED:
-            supported = " and ".join(SUPPORTED)
-            raise InputError(f"{name} has type {config.model_type}; supported: {supported}")
+        check_architecture(name, config)
         tokenizer = load_tokenizer(name, config)
         processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
         model, report = AutoModelForImageTextToText.from_pretrained(
@@ -187,6 +188,16 @@ def load_pretrained(name, load_in_4bit, device, dtype):
     return model, tokenizer, processor
 
 
+def check_architecture(name, config):
+    """Raises: InputError for a model of another type, or one that is already quantized."""
+    if config.model_type not in SUPPORTED:
+        supported = " and ".join(SUPPORTED)
+        raise InputError(f"{name} has type {config.model_type}; supported: {supported}")
+    if any(getattr(config, key, None) for key in ("quantization_config", "compression_config")):
+        advice = "use the original checkpoint, which --load_in_4bit quantizes"
+        raise InputError(f"{name} is already quantized: {advice}")
+
+
 def load_tokenizer(name, config):
     """The tokenizer with its chat template. Raises: InputError."""
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -213,14 +224,19 @@ def adapter_settings(folder, given):
     be read, or if `given`, a dict of flags, contradicts it."""
     path = Path(folder) / "adapter_config.json"
     try:
-        saved = json.loads(path.read_text("utf-8"))
+        saved, plain = json.loads(path.read_text("utf-8")), LoraConfig().to_dict()
+        for name, value in saved.items():  # a variant, also one that PEFT will add, is not plain
+            known = [plain.get(name), "gaussian" if name == "init_lora_weights" else None]
+            if value and name not in FREE and value not in known:
+                problem = f"{path} has {name} {str(value)[:40]}"
+                raise InputError(f"{problem}: only plain LoRA can be loaded")
         settings = {"lora_r": int(saved["r"]), "lora_alpha": int(saved["lora_alpha"])}
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"no adapter in {folder}: {path.name}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error!r}): save the adapter again") from None
-    if variant := next((name for name in LORA_VARIANTS if saved.get(name)), None):
-        raise InputError(f"{path} has {variant}: only plain LoRA can be loaded")
     for name, value in settings.items():
         if given.get(name, value) != value:
             problem = f"--{name} {given[name]}: the adapter in {folder} has {value}"

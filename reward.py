@@ -2,6 +2,7 @@
 G completions of one prompt, C tokens (padded on the right; `mask` marks real ones), N image tokens.
 """
 
+import unicodedata
 from dataclasses import dataclass
 
 import torch
@@ -93,11 +94,19 @@ def format_reward(text, n_tokens, shortest=60, longest=100):
 
 
 def accuracy_reward(text, answer):
-    """1.0 if the one well-formed answer equals `answer`, ignoring case, spacing and trailing
-    punctuation; else 0.0. SAYO itself does not use this reward."""
+    """1.0 if the one well-formed answer equals `answer`, or one of a tuple of accepted answers;
+    else 0.0. `comparable` says what is ignored. SAYO itself does not use this reward."""
     found = find_answer(text)
-    given, right = (" ".join((x or "").casefold().split()) for x in (found, answer))
-    return float(found is not None and given.rstrip(" .!?,;:") == right.rstrip(" .!?,;:"))
+    accepted = answer if isinstance(answer, (list, tuple)) else [answer or ""]
+    return float(found is not None and comparable(found) in map(comparable, accepted))
+
+
+def comparable(text):
+    """An answer without case, extra spaces, characters without a width, variants of a letter (NFKC)
+    and trailing punctuation, unless it is nothing else."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    text = " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split())
+    return text.rstrip(" .!?,;:。") or text
 
 
 def group_advantages(rewards, eps=1e-4):
@@ -186,7 +195,7 @@ class RewardInputs:
 
     texts: list[str]
     lengths: list[int]  # tokens, the end-of-turn token included
-    answer: str  # the ground truth
+    answer: str | tuple[str, ...]  # the ground truth, or several accepted answers
     attention: torch.Tensor  # (G, C, N), aligned
     region: torch.Tensor  # (N,) bool
     selected: torch.Tensor  # (G, C) bool

@@ -15,6 +15,7 @@ sys.path.insert(0, os.path.dirname(__file__))  # for `python -m sayo_mini.sayo_m
 from config import (
     InputError,
     check_command_line,
+    check_paths,
     parse_command_line,
     parse_lengths,
     parse_weights,
@@ -32,7 +33,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import reward
-from checkpoint import RunDirectory, resume_command, run_config, stop_signals
+from checkpoint import RunDirectory, check_data, resume_command, run_config, stop_signals
 from data import Example, encode_example, example_region, load_datasets, step_examples
 from evaluate import evaluate, results_text
 from metrics import Alarms, attention_metrics, sample_rows, step_metrics
@@ -184,13 +185,14 @@ def train(cfg):
     torch.manual_seed(cfg.seed)  # for LoRA's initial weights; sampling draws from `generator`
     torch.use_deterministic_algorithms(cfg.deterministic)
     train_set, eval_set = load_datasets(cfg)
+    check_data(cfg, train_set)
     vlm = load_model(cfg)
     generator = torch.Generator(vlm.device).manual_seed(cfg.seed)
     params = {name: p for name, p in vlm.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), cfg.learning_rate, weight_decay=cfg.weight_decay)
     # In fp16, small gradients round to 0 unless the loss is scaled up for the backward pass.
     scaler = torch.amp.GradScaler(vlm.device.type, 2**10, enabled=vlm.dtype == torch.float16)
-    run = RunDirectory(cfg, params, optimizer, generator, scaler)
+    run = RunDirectory(cfg, params, optimizer, generator, scaler, train_set)
     before = run.read_json("before.json")
     if before is None and cfg.adapter and not cfg.max_steps:  # compare an adapter with its base
         with vlm.model.disable_adapter():
@@ -249,6 +251,7 @@ def main(argv=None):
     folder = None
     try:
         command, given = parse_command_line(argv)
+        check_paths(given)
         if command == "train":
             folder = given.get("output_dir", "runs/sayo")
             return train(run_config(given))

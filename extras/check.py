@@ -3,26 +3,28 @@
 import textwrap
 from bisect import bisect_right
 from pathlib import Path
+from unicodedata import east_asian_width
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from config import InputError
-from data import JsonLines, region_mask
-from extras.pictures import show_boxes
+from data import JsonLines, answer_text, region_mask
+from extras.pictures import find_font, load_font, show_boxes
 
 MAX_DRAWN, COLUMNS = 9, 3  # examples in the contact sheet, and in a row of it
 THUMBNAIL, CAPTION, GAP = 224, 72, 8  # pixels
 
 
-def check_dataset(dataset, allow_absolute_paths=False):
+def check_dataset(dataset, allow_absolute_paths=False, boxes=""):
     """Print counts, histograms and all problems of a data file, and draw its first examples.
 
-    Args: dataset, its path; allow_absolute_paths, whether images may be outside its folder.
+    Args: dataset, its path; allow_absolute_paths, whether images may be outside its folder; boxes,
+    their unit.
     Returns: exit code 0, or 2 if there are problems. Raises: InputError if nothing can be read.
     """
     problems, areas, words, drawn = [], [], [], []
     try:
-        data = JsonLines(dataset, allow_absolute_paths, problems)
+        data = JsonLines(dataset, allow_absolute_paths, problems, boxes)
     except InputError:
         if not problems:  # the file itself is unreadable or empty
             raise
@@ -41,15 +43,21 @@ def check_dataset(dataset, allow_absolute_paths=False):
         if len(drawn) < MAX_DRAWN:
             drawn.append(draw_example(example))
     images = len({row["image_key"] for row in data.rows})
-    boxes = sum(len(row["boxes"]) for row in data.rows)
-    print(f"{dataset}: {len(areas)} valid examples; {images} images, {boxes} boxes")
+    count = sum(len(row["boxes"]) for row in data.rows)
+    print(f"{dataset}: {len(areas)} valid examples; {images} images, {count} boxes")
     print_histogram("area of the boxes, % of the image", areas, (0, 1, 2, 5, 10, 20, 50))
     print_histogram("length of the question, words", words, (0, 5, 10, 15, 20, 40, 80))
+    for note in data.notes():
+        print(f"note: {note}")
+    code = print_problems(problems)
     if drawn:
         picture = Path(dataset).with_suffix(".check.png")
-        save_contact_sheet(drawn, picture)
-        print(f"wrote the first {len(drawn)} examples with their boxes to {picture}")
-    return print_problems(problems)
+        try:
+            save_contact_sheet(drawn, picture)
+            print(f"wrote the first {len(drawn)} examples with their boxes to {picture}")
+        except OSError as error:
+            print(f"note: cannot write {picture}: {error.strerror or error}")
+    return code
 
 
 def print_problems(problems):
@@ -77,9 +85,15 @@ def draw_example(example):
     tile = Image.new("RGB", (THUMBNAIL, THUMBNAIL + CAPTION), "white")
     photo = show_boxes(example.image, example.boxes, (THUMBNAIL, THUMBNAIL))
     tile.paste(photo)
-    lines = textwrap.wrap(example.question, 34)[:3]  # letters, lines: so that the answer fits in
-    lines.append(textwrap.shorten(f"= {example.answer}", 34, placeholder=" ..."))
-    draw, font = ImageDraw.Draw(tile), ImageFont.load_default(size=12)
+    question, answer = example.question, f"= {answer_text(example.answer)}"
+    font = find_font(12, question + answer)
+    if not font:
+        print(f"note: no font has all letters of {example.id}: its picture shows this name instead")
+        font, question, answer = load_font(12), Path(example.id).name, ""
+    width = 18 if any(east_asian_width(c) in "WF" for c in question + answer) else 34  # letters
+    lines = textwrap.wrap(question, width)[:3]  # so that the answer fits in
+    lines.append(textwrap.shorten(answer, width, placeholder=" ..."))
+    draw = ImageDraw.Draw(tile)
     draw.multiline_text((0, photo.height + 2), "\n".join(lines), "black", font, spacing=2)
     return tile
 

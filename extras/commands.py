@@ -13,9 +13,9 @@ MODEL = "model_name_or_path load_in_4bit lora_r lora_alpha adapter max_pixels de
 ANSWER = "instruction max_completion_length token_fraction alignment"
 USED = {  # the settings that a command uses; fit uses all
     "look": f"{MODEL} {ANSWER} layers heads".split(),
-    "probe": f"dataset skip_bad_examples allow_absolute_paths {MODEL} {ANSWER} seed eval_examples "
-    "output_dir".split(),
-    "check": ["allow_absolute_paths"],
+    "probe": f"dataset skip_bad_examples allow_absolute_paths boxes {MODEL} {ANSWER} seed "
+    "eval_examples output_dir".split(),
+    "check": ["allow_absolute_paths", "boxes"],
 }
 
 

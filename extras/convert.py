@@ -2,10 +2,12 @@
 
     python extras/convert.py gqa GQA
     python extras/convert.py refocus ReFocus
+    python extras/convert.py coco photos/instances.json photos/images
+    python extras/convert.py yolo photos/images photos/labels photos/classes.txt
     python extras/convert.py mix paper.jsonl GQA/gqa.jsonl=0.8 ReFocus/refocus.jsonl=0.2
 
-The first writes GQA/gqa.jsonl next to the downloaded files, the second downloads ReFocus. See
-docs/data.md.
+The first writes GQA/gqa.jsonl next to the downloaded files, the second downloads ReFocus. The next
+two write photos/images.jsonl. See docs/data.md.
 """
 
 import argparse
@@ -22,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from PIL import Image
 
 from config import InputError
-from data import JsonLines, image_errors
+from data import JsonLines, image_errors, stored_size
 
 # GQA's files are large. These parts are not used, and are dropped during parsing to save memory.
 UNUSED = frozenset(
@@ -40,6 +42,14 @@ def main(argv=None):
         command = commands.add_parser(name)
         command.set_defaults(run=convert)
         command.add_argument("folder", type=Path)
+    for name, convert, arguments in (
+        ("coco", convert_coco, ("annotations", "images")),
+        ("yolo", convert_yolo, ("images", "labels", "classes")),
+    ):
+        command = commands.add_parser(name)
+        command.set_defaults(run=convert)
+        for argument in arguments:
+            command.add_argument(argument, type=Path)
     command = commands.add_parser("mix")
     command.set_defaults(run=mix_files)
     command.add_argument("output", type=Path, help="the .jsonl file to write")
@@ -178,6 +188,63 @@ def save_image(where, image, folder):
         name = f"images/{hashlib.sha256(image['bytes']).hexdigest()[:16]}.png"
         Image.open(io.BytesIO(image["bytes"])).save(folder / name)
     return name
+
+
+# --- COCO and YOLO: labeled boxes, about which the converter asks how many there are ---
+
+
+def convert_coco(annotations, images):
+    """Write a row per image and category of a COCO file next to the folder `images`."""
+    try:
+        coco = json.loads(annotations.read_bytes())
+        names = {category["id"]: category["name"] for category in coco["categories"]}
+        files = {image["id"]: image["file_name"] for image in coco["images"]}
+        found = {}  # (file, category) -> boxes
+        for item in coco["annotations"]:
+            x, y, width, height = item["bbox"]
+            key = files[item["image_id"]], names[item["category_id"]]
+            found.setdefault(key, []).append([x, y, x + width, y + height])
+            if item.get("iscrowd"):
+                found[key].append(None)  # an unknown number
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{annotations} is not in COCO's format ({error!r})") from None
+    write_counts(images, found)
+
+
+def convert_yolo(images, labels, classes):
+    """Write a row per image and class of YOLO's label files. Args: images and labels, folders with
+    files of the same names; classes, a text file with the name of a class per line."""
+    names, found = classes.read_text("utf-8").splitlines(), {}
+    for path in sorted(path for path in images.rglob("*") if path.is_file()):
+        label = labels / path.relative_to(images).with_suffix(".txt")
+        if not label.exists():
+            continue
+        with image_errors(path), Image.open(path) as image:
+            size, file = stored_size(image), path.relative_to(images).as_posix()
+        for number, line in enumerate(label.read_text("utf-8").splitlines(), 1):
+            try:
+                index, *box = line.split()
+                x, y, w, h = map(float, box)  # center and size, in fractions of the image
+                name = names[int(index)].strip()
+            except (ValueError, IndexError):
+                problem = "expected the number of a class and four fractions x y width height"
+                raise InputError(f"{label}:{number}: {problem}") from None
+            corners = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
+            box = [round(v * side, 2) for v, side in zip(corners, size * 2)]
+            found.setdefault((file, name), []).append(box)
+    write_counts(images, found)
+
+
+def write_counts(images, found):
+    """Write rows that ask how many objects of a category are in an image. Args: images, their
+    folder; found, {(file, category): boxes}, where a box of None is an unknown number."""
+    images, rows = images.resolve(), []
+    for (file, name), boxes in found.items():
+        if None not in boxes:
+            question = f"How many objects of the kind {name!r} are in the image?"
+            row = {"image": f"{images.name}/{file}", "question": question}
+            rows.append(row | {"answer": str(len(boxes)), "boxes": boxes})
+    write_rows(images.with_name(f"{images.name}.jsonl"), rows)
 
 
 # --- mixtures, such as the paper's: 80 % GQA, 20 % ReFocus ---

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from config import Config, InputError, build_config, model_path, parse_ints
 from evaluate import evaluate
 from extras.meta_memory import META, MetaMemory, cuda_attention, tensor_with_values
-from model import SUPPORTED, TOKENS_PER_FORWARD, Prompt, Vlm, add_lora
+from model import TOKENS_PER_FORWARD, Prompt, Vlm, add_lora, check_architecture
 from scenes import Scenes
 
 GB = 2**30
@@ -101,8 +101,7 @@ def read_config(name):
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"cannot read the config.json of {name}: {reason}") from None
-    if config.model_type not in SUPPORTED:
-        raise InputError(f"{name} has type {config.model_type}; supported: {', '.join(SUPPORTED)}")
+    check_architecture(name, config)
     return config
 
 

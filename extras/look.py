@@ -10,10 +10,12 @@ from config import InputError, build_config, is_tiny
 from data import (
     Example,
     apply_exif_orientation,
+    clean_text,
     clip_box,
     encode_example,
     example_region,
     image_errors,
+    is_turned,
     region_errors,
     stored_size,
     text_errors,
@@ -59,12 +61,10 @@ def run_look(given):
 
 
 def check_output(output):
-    """Raises: InputError unless `output` is an image file in a folder that exists."""
+    """Raises: InputError unless `output` is the name of an image file."""
     path = Path(output)
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise InputError(f"--output {output}: must end in .png, .gif or a similar extension")
-    if not path.parent.is_dir():
-        raise InputError(f"--output {output}: the folder {path.parent} does not exist")
 
 
 def parse_box(text):
@@ -79,11 +79,12 @@ def parse_box(text):
 def read_example(path, question, boxes):
     """The Example for an image file. Raises: InputError if the image cannot be read, the question
     is unusable, or a box is not on the image."""
+    question = clean_text("question", question)
     for error in text_errors("question", question):
         raise InputError(f"--question: {error}")
     with image_errors(path), Image.open(path) as stored:
         size = stored_size(stored)
-        errors = list(region_errors(boxes or [[0, 0, *size]], size))
+        errors = list(region_errors(boxes or [[0, 0, *size]], size, turned=is_turned(stored)))
         if not errors:
             boxes = [clip_box(box, size) for box in boxes]
             image, boxes = apply_exif_orientation(stored, boxes)

@@ -21,6 +21,8 @@ from statistics import fmean
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
+from data import answer_text
+
 # matplotlib's inferno (CC0) at 0, 0.1, ..., 1. Its lightness increases steadily, so a map also
 # works in grayscale and for color-blind readers.
 INFERNO = "000004 160b39 420a68 6a176e 932667 bc3754 dd513a f37819 fca50a f6d746 fcffa4"
@@ -35,6 +37,10 @@ DARKEN, COLORED = 0.5, 0.4  # brightness and share of color of the image under a
 # Sizes in pixels.
 GAP, CAPTION, LINE, BAND, NOTE = 14, 36, 26, 38, 28
 FONT, SMALL_FONT = 19, 15
+# Pillow's own font has only the letters of English. Linux, macOS or Windows have some of these.
+SYSTEM_FONTS = """DejaVuSans.ttf NotoSansCJK-Regular.ttc wqy-microhei.ttc NotoSansArabic-Regular.ttf
+NotoSansDevanagari-Regular.ttf NotoSansThai-Regular.ttf Arial.ttf PingFang.ttc AppleGothic.ttf
+arial.ttf msyh.ttc YuGothM.ttc malgun.ttf Nirmala.ttf""".split()
 COLOR_BAR_WIDTH = 80  # labels included
 SIDE, GIF_SIDE = 380, 256  # the largest width and height of a photo
 GIF_LINES = 4  # of a longer answer, the last lines are shown
@@ -134,6 +140,20 @@ def load_font(size):
     return ImageFont.load_default(size=size)
 
 
+@cache
+def find_font(size, letters):
+    """A font with all of these letters: Pillow's, or one of the system. None if there is none."""
+    for name in (None, *SYSTEM_FONTS):
+        try:
+            font = ImageFont.truetype(name, size) if name else load_font(size)
+        except OSError:  # not installed
+            continue
+        missing = bytes(font.getmask("\U0010ffff"))  # what is drawn for a letter it lacks
+        if all(c.isspace() or bytes(font.getmask(c)) != missing for c in letters):
+            return font
+    return None
+
+
 def shorten(text, font, width):
     """The text, cut to `width` pixels and marked with three dots if it is longer."""
     if font.getlength(text) <= width:
@@ -202,7 +222,7 @@ class Column:
 def question_column(example, size):
     """The question with the plain photo and its boxes."""
     words = [f" {word}" for word in example.question.split()]
-    band = (f"ground truth: {example.answer}", NEUTRAL) if example.answer else None
+    band = (f"ground truth: {answer_text(example.answer)}", NEUTRAL) if example.answer else None
     picture, none = show_boxes(example.image, example.boxes, size), [None] * len(words)
     return Column("question", picture, words, none, none, band)
 

@@ -13,6 +13,7 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 from statistics import fmean
 
+from data import answer_text
 from evaluate import LEVELS, pack_map, results_table, unpack_map, verdict
 from extras.model_card import model_card
 from extras.pictures import COLORS, color_scale, mean_map, plot_animation, plot_before_after
@@ -125,7 +126,7 @@ def list_questions(examples, evaluations, shown):
             if i in shown:
                 keys += ["words", "grid", "maps", "selected"]
             answers.append({key: row[key] for key in keys} | {"text": cut(row["text"])})
-        question, truth = cut(rows[0]["question"]), cut(rows[0]["answer"])
+        question, truth = cut(rows[0]["question"]), cut(answer_text(rows[0]["answer"]))
         questions.append({"question": question, "truth": truth, "answers": answers})
         if i in shown:
             unpacked = [as_answer(row, name) for name, row in zip(evaluations, rows)]

@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
-from checkpoint import RunDirectory, run_config
+from checkpoint import RunDirectory, check_data, run_config
 from data import Example, encode_example, epoch_index, format_question, load_datasets
 from extras.model_card import model_card
 from model import Completions, choose_device, load_model
@@ -221,10 +221,12 @@ def train(cfg):
         raise InputError(f"{cfg.output_dir} has no checkpoint of scale_trl.py to resume")
     torch.manual_seed(cfg.seed)
     train_set, _ = load_datasets(cfg)
+    check_data(cfg, train_set)
     vlm = load_model(replace(cfg, device=str(args.device)))
     args.distributed_state.wait_for_everyone()  # until every rank has checked the folder
     if args.process_index == 0:
-        run = RunDirectory(replace(cfg, resume=False, report_to="none"), {}, None, None)
+        settings = replace(cfg, resume=False, report_to="none")
+        run = RunDirectory(settings, {}, None, None, data=train_set)
     trainer = SayoTrainer(cfg, args, vlm, train_set)
     print(f"resuming {last}" if last else f"starting from the beginning in {cfg.output_dir}")
     trainer.train(resume_from_checkpoint=last)

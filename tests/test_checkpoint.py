@@ -21,6 +21,7 @@ import model
 import sayo_mini
 from config import Config, InputError
 from metrics import Alarms
+from scenes import Scenes
 
 # One group per forward, as for large models.
 FLAGS = "--completions_per_forward 4 --eval_examples 1 --max_steps 4 --save_steps 1"
@@ -115,6 +116,8 @@ def test_a_run_is_not_overwritten_and_nothing_is_not_resumed(tmp_path, capfd, wh
     assert not differences(whole, folder)
     resume(tmp_path / "none", expect=2)
     assert "no run in" in error_line(capfd) and not (tmp_path / "none").exists()
+    run(folder / "config.json", expect=2)
+    assert "it is a file, not a folder" in error_line(capfd)
     (folder / "config.json").write_text("{")
     resume(folder, expect=2)
     assert "config.json is damaged" in error_line(capfd)
@@ -413,6 +416,53 @@ def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     monkeypatch.undo()
     resume(folder)
     assert not differences(whole, folder)
+
+
+# --- images ---
+
+
+def write_dataset(folder, count=8):
+    """Write scenes as PNGs and a .jsonl file; return the path of the .jsonl file."""
+    folder.mkdir()
+    scenes, lines = Scenes("train", count), []
+    for i in range(count):
+        example = scenes[i]
+        example.image.save(folder / f"{i}.png")
+        row = {"image": f"{i}.png", "question": example.question, "answer": example.answer}
+        lines.append(json.dumps(row | {"boxes": example.boxes}))
+    (folder / "set.jsonl").write_text("\n".join(lines))
+    return folder / "set.jsonl"
+
+
+def test_data_that_changed_are_not_resumed_and_answers_may_be_lists(tmp_path, capfd):
+    data, folder = write_dataset(tmp_path / "data"), tmp_path / "run"
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    lists = [row | {"answer": ["nothing", row["answer"]]} for row in rows]
+    text = "\n".join(map(json.dumps, lists))
+    data.write_text(text)
+    run(folder, f"--dataset {data} --max_steps 1")
+    for name in ("before.json", "samples.jsonl"):
+        row = json.loads((folder / name).read_text().splitlines()[0])
+        row = row if isinstance(row, dict) else row[0]
+        assert row["answer"][0] == "nothing" and len(row["answer"]) == 2
+    assert "nothing or " in (folder / "report.html").read_text()
+    image = data.parent / "3.png"
+    content = image.read_bytes()
+    for path, changed in (
+        (data, "\n".join(map(json.dumps, rows)).encode()),
+        (image, content + b"0"),
+    ):
+        saved = path.read_bytes()
+        path.write_bytes(changed)
+        resume(folder, "--max_steps 2", expect=2)
+        line = (
+            f"{data} or its images changed since the run in {folder} began: restore them, or start"
+        )
+        assert line in error_line(capfd)
+        path.write_bytes(saved)
+    data.write_text(text.replace("\n", "\n\n"))  # the same rows
+    resume(folder, "--max_steps 2")
+    assert logged_steps(folder) == [1, 2]
 
 
 # --- --keep_best and --report_to ---

@@ -17,6 +17,7 @@ from config import ROOT, Config, parse_ints
 from config import TINY as PRESET
 from data import region_mask
 from evaluate import evaluate, trace_attention
+from extras import pictures
 from extras.look import describe_answer, read_example
 from extras.probe import heads_above_chance, measure_heads, print_recommendation
 from scenes import Scenes
@@ -120,10 +121,12 @@ MISTAKES = {  # what is wrong -> (flags after those of `photo`, a part of the me
     "not an image": (["--image", __file__], "not an image format"),
     "a box of words": (["--box", "left"], "--box left"),
     "a second box of three": (["--box", "1,2,3,4", "--box", "1,2,3"], "--box 1,2,3"),
-    "a box in shares": (["--box", "0.1,0.2,0.3,0.4"], "multiply"),
+    "a box in shares": (["--box", "0.1,0.2,0.3,0.4"], "looks like fractions of the image"),
     "a box outside": (["--box", "500,500,600,600"], "outside"),
     "a special token": (["--question", "a <|image_pad|>"], "--question"),
+    "an image tag": (["--question", "a <image>"], "--question: question contains <image>"),
     "no adapter": (["--adapter", str(TINY)], "no adapter in"),
+    "a run as adapter": (["--adapter", "{run}"], "did you mean --adapter {run}/adapter?"),
     "an adapter of another rank": (["--adapter", "{run}/adapter", "--lora_r", "8"], "--lora_r"),
     "no such folder": (["--output", "none/x.png"], "none"),
     "not an image name": (["--output", "x.txt"], "--output x.txt"),
@@ -135,7 +138,7 @@ def test_a_mistake_is_one_line_before_the_model_loads(capfd, photo, run, monkeyp
     flags, words = MISTAKES[mistake]
     monkeypatch.setattr("model.load_vlm", None)
     flags = [flag.replace("{run}", str(run)) for flag in flags]
-    assert words in fails(capfd, [*photo[0], *FAST, *flags])
+    assert words.replace("{run}", str(run)) in fails(capfd, [*photo[0], *FAST, *flags])
 
 
 # --- probe ---
@@ -234,11 +237,55 @@ def test_check_names_every_problem_and_summarizes_the_valid_examples(tmp_path, c
     out = capsys.readouterr().out
     for start in (":1: question", ":1: boxes", ":2: cannot read the image 'half.png'"):
         assert out.count(f"{path}{start}") == 1
-    assert "2 valid examples;" in out and out.endswith("3 problems\n")
+    assert "2 valid examples;" in out and "\n3 problems\nwrote the first 2 examples" in out
     bins = re.findall(r"^ +(\w+ (?:to|or) \w+) +([1-9]\d*) ", out, re.MULTILINE)
     assert bins == [("2 to 5", "1"), ("50 or more", "1"), ("0 to 5", "1"), ("5 to 10", "1")]
     first = Image.open(path.with_suffix(".check.png")).convert("L").crop((8, 8, 232, 176))
     assert ImageStat.Stat(first).stddev[0] > 30  # a photo
+
+
+def test_check_prints_its_findings_even_if_it_cannot_write_the_picture(tmp_path, capsys):
+    path = write_set(tmp_path, {}, {}, {"question": ""}, {"boxes": [[1, 2, 65, 20]]})
+    path.with_suffix(".check.png").mkdir()
+    assert sayo_mini.main(["check", str(path)]) == 2
+    out = capsys.readouterr().out
+    assert "note: 1 of 3 boxes extend beyond their image and are clipped\n" in out
+    assert "note: 1 of 3 examples repeat an earlier one: same image, text and boxes\n" in out
+    assert f"{path}:3: question is empty\n1 problem\nnote: cannot write" in out
+
+
+@pytest.mark.parametrize("command", ["check", "--dataset"])
+def test_boxes_in_another_unit_are_refused_unless_it_is_named(tmp_path, capfd, command):
+    path = write_set(tmp_path, *[{"boxes": [[0.1, 0.2, 0.5, i]]} for i in (0.6, 0.7)])
+    flags = [command, path, "--output_dir", tmp_path / "run"][: 2 if command == "check" else 4]
+    assert fails(capfd, flags).endswith(
+        f"{path}: the boxes look like fractions of the image: use --boxes 0-1, or --boxes pixels "
+        "if they are in pixels"
+    )
+    if command == "check":
+        assert sayo_mini.main([*map(str, flags), "--boxes", "0-1"]) == 0
+
+
+def test_captions_in_any_letters_are_drawn_or_replaced_by_the_id(tmp_path, capsys, monkeypatch):
+    texts = "Où est l'été?", "Где кошка?", "猫在哪里？" * 9
+    path = write_set(tmp_path, *[{"question": text, "answer": "da"} for text in texts])
+    monkeypatch.setattr("extras.pictures.SYSTEM_FONTS", [])
+    pictures.find_font.cache_clear()
+    assert sayo_mini.main(["check", str(path)]) == 0
+    out = capsys.readouterr().out
+    for line in (1, 2, 3):
+        note = (
+            f"note: no font has all letters of {path}:{line}: its picture shows this name instead"
+        )
+        assert out.count(note) == 1
+    tiles = [
+        Image.open(path.with_suffix(".check.png")).crop((x, 170, x + 220, 250)) for x in (8, 240)
+    ]
+    assert tiles[0].tobytes() != tiles[1].tobytes()  # set.jsonl:1 and set.jsonl:2
+    monkeypatch.undo()
+    pictures.find_font.cache_clear()
+    assert pictures.find_font(12, "plain English?") is pictures.load_font(12)
+    assert pictures.find_font(12, "\U0010fffe") is None
 
 
 def test_check_allows_images_outside_the_folder_with_the_flag(tmp_path, capsys):

@@ -45,6 +45,8 @@ token_fraction           1e-9 1 | 0 1.001
 eval_examples            0 | -1
 save_steps               1 | 0
 device                   auto cuda cpu | gpu
+boxes                    pixels 0-1 0-100 0-1000 xywh | 0-10 cxcywh
+region                   boxes rolled | none
 lr_scheduler_type        cosine constant | linear
 alignment                query predict | both
 region                   boxes rolled | moved
@@ -91,9 +93,16 @@ NEAREST = {  # what was probably meant
     "--no-load_in_4bits": "--no-load_in_4bit",
     "--max_ste 1": "--max_steps",
     "prob": "probe",
+    "--lr 1e-5": "--learning_rate",
+    "--num_train_epochs 3": "--max_steps (an epoch: questions / --prompts_per_step)",
+    "--per-device-train-batch-size 4": "--prompts_per_step",
+    "--model Qwen/Qwen3-VL-2B-Instruct": "--model_name_or_path",
+    "mine.jsonl": "--dataset mine.jsonl",
+    "look photo.jpg --image a.png --question q": "--image photo.jpg",
 }
 for flags, nearest in NEAREST.items():
-    MESSAGES[flags] = f"unrecognized arguments: {flags}: did you mean {nearest}? (see --help)"
+    shown = "photo.jpg" if "photo.jpg" in flags else flags
+    MESSAGES[flags] = f"unrecognized arguments: {shown}: did you mean {nearest}? (see --help)"
 
 
 @pytest.mark.parametrize("flags", MESSAGES)
@@ -152,6 +161,30 @@ def test_python_m_from_the_parent_folder_answers_help_without_torch(tmp_path):
     code += "runpy.run_module('sayo.sayo_mini', run_name='__main__')"
     process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
     assert process.returncode == 0 and process.stdout.startswith(b"usage: "), process.stderr
+
+
+PATHS = {  # flags -> what is wrong
+    "--dataset none.jsonl": "cannot read the data set none.jsonl: No such file or directory",
+    "check none.jsonl": "cannot read the data set none.jsonl: No such file or directory",
+    "look --image none.png --question q": "cannot read the image none.png: No such file",
+    "look --image README.md --question q --output none/x.png": "the folder none does not exist",
+    "--dataset example": "cannot read the data set example: it is a folder",
+    "--adapter none/x": "no adapter in none/x: adapter_config.json: No such file or directory",
+    "--model_name_or_path ./none": "cannot load ./none: No such file or directory",
+    "--model_name_or_path /a/b/c": "cannot load /a/b/c: No such file or directory",
+    "--resume --output_dir none/x": "no run in none/x: cannot read config.json: No such file",
+    "--output_dir README.md": "--output_dir README.md: it is a file, not a folder",
+}
+
+
+@pytest.mark.parametrize("flags", PATHS)
+def test_a_wrong_path_is_refused_before_torch_loads(flags):
+    code = "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+    code += "runpy.run_path('sayo_mini.py', run_name='__main__')"
+    command = [sys.executable, "-c", code, "sayo_mini.py", *shlex.split(flags)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("sayo_mini.py: ") and PATHS[flags] in process.stderr
 
 
 # --- where the values come from ---

@@ -105,6 +105,71 @@ def test_a_bad_row_of_refocus_is_named(tmp_path, monkeypatch, capsys):
         assert "ReFocus row 1" in error and error.count("\n") == 1
 
 
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with photos/a.png and photos/more/b.png, both 60 x 40."""
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    for i, name in enumerate(("a.png", "more/b.png")):
+        Image.new("L", (60, 40), i).save(tmp_path / "photos" / name)
+    return tmp_path
+
+
+COUNTS = {  # what both converters write: (image, category) -> (answer, boxes)
+    ("photos/a.png", "cat"): ("2", [PIPE, DOOR]),
+    ("photos/a.png", "traffic light"): ("1", [WALL]),
+    ("photos/more/b.png", "cat"): ("1", [DOOR]),
+}
+
+
+def read_counts(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {(r["image"], r["question"].split("'")[1]): (r["answer"], r["boxes"]) for r in rows}
+
+
+def test_coco_becomes_questions_that_count(photos, capsys):
+    def item(image, category, x1, y1, x2, y2, **more):
+        box = [x1, y1, x2 - x1, y2 - y1]
+        return {"image_id": image, "category_id": category, "bbox": box} | more
+
+    annotations = [item(7, 1, *PIPE), item(7, 3, *WALL), item(7, 1, *DOOR), item(8, 1, *DOOR)]
+    annotations.append(item(8, 3, *WALL, iscrowd=1))  # an unknown number: no question
+    coco = {
+        "images": [{"id": 7, "file_name": "a.png"}, {"id": 8, "file_name": "more/b.png"}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 3, "name": "traffic light"}],
+        "annotations": annotations,
+    }
+    path = photos / "instances.json"
+    path.write_text(json.dumps(coco))
+    assert run("coco", path, photos / "photos") == 0
+    assert read_counts(photos / "photos.jsonl") == COUNTS
+    assert len(JsonLines(photos / "photos.jsonl")) == 3
+    for change in ({"images": []}, {"annotations": [{}]}, {"categories": 7}):
+        path.write_text(json.dumps(coco | change))
+        assert run("coco", path, photos / "photos") == 2
+        error = capsys.readouterr().err
+        assert f"{path} is not in COCO's format" in error and error.count("\n") == 1
+
+
+def test_yolo_becomes_questions_that_count(photos, capsys):
+    def line(index, x1, y1, x2, y2):
+        return f"{index} {(x1 + x2) / 120} {(y1 + y2) / 80} {(x2 - x1) / 60} {(y2 - y1) / 40}\n"
+
+    labels = photos / "labels"
+    (labels / "more").mkdir(parents=True)
+    (labels / "a.txt").write_text(line(0, *PIPE) + line(1, *WALL) + line(0, *DOOR))
+    (labels / "more" / "b.txt").write_text(line(0, *DOOR))
+    Image.new("L", (9, 9)).save(photos / "photos" / "unlabeled.png")
+    (photos / "classes.txt").write_text("cat\ntraffic light\n")
+    command = "yolo", photos / "photos", labels, photos / "classes.txt"
+    assert run(*command) == 0
+    assert read_counts(photos / "photos.jsonl") == COUNTS
+    for text in ("2 0.5 0.5 0.1 0.1", "0 0.5 0.5 0.1", "cat 0.5 0.5 0.1 0.1"):
+        (labels / "a.txt").write_text(f"{line(0, *PIPE)}{text}")
+        assert run(*command) == 2
+        error = capsys.readouterr().err
+        assert f"{labels / 'a.txt'}:2: expected" in error and error.count("\n") == 1
+
+
 def write_set(folder, count):
     """A .jsonl file whose answers are "<folder> <number>"."""
     folder.mkdir()

@@ -1,12 +1,14 @@
 """data.py: boxes to image tokens, images of all kinds, JSON Lines, the held-out split, epochs."""
 
+import gzip
+import hashlib
 import io
 import json
 import math
 import os
 import random
+import re
 import warnings
-import zlib
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -157,6 +159,19 @@ def test_images_of_all_kinds_become_rgb_as_displayed(image, color):
     assert max(high for _, high in difference.getextrema()) <= 3
 
 
+@pytest.mark.parametrize("mode, low, high", [("I", -5, 90000), ("I", 0, 200), ("F", 0, 1)])
+def test_images_without_a_fixed_range_are_scaled_by_their_own(mode, low, high):
+    image = filled(mode, low)
+    image.paste(high, (8, 0, 16, 24))
+    image.paste((low + high) / 2 if mode == "F" else (low + high) // 2, (16, 0, 24, 24))
+    image = data.to_rgb(reopened(image, "TIFF"))
+    levels = [image.getpixel((x, 9))[0] for x in (2, 10, 18)]
+    assert levels[:2] == [0, 255] and levels[2] in (126, 127, 128)
+    assert data.to_rgb(filled("F", 0.5)).getextrema()[0] == (0, 0)
+    with pytest.raises(ValueError, match="not finite"):
+        data.to_rgb(filled("F", NAN))
+
+
 def test_boxes_are_clipped_only_if_they_leave_the_image():
     inside = [0, 0, 60, 40]
     assert data.clip_box(inside, (60, 40)) is inside
@@ -218,7 +233,7 @@ def good(**change):
 
 
 def test_rows_become_examples(folder, monkeypatch):
-    second = dict(image="more/gray.png", question="Où\u2028?", answer="là <|im_end|>", id="g")
+    second = dict(image="more/gray.png", question="Où\u2028?", answer="là", id="g")
     second |= {"boxes": [[0, 0, 9, 9], [-5, 10, 60, 20]]}
     # Blank lines count. Only \n ends a line, \r before it is a space. The first line has a mark.
     lines = [b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), " \t\r", ""]
@@ -231,7 +246,7 @@ def test_rows_become_examples(folder, monkeypatch):
     assert first.image.tobytes() == Image.open(folder / "photo.png").tobytes()
     texts = first.question, first.answer
     assert texts == ("What is it?", "a cat") and first.boxes == [[1, 2, 30, 20.5]]
-    assert (second.question, second.answer) == ("Où\u2028?", "là <|im_end|>")
+    assert (second.question, second.answer) == ("Où\u2028?", "là")
     assert second.image.size == (40, 30) and second.image.mode == "RGB"
     assert second.boxes == [[0, 0, 9, 9], (0, 10, 40, 20)]  # clipped
     for index in (4, -5):
@@ -260,8 +275,19 @@ MALFORMED = [  # (line, message)
     *[(good(**{key: None}), f"{key} is missing") for key in ("image", "question", "answer")],
     (good(boxes=None), "boxes are missing"),
     (good(image=3), "image must be text, in quotes, but is 3"),
-    (good(answer=["a" * 56]), f"answer must be text, in quotes, but is ['{'a' * 56}']"),
-    (good(answer=["a" * 57]), f"answer must be text, in quotes, but is ['{'a' * 55}..."),
+    (good(answer={"a": "b" * 51}), f"answer must be text, in quotes, but is {{'a': '{'b' * 51}'}}"),
+    (good(answer={"a": "b" * 52}), f"answer must be text, in quotes, but is {{'a': '{'b' * 50}..."),
+    (good(answer=[]), "answer must be text, in quotes, but is []"),
+    (good(answer=["four", 4]), "answer must be text, in quotes, but is 4"),
+    (good(answer=["four", " "]), "answer is empty"),
+    (good(answer="\u200b</s>"), "answer is empty"),
+    (good(answer="<|im_end|> a"), "answer contains <|im_end|>, a special token: remove it"),
+    (good(answer="a <answer>b</answer> c"), "answer contains <answer>, a special token: remove it"),
+    (good(answer=["a", "b<|image_pad|>"]), "answer contains <|image_pad|>, a special token…"),
+    (good(question="Is <image> a cat?"), "question contains <image>, a special token: remove it"),
+    (good(question="<img>a.png</img> ?"), "question contains </img>, a special token: remove it"),
+    (good(question="<img> <IMG>?"), "question contains <IMG>, a special token: remove it"),
+    (good(question=None, conversations=[]), "a chat (LLaVA): write its turns as question and…"),
     (good(image=" "), "image is empty"),
     (good(question=" \n"), "question is empty"),
     (good(answer="a\ud800"), "answer 'a\\ud800' is not valid Unicode…"),
@@ -295,18 +321,17 @@ def test_a_malformed_line_is_an_error_or_skipped(folder, line, message):
 
 def test_every_problem_of_a_row_is_reported(folder):
     row = good(question="", image="ribbon601.png", boxes=[[0.5, 0, 0.1, 1]])
-    dataset = JsonLines(write(folder, GOOD, row), problems=[])
-    assert dataset.rejected == 1 and [p.partition(":2: ")[2] for p in dataset.problems] == [
+    dataset = JsonLines(write(folder, row, *[GOOD] * 4), problems=[])
+    assert dataset.rejected == 1 and [p.partition(":1: ")[2] for p in dataset.problems] == [
         "question is empty",
         "the image is 601 x 3: one side is more than 200 times the other; crop it",
-        "boxes: [[0.5, 0, 0.1, 1]] are probably fractions of the image, not pixels: "
-        "multiply x by the width, 601, and y by the height, 3",
+        "boxes: [0.5, 0, 0.1, 1] looks like fractions of the image, not pixels",
     ]
 
 
 def test_boxes_that_look_unusual_but_are_fine(folder):
     Image.new("L", (1, 1)).save(folder / "dot.png")
-    rows = [good(boxes=boxes) for boxes in ([[0, 0, 1, 1]], [[0.5, 0.5, 1.5, 2]])]
+    rows = [good(boxes=boxes) for boxes in ([[0, 0, 2, 2]], [[0.5, 0.5, 1.5, 2]])]
     rows += [good(image="dot.png", boxes=[[0, 0.1, 0.5, 1]]), good(image="ribbon600.png")]
     rows += [good(boxes=[[-(10**400), -1e300, 1e300, 10**400]])]
     assert len(JsonLines(write(folder, *rows))) == 5
@@ -340,12 +365,179 @@ def test_a_file_without_good_rows_is_an_error(tmp_path):
         assert str(error.value) == message
 
 
+COCO = {"images": [{"id": 1}], "annotations": [{"category_id": 2}]}
+FORMATS = [  # (content, how the message goes on)
+    (gzip.compress(b"{}", mtime=0), "compressed (gzip, zip ...): unpack it"),
+    (b"PK\x03\x04\x00", "compressed (gzip, zip ...): unpack it"),
+    (b"PAR1\x15\x04", "Parquet: read it with pandas"),
+    (b"image,question,answer,x1,y1,x2,y2\na.png,Why?,so,1,2,3,4\n", "CSV: write one JSON object"),
+    (b"a.png\tWhy?\tso\n", "CSV: write one JSON object"),
+    (json.dumps(GOOD, indent=2), "pretty-printed JSON: write each object on one line"),
+    (b'{"image": "a.png",\r\n "question": "?"}', "pretty-printed JSON"),
+    (json.dumps([GOOD], indent=2), "a JSON array: write one object per line"),
+    (
+        json.dumps([{"image": "a.png", "conversations": [{"from": "human"}]}]),
+        "a chat (LLaVA): write",
+    ),
+    (json.dumps(COCO), "COCO: extras/convert.py coco converts it"),
+    (json.dumps(COCO, indent=1), "COCO: extras/convert.py coco converts it"),
+    (b"0 0.5 0.5 0.25 0.1\n", "a label of YOLO: extras/convert.py yolo converts it"),
+]
+
+
+@pytest.mark.parametrize("content, message", FORMATS)
+def test_a_file_in_another_format_is_named(tmp_path, content, message):
+    path = write(tmp_path, content)
+    with pytest.raises(InputError) as error:
+        JsonLines(path, problems=[])
+    assert str(error.value).startswith(f"{path} is {message}")
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        ("more\\gray.png", "no such file; write / instead of \\"),
+        ("C:\\photos\\a.png", "no such file; write / instead of \\"),
+        ("https://example.org/a.png", "give the path of a file, not a URL or base64 data"),
+        ("data:image/png;base64,iVBORw0KGgo=", "give the path of a file"),
+        ("/9j/4AAQSkZJRg" + "AB" * 9999, "give the path of a file"),
+    ],
+)
+def test_an_image_that_is_no_path_of_this_system_gets_a_hint(folder, image, message):
+    with pytest.raises(InputError) as error:
+        JsonLines(write(folder, good(image=image)))
+    assert f": {message}" in str(error.value) and len(str(error.value)) < 500
+
+
+# --- what a file as a whole gets wrong
+
+
+def photos(folder, count, *sizes):
+    """Write distinct images of these sizes, in turn. Returns: pairs of a name and its size."""
+    for i in range(count):
+        Image.new("L", sizes[i % len(sizes)], i).save(folder / f"{i}.png", compress_level=1)
+    return [(f"{i}.png", sizes[i % len(sizes)]) for i in range(count)]
+
+
+def unit_of(folder, named, boxes, unit=""):
+    """The unit that the refusal names, "" if there is none. Args: boxes, a list per photo."""
+    rows = [good(image=name, boxes=list(each)) for (name, _), each in zip(named, boxes)]
+    try:
+        JsonLines(write(folder, *rows), problems=[], unit=unit)
+    except InputError as error:
+        found = re.search(r"boxes look like .*: use --boxes (\S+), or --boxes pixels", str(error))
+        return found[1] if found else str(error)
+    return ""
+
+
+def random_boxes(rng, width, height):
+    """A box of a tenth to a half of each side, at a random place of such an image."""
+    w, h = rng.uniform(0.1, 0.5) * width, rng.uniform(0.1, 0.5) * height
+    x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    return x, y, x + w, y + h
+
+
+SIZES = {
+    "small": [(640, 480)],
+    "square": [(512, 512)],
+    "large": [(2000, 1500)],
+    "mixed": [(640, 480), (1920, 1080)],
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_the_unit_of_boxes_is_recognized(tmp_path, sizes):
+    rng = random.Random(0)
+    for count in (6, 20):
+        named = photos(tmp_path, count, *SIZES[sizes])
+        pixels = [random_boxes(rng, *size) for _, size in named]
+        sides = [size * 2 for _, size in named]
+        assert unit_of(tmp_path, named, [[box] for box in pixels]) == ""
+        for unit in ("0-1", "0-100", "0-1000"):
+            most = int(unit[2:])
+            boxes = [[[round(v * most / s, 4) for v, s in zip(*p)]] for p in zip(pixels, sides)]
+            assert unit_of(tmp_path, named, boxes) == unit
+        xywh = [[[x1, y1, x2 - x1, y2 - y1]] for x1, y1, x2, y2 in pixels]
+        assert unit_of(tmp_path, named, xywh) == "xywh"
+        assert unit_of(tmp_path, named, xywh, "pixels") == ""
+
+
+def test_a_box_in_fractions_is_refused_alone_and_among_others(tmp_path):
+    named = photos(tmp_path, 1, (640, 480))
+    for boxes in ([[0, 0, 1, 1]], [[0.1, 0.2, 0.5, 0.6], [1, 1, 2, 2]], [[0, 0, 1.02, 0.9]]):
+        assert unit_of(tmp_path, named, [boxes]) == "0-1"
+        assert unit_of(tmp_path, named, [boxes], "pixels") == ""
+    mixed = [[0, 0, 1, 1], [9, 9, 90, 90], [9, 9, 80, 90]]
+    with pytest.raises(InputError, match=r"boxes: \[0, 0, 1, 1\] looks like fractions"):
+        JsonLines(write(tmp_path, good(image="0.png", boxes=mixed)))
+
+
+def test_boxes_in_a_named_unit_become_pixels(folder):
+    for unit, box in {
+        "0-1": [0.25, 0.5, 0.5, 0.75],
+        "0-100": [25, 50, 50, 75],
+        "0-1000": [250, 500, 500, 750],
+        "xywh": [16, 24, 16, 12],
+        "pixels": [16, 24, 32, 36],
+    }.items():  # of 64 x 48 pixels
+        assert JsonLines(write(folder, good(boxes=[box])), unit=unit)[0].boxes == [[16, 24, 32, 36]]
+    for box in ([1, 2, NAN, 4], [1, 2, 3], "none", [10**400, 0, 1, 1]):
+        problems = []
+        with pytest.raises(InputError, match="no usable examples"):
+            JsonLines(write(folder, good(boxes=[box])), problems=problems, unit="0-1000")
+        assert len(problems) == 1
+
+
+def test_boxes_that_fit_only_the_displayed_image_get_a_hint(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (80, 60)).save(tmp_path / "turned.jpg", exif=exif)
+    for box in ([10, 20, 50, 75], [10, 62, 50, 80]):  # the second lies outside the stored image
+        with pytest.raises(InputError, match="fits only the image as displayed, 60 x 80"):
+            JsonLines(write(tmp_path, good(image="turned.jpg", boxes=[box])))
+    for box in ([10, 20, 75, 50], [10, 20, 81, 61]):
+        assert JsonLines(write(tmp_path, good(image="turned.jpg", boxes=[box])))
+
+
+def test_notes_count_clipped_boxes_copies_and_swapped_columns(folder):
+    rows = [good(boxes=[[1, 2, 65, 20], [1, 2, 3, 4]])] + [GOOD] * 3 + [good(id="last")]
+    assert JsonLines(write(folder, *rows)).notes() == [
+        "1 of 6 boxes extend beyond their image and are clipped",
+        "3 of 5 examples repeat an earlier one: same image, text and boxes",
+    ]
+    swapped = [good(question=f"cat {i}", answer=["What is it?", "Who?"]) for i in range(3)]
+    captions = [good(question=f"Who {i}?", answer="a cat on a mat") for i in range(3)]
+    for rows, count in ((swapped, 3), (swapped + captions, 6)):
+        (note,) = JsonLines(write(folder, *rows)).notes()
+        assert note.startswith(f"{count} of {len(rows)} answers end in ? or are longer than their")
+    assert not JsonLines(write(folder, GOOD, captions[0])).notes()
+
+
+def test_tags_and_tokens_around_a_text_are_removed(folder):
+    answers = {
+        "<answer>D</answer>": "D",
+        "<answer> two cats </answer><|im_end|>\n": "two cats",
+        "blue<|im_end|>": "blue",
+        "<s>blue </s>": "blue",
+        "blue<|eot_id|><|endoftext|>": "blue",
+        "\ufeffblue\u200b ": "blue",
+        "a < b > c": "a < b > c",
+    }
+    questions = {"<image>\nWho?": "Who?", " <img> Who?": "Who?", "<Image_1>Who?": "Who?"}
+    questions["Who has images <imagine>?"] = "Who has images <imagine>?"
+    rows = [good(answer=answer) for answer in answers] + [good(question=q) for q in questions]
+    rows += [good(answer=["<answer>4</answer>", "four"]), good(answer=["4"])]
+    *found, several, single = JsonLines(write(folder, *rows))
+    assert [x.answer for x in found[: len(answers)]] == [*answers.values()]
+    assert [x.question for x in found[len(answers) :]] == [*questions.values()]
+    assert several.answer == ("4", "four") and single.answer == "4"
+
+
 def test_a_flag_allows_images_outside_the_folder(folder):
     names = "../outside.png", "link.png", str(folder / "../outside.png"), "more/../photo.png"
     dataset = JsonLines(write(folder, *[good(image=name) for name in names]), True)
     assert [example.image.size for example in dataset] == [(64, 48)] * 4
-    outside = str((folder / "../outside.png").resolve())
-    assert [row["image_key"] for row in dataset.rows] == [outside] * 3 + ["photo.png"]
+    assert len({row["image_key"] for row in dataset.rows}) == 1  # all are copies of one photo
 
 
 @pytest.mark.parametrize("name", ["half.png", "flipped.png"])
@@ -392,9 +584,13 @@ def names(dataset, key="id"):
 
 def test_a_fifth_of_the_images_is_held_out(forty):
     train, held_out = forty.split(1000)
-    # Those with the lowest crc32, the same ones in every process and for every order of the lines.
+
+    # Those with the lowest hash, the same ones in every process and for every order of the lines.
     # A resumed run must not train on held-out images.
-    images = sorted((f"{i}.png" for i in range(40)), key=lambda name: zlib.crc32(name.encode()))
+    def hash_of(name):
+        return hashlib.sha256((forty.folder / name).read_bytes()).hexdigest()
+
+    images = sorted((f"{i}.png" for i in range(40)), key=hash_of)
     assert set(names(held_out, "image")) == set(images[:8])
     assert set(names(train, "image")) == set(images[8:])
     assert len(held_out) == 16 and len(train) == 64 and len(forty) == 80
@@ -409,10 +605,11 @@ def test_at_least_one_of_two_images_is_held_out(folder):
     train, held_out = JsonLines(path).split(100)
     assert {*names(train, "image_key")}.isdisjoint(names(held_out, "image_key"))
     assert sorted([len(train), len(held_out)]) == [1, 2]
-    single = JsonLines(write(folder, GOOD))
+    # A copy under another name is the same image.
+    single = JsonLines(write(folder, GOOD, good(image="../outside.png")), True)
     with pytest.raises(InputError, match="only image cannot be held out; .* --eval_examples 0"):
         single.split(1)
-    assert [len(part) for part in single.split(0)] == [1, 0]
+    assert [len(part) for part in single.split(0)] == [2, 0]
 
 
 # --- the data of a run
@@ -428,7 +625,7 @@ def test_scenes_are_small_for_the_tiny_model_and_large_for_others():
 
 def test_a_run_on_a_file_says_what_it_skips(folder, capsys):
     images = "photo.png", "more/gray.png", "../outside.png", "link.png"
-    path = write(folder, *[good(image=image) for image in images])
+    path = write(folder, *[good(image=image, answer=image) for image in images])
     with pytest.raises(InputError, match=":3: "):
         data.load_datasets(Config(dataset=str(path)))
     train, held_out = data.load_datasets(Config(dataset=str(path), skip_bad_examples=True))

@@ -95,7 +95,7 @@ def test_the_command_prints_phases_and_cards(capsys, folder):
     assert "Predicted, not measured" in out and out.count("GB card: fits\n") == len(fit.CARDS)
 
 
-@pytest.mark.parametrize("case, word", [("missing", "config.json"), ("other", "has type gpt2")])
+@pytest.mark.parametrize("case, word", [("missing", "No such file"), ("other", "has type gpt2")])
 def test_an_unreadable_model_is_one_line(tmp_path, capsys, case, word):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))

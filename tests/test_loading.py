@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 import model
 import sayo_mini
 from config import Config, InputError
-from model import choose_device, load_vlm
+from model import adapter_settings, choose_device, load_vlm
 
 CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 GUIDE = (ROOT / "docs" / "use_your_adapter.md").read_text()
@@ -135,6 +135,11 @@ def cut_in_half(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def quantized(path):
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    path.write_text(json.dumps(config))
+
+
 DAMAGE = {  # case -> (the damage, the file, a word of the message)
     "half-downloaded": (cut_in_half, "model.safetensors", "download it again"),
     "a tensor missing": (drop_weight, "model.safetensors", "layers.0.mlp.up_proj.weight"),
@@ -142,6 +147,7 @@ DAMAGE = {  # case -> (the damage, the file, a word of the message)
     "no template": (Path.unlink, "chat_template.jinja", "no chat template"),
     "no processor": (Path.unlink, "preprocessor_config.json", "download it again"),
     "half a config": (cut_in_half, "config.json", "download it"),
+    "quantized": (quantized, "config.json", "is already quantized: use the original checkpoint"),
     "another model": (other_type, "config.json", "supported: qwen2_5_vl and qwen3_vl"),
 }
 
@@ -242,6 +248,32 @@ def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(tmp_path, a
     assert all(torch.equal(p, before[name]) for name, p in vlm.model.named_parameters())
 
 
+VARIANTS = [  # a setting that a plain LoRA does not have, and a part of the message
+    *(
+        ({"init_lora_weights": name}, f"init_lora_weights {name}: only plain LoRA can be loaded")
+        for name in ("pissa", "pissa_niter_4", "olora", "corda", "eva", "loftq", "lora_ga")
+    ),
+    ({"peft_type": "ADALORA"}, "peft_type ADALORA"),
+    ({"peft_type": "LOHA", "lora_alpha": None}, "peft_type LOHA"),
+    ({"use_dora": True}, "use_dora"),
+    ({"use_qalora": True}, "use_qalora"),
+    ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens [5, 6]"),
+    ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    ({"target_parameters": ["x"]}, "target_parameters"),
+    ({"bias": "all"}, "bias all"),
+    ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+    ({"a_later_variant": {"x": 1}}, "a_later_variant"),
+]
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian"])
+def test_a_plain_adapter_with_any_start_and_dropout_is_loaded(adapter, tmp_path, init):
+    saved = json.loads((adapter / "adapter_config.json").read_text())
+    saved |= {"init_lora_weights": init, "lora_dropout": 0.1, "task_type": "CAUSAL_LM"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
+    assert adapter_settings(tmp_path, {}) == {"lora_r": 4, "lora_alpha": 64}
+
+
 @pytest.mark.parametrize(
     "text, word",
     [
@@ -250,6 +282,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(tmp_path, a
         ("[]", "damaged"),
         ('{"r": 4}', "damaged"),
         ('{"r": 4, "lora_alpha": 64, "use_rslora": true}', "use_rslora"),
+        *((json.dumps({"r": 4, "lora_alpha": 64} | setting), word) for setting, word in VARIANTS),
         ('{"r": 4, "lora_alpha": 64, "rank_pattern": {"q": 8}}', "rank_pattern"),
     ],
 )

@@ -296,6 +296,20 @@ def test_accuracy_compares_the_whole_answer():
     different = [("a", "a red card"), ("a red card", "a"), ("10", "1"), ("-5", "5"), ("3.5", "35")]
     for said, answer in [*different, ("lightblue", "light blue")]:
         assert accuracy(said, answer) == 0
+    # One of several accepted answers; variants of a letter and characters without a width.
+    for said, answer in (
+        ("Four", ("4", "four")),
+        ("ﬁve", ["x", "five"]),
+        ("１０", "10"),
+        ("blue\u200b", "blue"),
+        ("cafe\u0301", "CAFÉ"),
+        ("\u0390", "\u03aa\u0301"),  # casefold decomposes the first one only
+        ("!", "!"),
+        ("猫。", "猫"),
+    ):
+        assert reward.accuracy_reward(f"<answer>{said}</answer>", answer) == 1
+    for said, answer in (("!", "?"), ("...", "."), ("five", ("4", "four")), ("4", ())):
+        assert reward.accuracy_reward(f"<answer>{said}</answer>", answer) == 0
     for answer in ("", " .", None):  # a text without an answer is never right
         assert reward.accuracy_reward("I do not know.", answer) == 0
 
