@@ -321,7 +321,8 @@ class JsonLines:
         try:
             with image_errors(row["image"]), self.open_image(row["image"]) as image:
                 size = stored_size(image)
-                for error in region_errors(row["boxes"], size, self.unit):  # may have changed
+                # The file may have changed since it was checked.
+                for error in region_errors(row["boxes"], size, self.unit):
                     raise ValueError(error)
                 boxes = [clip_box(box, size) for box in row["boxes"]]
                 image, boxes = apply_exif_orientation(image, boxes)

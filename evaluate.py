@@ -236,8 +236,8 @@ def sum_by_image(values, images):
 
 
 def sign_test(changes):
-    """The exact two-sided p-value, as text, if changes were up or down by chance; zeros do not
-    count. With one question per image this is McNemar's test."""
+    """The exact two-sided p-value, as text, of the hypothesis that changes up and down are equally
+    likely. Zeros do not count. With one question per image this is McNemar's test."""
     up, down = sum(c > 0 for c in changes), sum(c < 0 for c in changes)
     tail = sum(math.comb(up + down, k) for k in range(min(up, down) + 1))
     p = min(1.0, 2 * tail / 2 ** (up + down))
@@ -275,7 +275,7 @@ def results_text(before, after):
 
 def results_table(before, after):
     """The results before and after training as a text table: a line per metric with its mean, its
-    95 % confidence interval and its chance level; then early and late looks.
+    95 % confidence interval and its chance level; then first and last looks.
 
     Args: before, after, lists of per-example results of `evaluate`.
     """
@@ -283,8 +283,8 @@ def results_table(before, after):
     header = f"held-out examples: {len(before)}", "before", "after", "chance"
     width = max(25, 2 + max(len(cell) for row in rows for cell in row[1:3]))
     lines = [f"{row[0]:32}{row[1]:>{width}}{row[2]:>{width}}{row[3]:>8}" for row in [header, *rows]]
-    if len(before) == 1:
-        lines.append("no confidence interval for one example: use --eval_examples 2 or more")
+    if len({row["image"] for row in before}) == 1:
+        lines.append("no confidence intervals with one image: raise --eval_examples or add images")
     if any("-" in row for row in rows):
         lines.append("-: the AUROC is undefined if the region covers the whole image")
     lines += ["", f"{'first look, last look':32}{'before':>25}{'after':>25}"]
@@ -338,7 +338,7 @@ def count_looks(results, early, late):
 
 
 def count_corrected(results):
-    """How many answers look elsewhere first, and at the region last."""
+    """How many answers first look off the region and last look on it."""
     return sum(row["late"] > row["early"] for row in results)
 
 

@@ -103,7 +103,7 @@ def accuracy_reward(text, answer):
 
 def comparable(text):
     """An answer without case, extra spaces, characters without a width, variants of a letter (NFKC)
-    and trailing punctuation, unless it is nothing else."""
+    and trailing punctuation. An answer of punctuation only keeps it."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     text = " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split())
     return text.rstrip(" .!?,;:。") or text
@@ -173,8 +173,8 @@ def early_and_late(attention, region, before_answer, fraction=0.15):
     """Whether one answer looks at the region early, and late: [bool, bool].
 
     The paper finds that early looks go wrong and are rarely corrected. The looks of an answer are
-    the tokens before <answer> that look hardest: the 15 % with the largest Euclidean norm of their
-    attention map, which is large if much attention falls on few cells. Early is the mean map of the
+    the 15 % of the tokens before <answer> whose attention is most concentrated: their maps have the
+    largest Euclidean norm, so much attention falls on few cells. Early is the mean map of the
     first third of these tokens, late that of the last third, at least one token each. It is on the
     region if its brightest cell is. Args: attention (C, N); region (N,) bool; before_answer (C,)
     bool, the tokens before <answer>, or all if there are none.

@@ -59,12 +59,13 @@ def write_report(run, examples):
 def most_telling(before, after):
     """The index of the question to show: the first that training corrected after a wrong first look
     that stayed wrong. If there is none, the first that it corrected; else the first."""
-    fixed = [
-        i for i, (old, new) in enumerate(zip(before, after)) if new["correct"] > old["correct"]
-    ]
-    fixed = [i for i in fixed if i < LISTED]
-    looked = [i for i in fixed if after[i]["late"] > after[i]["early"] == before[i]["early"]]
-    return (looked + fixed + [0])[0]
+    pairs = list(zip(before, after))[:LISTED]
+    fixed = [i for i, (old, new) in enumerate(pairs) if new["correct"] > old["correct"]]
+    for i in fixed:
+        old, new = pairs[i]
+        if not old["early"] and not new["early"] and new["late"]:
+            return i
+    return fixed[0] if fixed else 0
 
 
 def as_answer(row, name):
@@ -162,8 +163,10 @@ def metric_charts(steps):
     charts = []
     for title, pattern in CHARTS.items():
         names = [name for name in (steps[0] if steps else []) if re.fullmatch(pattern, name)]
-        words = {name: name.split("/")[1] if "rewards/" in name else name for name in names}
-        lines = {words[name]: [step[name] for step in steps] for name in names}
+        lines = {}
+        for name in names:
+            label = name.split("/")[1] if name.startswith("rewards/") else name
+            lines[label] = [step[name] for step in steps]
         charts.append(line_chart(title, lines, "step"))
     return charts
 
@@ -201,10 +204,11 @@ def line_chart(title, lines, x_label, highest=-math.inf):
     if not values:
         return ""
     width, height, left, right, top, bottom = 420, 190, 52, 408, 26, 156
+    legend = 14 * len(lines) if len(lines) > 1 else 0
     low, high = min(0.0, *values), max(highest, *values)
     high = high if high > low else low + 1
     parts = [
-        f'<svg class="chart" viewBox="0 0 {width} {height + 14 * len(lines) * (len(lines) > 1)}">',
+        f'<svg class="chart" viewBox="0 0 {width} {height + legend}">',
         f'<text x="{left}" y="14" class="title">{html.escape(title)}</text>',
         f'<path class="axis" d="M{left},{top} V{bottom} H{right}"/>',
         f'<text x="{left - 5}" y="{top + 6}" text-anchor="end">{high:.2g}</text>',
@@ -220,7 +224,7 @@ def line_chart(title, lines, x_label, highest=-math.inf):
         ]
         y, style = height + 14 * n, f'class="line{n % LINE_STYLES}"'
         parts.append(f'<polyline {style} points="{" ".join(points)}"/>')
-        if len(lines) > 1:
+        if legend:
             parts.append(f'<path {style} d="M{left},{y - 4} h36"/>')
             parts.append(f'<text x="{left + 42}" y="{y}">{html.escape(name)}</text>')
     return "".join(parts) + "</svg>"

@@ -277,8 +277,8 @@ def test_the_best_steps_had_the_highest_share_of_right_samples():
         run = SimpleNamespace(settings={"save_steps": 2}, history=history)
         return checkpoint.RunDirectory.is_best(run)
 
-    assert is_best(0.2, 0.4) and is_best(0.2, 0.4, 0.1, 0.9)
-    assert not is_best(0.2, 0.4, 0.3, 0.3)  # equal is not better
+    assert is_best(0.25, 0.5) and is_best(0.25, 0.5, 0.125, 1.0)
+    assert not is_best(0.25, 0.5, 0.375, 0.375)  # equal is not better
     assert not is_best(0.9, 0.1, 0.1, 0.8)  # 0.5, then 0.45
     assert not is_best(0.8, 0.8, 0.1, 0.1, 0.5, 0.5)  # better than the second, not than the first
 

@@ -223,6 +223,7 @@ def test_empty_regions_wrong_shapes_and_unknown_alignments_are_refused():
 # Attention of one token to four cells, of which cell 0 is the region. HARD looks at one cell, SOFT
 # spreads more attention over several, and the faint ones hardly look.
 HARD_ON, HARD_OFF = [0.6, 0.1, 0.0, 0.0], [0.1, 0.0, 0.6, 0.0]
+HARDEST_OFF = [0.0, 0.0, 0.9, 0.0]
 SOFT_ON, SOFT_OFF = [0.3, 0.2, 0.2, 0.2], [0.2, 0.3, 0.2, 0.2]
 FAINT_ON, FAINT_OFF = [0.1, 0.0, 0.0, 0.0], [0.0, 0.1, 0.0, 0.0]
 
@@ -236,7 +237,7 @@ FAINT_ON, FAINT_OFF = [0.1, 0.0, 0.0, 0.0], [0.0, 0.1, 0.0, 0.0]
         ([*[FAINT_ON] * 3, HARD_OFF, *[FAINT_OFF] * 9, HARD_ON], [1] * 14, [0, 1]),
         ([SOFT_ON, HARD_ON, *[SOFT_OFF] * 9, HARD_OFF, *[SOFT_ON] * 2], [1] * 14, [1, 0]),
         # Looks in and after the answer do not count, unless there is nothing before it.
-        ([FAINT_OFF, HARD_ON, FAINT_OFF, HARD_OFF, HARD_OFF], [1, 1, 1, 0, 0], [True, True]),
+        ([FAINT_OFF, HARD_ON, FAINT_OFF, HARDEST_OFF], [1, 1, 1, 0], [True, True]),
         ([HARD_OFF, HARD_ON, FAINT_OFF], [0, 0, 0], [False, False]),
         # Four of 28 tokens, two early and two late: their mean map decides.
         ([HARD_OFF, SOFT_ON, HARD_ON, SOFT_OFF, *[FAINT_ON] * 24], [1] * 28, [False, True]),
