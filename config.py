@@ -5,12 +5,16 @@ import argparse
 import math
 import operator
 import re
+import runpy
 import signal
 import sys
+import traceback
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 
+VERSION = "0.1.0"
 ROOT = Path(__file__).resolve().parent
 
 
@@ -93,6 +97,9 @@ class Config:
     reward_weights: str = flag(
         "attention=1,format=1,accuracy=0", "name=weight pairs; all rewards are logged"
     )
+    reward: str = flag(
+        "", "your own rewards: file.py:function or file.py:one,two, see docs/extending.md"
+    )
     token_fraction: float = flag(
         0.3, "fraction of tokens that count, highest entropy first", above=0, maximum=1
     )
@@ -127,6 +134,14 @@ class Config:
         choices=["none", "tensorboard", "wandb", "trackio"],
     )
     resume: bool = flag(False, "continue the run in output_dir with its settings", may_change=True)
+
+    @cached_property
+    def rewards(self):
+        """Name -> function from RewardInputs to G floats: `reward.REWARDS`, and those of --reward.
+        Raises: InputError."""
+        from reward import REWARDS
+
+        return REWARDS | load_rewards(self.reward)
 
 
 FIELDS = {f.name: f for f in fields(Config)}
@@ -183,11 +198,60 @@ def parse_weights(text):
     return weights
 
 
+def parse_reward(text):
+    """("mine.py", ["iou", "judge"]) from "mine.py:iou,judge". Raises: ValueError."""
+    path, _, names = text.rpartition(":")
+    names = names.split(",") if text else []
+    if not all(path and name.isidentifier() for name in names):
+        raise ValueError
+    return path, names
+
+
+def load_rewards(text):
+    """The functions that --reward names, as {name: function}. An error in the file, or in what a
+    function returns, becomes an InputError with the file and the line."""
+    path, names = parse_reward(text)
+
+    def fail(error, what):
+        lines = [x.lineno for x in traceback.extract_tb(error.__traceback__) if x.filename == path]
+        place = f", line {lines[-1]}" if lines else ""
+        raise InputError(f"--reward {what}{place}: {type(error).__name__}: {error}") from None
+
+    def checked(name):
+        def reward(inputs):
+            try:
+                result = functions[name](inputs)
+            except Exception as error:
+                fail(error, f"{path}:{name}")
+            try:
+                values = [float(value) for value in result]
+            except (TypeError, ValueError, RuntimeError):  # not a flat list of numbers
+                values = [math.nan]
+            if len(values) != len(inputs.texts) or not all(map(math.isfinite, values)):
+                shape = f"shape {tuple(result.shape)}: " if hasattr(result, "shape") else ""
+                wanted = f"{len(inputs.texts)} finite numbers, one per completion"
+                problem = f"{path}:{name} must return {wanted}, but returned"
+                raise InputError(f"--reward {problem} {shape}{str(result):.40}")
+            return values
+
+        return reward
+
+    try:
+        functions = runpy.run_path(path) if names else {}
+    except Exception as error:
+        fail(error, text)
+    for name in names:
+        if not callable(functions.get(name)):
+            raise InputError(f"--reward {text}: {path} has no function {name}")
+    return {name: checked(name) for name in names}
+
+
 FORMS = {  # settings that are text with a form of its own: (parser, what it expects)
     "reward_weights": (
         parse_weights,
         "name=weight pairs such as attention=1,format=1: each reward once, not all 0",
     ),
+    "reward": (parse_reward, "file.py:function, or file.py:one,two"),
     "layers": (parse_ints, "all, or integers such as 2,3"),
     "heads": (parse_ints, "all, or integers such as 0,3"),
     "format_lengths": (parse_lengths, "two integers min,max such as 60,100"),
@@ -240,6 +304,7 @@ def parse_command_line(argv):
     if command == "train":
         lines = [f"  {name:7} {text}" for name, text in COMMANDS.items()]
         parser.description = "\n".join(["commands, each with its own --help:", *lines])
+        parser.add_argument("--version", action="version", version=f"sayo-mini {VERSION}")
         add_all_flags(parser)
     else:
         from extras.commands import add_arguments  # here, because a training run needs no command
@@ -304,9 +369,10 @@ def check_command_line(argv):
 def check_paths(given):
     """Before torch loads, refuse paths that do not exist. Raises: InputError."""
     missing = "No such file or directory"
-    for name, what in (("dataset", "data set"), ("image", "image")):
-        path = given.get(name, "scenes")
-        if path != "scenes" and (Path(path).is_dir() or not Path(path).exists()):
+    own = parse_reward(given.get("reward", ""))[0] or None
+    paths = {"data set": given.get("dataset"), "image": given.get("image"), "reward": own}
+    for what, path in paths.items():
+        if path not in (None, "scenes") and (Path(path).is_dir() or not Path(path).exists()):
             reason = "it is a folder" if Path(path).is_dir() else missing
             raise InputError(f"cannot read the {what} {path}: {reason}")
     if adapter := given.get("adapter"):
@@ -374,9 +440,16 @@ def build_config(given, base=None):
     check_settings(asdict(cfg))
     from reward import REWARDS
 
-    if unknown := set(parse_weights(cfg.reward_weights)) - set(REWARDS):
-        known = ", ".join(REWARDS)
+    weighted, own = parse_weights(cfg.reward_weights), parse_reward(cfg.reward)[1]
+    if unknown := set(weighted) - set(REWARDS) - set(own):
+        known = ", ".join([*REWARDS, *own])
         raise InputError(f"--reward_weights: no reward {unknown.pop()!r}; known: {known}")
+    if taken := REWARDS.keys() & own:
+        raise InputError(f"--reward: {taken.pop()} is a reward already: rename the function")
+    if unused := set(own) - set(weighted):
+        name = unused.pop()
+        advice = f"--reward_weights {cfg.reward_weights},{name}=1"
+        raise InputError(f"--reward: {name} has no weight: pass {advice}")
     return cfg
 
 

@@ -200,6 +200,9 @@ class RewardInputs:
     region: torch.Tensor  # (N,) bool
     selected: torch.Tensor  # (G, C) bool
     format_lengths: tuple[int, int]  # shortest, longest
+    example: object = None  # a data.Example: image, question, answer, boxes, id
+    prompt: object = None  # a model.Prompt
+    completions: object = None  # a model.Completions: ids and mask (G, C)
 
 
 REWARDS = {  # name -> function from RewardInputs to G floats; flags, log and report use it

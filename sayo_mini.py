@@ -11,6 +11,8 @@ import sys
 import time
 from dataclasses import dataclass
 
+if sys.version_info < (3, 10):  # noqa: UP036
+    sys.exit("sayo_mini.py needs Python 3.10 or newer")
 sys.path.insert(0, os.path.dirname(__file__))  # for `python -m sayo_mini.sayo_mini`
 from config import (
     InputError,
@@ -133,10 +135,21 @@ def compute_rewards(vlm, example, prompt, completions, scores, cfg):
         region=region.to(vlm.device),
         selected=reward.select_tokens(scores.entropy, completions.mask, cfg.token_fraction),
         format_lengths=parse_lengths(cfg.format_lengths),
+        example=example,
+        prompt=prompt,
+        completions=completions,
     )
-    rewards = {name: function(inputs) for name, function in reward.REWARDS.items()}
+    rewards = {name: function(inputs) for name, function in cfg.rewards.items()}
     fp32 = {"dtype": torch.float32, "device": vlm.device}
     return {name: torch.as_tensor(value, **fp32) for name, value in rewards.items()}, inputs
+
+
+def try_rewards(vlm, example, cfg):
+    """Call every reward once. Your own may raise an error, and the first evaluation takes long."""
+    (group,) = sample(vlm, [example], cfg, torch.Generator(vlm.device))
+    with torch.no_grad():
+        scores = vlm.score(group.prompt, group.completions)
+    compute_rewards(vlm, example, group.prompt, group.completions, scores, cfg)
 
 
 def batch_loss(groups, scores, cfg, step_tokens):
@@ -182,11 +195,14 @@ def update(optimizer, scaler, losses, cfg):
 
 def train(cfg):
     """One run, from loading the model to the report. Returns the exit code."""
+    names = list(cfg.rewards)  # runs the file of --reward
     torch.manual_seed(cfg.seed)  # for LoRA's initial weights; sampling draws from `generator`
     torch.use_deterministic_algorithms(cfg.deterministic)
     train_set, eval_set = load_datasets(cfg)
     check_data(cfg, train_set)
     vlm = load_model(cfg)
+    if cfg.reward and cfg.max_steps:
+        try_rewards(vlm, train_set[0], cfg)
     generator = torch.Generator(vlm.device).manual_seed(cfg.seed)
     params = {name: p for name, p in vlm.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), cfg.learning_rate, weight_decay=cfg.weight_decay)
@@ -209,7 +225,6 @@ def train(cfg):
             metrics["learning_rate"] = rate
             run.log(metrics, samples, seconds=time.perf_counter() - start)
             alarms.check(metrics, run.step)
-            names = reward.REWARDS
             bar.set_postfix({n: metrics[f"rewards/{n}/mean"] for n in names}, refresh=False)
             bar.update()
             if run.step % cfg.save_steps == 0 or run.step == cfg.max_steps:

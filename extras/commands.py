@@ -1,6 +1,8 @@
 """The commands other than `train`: their flags, and where each begins. torch is not imported here,
 so that --help and mistyped flags are answered at once."""
 
+import runpy
+
 from config import COMMANDS, add_all_flags, add_flag
 
 EXAMPLES = {
@@ -57,3 +59,8 @@ def run_command(command, given):
     from extras.fit import run_fit
 
     return run_fit(given)
+
+
+def main():
+    """The command `sayo-mini` of an installed package."""
+    runpy.run_module("sayo_mini.sayo_mini", run_name="__main__")

@@ -47,6 +47,8 @@ def run_fit(given):
     if text_tokens < 1:
         raise InputError(f"--prompt_tokens {text_tokens}: must be at least 1")
     cfg = build_config(given)
+    # Meta tensors have no values for your own rewards.
+    cfg = replace(cfg, reward="", reward_weights=Config.reward_weights)
     model_config = read_config(cfg.model_name_or_path)
     rows, cols = image_grid(model_config, cfg.max_pixels)
     print(

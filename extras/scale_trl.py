@@ -36,7 +36,6 @@ from checkpoint import RunDirectory, check_data, run_config
 from data import Example, encode_example, epoch_index, format_question, load_datasets
 from extras.model_card import model_card
 from model import Completions, choose_device, load_model
-from reward import REWARDS
 
 
 class SayoTrainer(GRPOTrainer):
@@ -80,7 +79,7 @@ class SayoTrainer(GRPOTrainer):
 
 
 class SayoRewards:
-    """Every reward of `reward.REWARDS` as a reward function of TRL.
+    """Every reward of `Config.rewards` as a reward function of TRL.
 
     The policy in training, `vlm`, scores a batch of B rows once for all functions. A batch may
     split a group, as rows are rewarded one by one.
@@ -90,7 +89,7 @@ class SayoRewards:
         self.vlm, self.cfg, self.batch, self.rewards = vlm, cfg, None, None
 
     def functions(self):
-        return [self.function(name) for name in REWARDS]
+        return [self.function(name) for name in self.cfg.rewards]
 
     def function(self, name):
         def rewards(prompts, completions, completion_ids, **columns):  # B floats
@@ -104,7 +103,7 @@ class SayoRewards:
     @torch.no_grad()
     def score(self, completion_ids, image, question, answer, boxes, id, **columns):
         training, ids = self.vlm.model.training, iter(completion_ids)
-        rewards = {name: [] for name in REWARDS}
+        rewards = {name: [] for name in self.cfg.rewards}
         # Neighboring rows with the same question belong to one group.
         for example, rows in groupby(map(Example, image, question, answer, boxes, id)):
             completions = pack_completions(self.vlm, [next(ids) for _ in rows], self.cfg)
@@ -193,7 +192,7 @@ def trl_config(cfg):
         max_grad_norm=cfg.max_grad_norm,
         loss_type="dapo",  # this and the next: the loss of reward.grpo_loss
         use_bias_correction_kl=False,
-        reward_weights=[weights.get(name, 0.0) for name in REWARDS],
+        reward_weights=[weights.get(name, 0.0) for name in cfg.rewards],
         max_steps=cfg.max_steps * cfg.num_iterations,  # TRL counts updates
         save_steps=cfg.save_steps * cfg.num_iterations,
         save_total_limit=2,

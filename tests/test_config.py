@@ -1,5 +1,6 @@
 """Every setting is a flag: ranges, messages, help, presets, and where each value comes from."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -54,6 +55,7 @@ report_to                none tensorboard wandb trackio | mlflow
 layers                   all -1 0,-2 | last 1.5 2,,3 ''
 heads                    all 0,3 | first ''
 format_lengths           5,5 0,1 | 5 1,2,3 a,b 6,5 -1,5 0,0
+reward                   f.py:a c:/f.py:a,b | f.py f.py: :a f.py:a, f.py:a-b
 reward_weights           attention=1 a=-1,b=0.5 | attention a=x a=1,a=2 a=0,b=0 a=nan a=1,b=inf ''
 """.strip().splitlines()
 
@@ -136,7 +138,7 @@ def read_help(capsys, *command):
 
 def test_help_lists_every_flag_once_in_its_group_with_its_default(capsys):
     text, listed = read_help(capsys)
-    assert listed == list(FIELDS)
+    assert listed == ["version", *FIELDS]
     for first, title in GROUPS.items():
         assert f"\n\n{title}:\n  --{first}" in text
     text = " ".join(text.split())
@@ -163,11 +165,21 @@ def test_python_m_from_the_parent_folder_answers_help_without_torch(tmp_path):
     assert process.returncode == 0 and process.stdout.startswith(b"usage: "), process.stderr
 
 
+def test_an_older_python_is_refused_in_one_line():
+    ast.parse((ROOT / "sayo_mini.py").read_text(), feature_version=(3, 7))  # it can say so
+    code = "import runpy, sys; sys.version_info = 3, 9; runpy.run_path('sayo_mini.py')"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert process.stderr == b"sayo_mini.py needs Python 3.10 or newer\n" and process.returncode
+    assert 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text()
+
+
 PATHS = {  # flags -> what is wrong
     "--dataset none.jsonl": "cannot read the data set none.jsonl: No such file or directory",
     "check none.jsonl": "cannot read the data set none.jsonl: No such file or directory",
     "look --image none.png --question q": "cannot read the image none.png: No such file",
     "look --image README.md --question q --output none/x.png": "the folder none does not exist",
+    "--reward none.py:f": "cannot read the reward none.py: No such file or directory",
+    "--dataset ''": "cannot read the data set : it is a folder",
     "--dataset example": "cannot read the data set example: it is a folder",
     "--adapter none/x": "no adapter in none/x: adapter_config.json: No such file or directory",
     "--model_name_or_path ./none": "cannot load ./none: No such file or directory",

@@ -87,9 +87,12 @@ def folder(tmp_path, small):
 
 
 @pytest.mark.slow
-def test_the_command_prints_phases_and_cards(capsys, folder):
+def test_the_command_prints_phases_and_cards(capsys, folder, tmp_path):
+    mine = tmp_path / "mine.py"  # a reward that needs values, which fit does not have
+    mine.write_text("def f(x):\n    return x.attention.sum((1, 2)).tolist()")
+    reward = ["--reward", f"{mine}:f", "--reward_weights", "f=1"]
     flags = ["--num_generations", "2", "--max_completion_length", "8", "--max_pixels", "16384"]
-    assert sayo_mini.main(["fit", "--model_name_or_path", folder, *flags]) == 0
+    assert sayo_mini.main(["fit", "--model_name_or_path", folder, *flags, *reward]) == 0
     out = capsys.readouterr().out
     assert all(f"{phase:>12} " in out for phase in [*fit.PHASES, "needed"])
     assert "Predicted, not measured" in out and out.count("GB card: fits\n") == len(fit.CARDS)

@@ -1,11 +1,20 @@
-"""A new reward needs only a function and an entry in `reward.REWARDS`: flags, logs and TRL use it
-automatically. The tests add a "length" reward at run time."""
+"""A new reward needs only a function, in a file of its own or in `reward.REWARDS`: flags, logs and
+TRL use it automatically."""
+
+import re
+import shlex
+from types import SimpleNamespace
 
 import pytest
-from conftest import FAST, read_log, run_program
+import torch
+from conftest import FAST, ROOT, error_line, read_log, run_program
 
 import reward
+from config import InputError, build_config, load_rewards
 
+EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+(CODE,) = re.findall(r"```python\n(.*?)```", EXTENDING, re.DOTALL)
+(COMMAND,) = re.findall(r"sayo_mini.py (--reward .*)", EXTENDING)
 FLAGS = "--eval_examples 0 --max_steps 1 --reward_weights format=1,length=0.5"
 
 
@@ -34,11 +43,66 @@ def test_an_unknown_reward_is_refused_and_the_known_ones_are_listed(tmp_path, ca
     assert not (tmp_path / "run").exists()
 
 
-def test_trl_logs_and_weights_the_new_reward(tmp_path, length_reward):
+def test_the_rewards_of_the_docs(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    run_program("run", f"{COMMAND} --layers 2 --max_steps 1 --eval_examples 0 --output_dir run")
+    (row,), samples = read_log(tmp_path / "run"), read_log(tmp_path / "run", "samples.jsonl")
+    weights = dict(format=1, length=0.1, iou=1, image_mass=0.5)
+    totals = [sum(w * sample[name] for name, w in weights.items()) for sample in samples]
+    assert row["reward"] == pytest.approx(sum(totals) / len(totals), abs=1e-5)
+    assert row["rewards/iou/mean"] == 0 and 0 < row["rewards/image_mass/mean"] < 1
+    functions = load_rewards(shlex.split(COMMAND)[1])
+    attention = torch.tensor([[[0.1, 0.2], [0.3, 0.4]], [[0.5, 0.1], [9, torch.nan]]])
+    x = SimpleNamespace(
+        texts=["at [0, 0, 10, 5].", "[10, 5, 0, 0]"],
+        lengths=[9, 3],
+        format_lengths=(2, 6),
+        attention=attention,
+        example=SimpleNamespace(boxes=[(0, 0, 10, 10)]),
+        completions=SimpleNamespace(mask=torch.tensor([[True, True], [True, False]])),
+    )
+    assert functions["length"](x) == [1, 0.5] and functions["iou"](x) == [0.5, 0]
+    assert functions["image_mass"](x) == pytest.approx([0.5, 0.6])
+
+
+MISTAKES = {  # a file -> what a run says about it
+    "import nothing": "mine.py:f, line 1: ModuleNotFoundError: No module named 'nothing'",
+    "def f(x)": "mine.py:f: SyntaxError: expected ':' (mine.py, line 1)",
+    "f = 1": "mine.py:f: mine.py has no function f",
+    "def f(x):\n    return x.text": "mine.py:f, line 2: AttributeError: 'RewardInputs' object has",
+    "def f(x): pass": "return 4 finite numbers, one per completion, but returned None",
+    "def f(x): return x.attention": "but returned shape (4, ",
+    "def f(x): return [1, 2]": "but returned [1, 2]",
+    "def f(x): return [float('nan')] * 4": "but returned [nan, nan, nan, nan]",
+}
+
+
+@pytest.mark.parametrize("code", MISTAKES)
+def test_a_mistake_is_one_line_before_the_run_begins(tmp_path, capfd, monkeypatch, code):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(code)
+    run_program("run", "--reward mine.py:f --reward_weights f=1", expect=2)
+    assert MISTAKES[code] in error_line(capfd) and not (tmp_path / "run").exists()
+
+
+def test_a_reward_needs_a_name_of_its_own_and_a_weight():
+    with pytest.raises(InputError, match="format is a reward already: rename the function"):
+        build_config({"model_name_or_path": "tiny", "reward": "mine.py:format"})
+    advice = "f has no weight: pass --reward_weights attention=1,format=1,accuracy=0,f=1"
+    with pytest.raises(InputError, match=advice):
+        build_config({"model_name_or_path": "tiny", "reward": "mine.py:f"})
+    # `look` reads the settings of a run, also without its file.
+    build_config({}, {"model_name_or_path": "tiny", "reward": "gone.py:f", "reward_weights": "f=1"})
+
+
+def test_trl_logs_and_weights_the_new_reward(tmp_path):
     pytest.importorskip("trl")
     from extras import scale_trl
 
-    assert scale_trl.main([*FAST, *FLAGS.split(), "--output_dir", str(tmp_path)]) == 0
+    (tmp_path / "mine.py").write_text("def length(x):\n    return [n / 20 for n in x.lengths]")
+    own = ["--reward", f"{tmp_path}/mine.py:length", "--output_dir", str(tmp_path)]
+    assert scale_trl.main([*FAST, *FLAGS.split(), *own]) == 0
     (row,) = [row for row in read_log(tmp_path) if "loss" in row]
     length, form = row["rewards/length/mean"], row["rewards/format/mean"]
     assert 0 < length == pytest.approx(row["completions/mean_length"] / 20, abs=1e-5)
