@@ -118,7 +118,10 @@ class Config:
     heads: str = flag("all", "heads of those layers: all, or 0,3")
     format_lengths: str = flag("60,100", "min,max tokens that earn the full format reward")
     # evaluation
-    eval_examples: int = flag(64, "held-out questions of each evaluation; 0 skips it", minimum=0)
+    eval_examples: int = flag(
+        -1, "held-out questions of each evaluation; -1 is all, 0 skips it", minimum=-1
+    )
+    eval_dataset: str = flag("", "evaluate on this .jsonl file, and train on all of --dataset")
     # run
     output_dir: str = flag(
         "runs/sayo", "folder for logs, checkpoints, adapter and report", may_change=True
@@ -162,7 +165,6 @@ TINY = dict(
     heads="2",
     format_lengths="10,18",
     completions_per_forward=64,
-    eval_examples=256,
 )
 
 
@@ -370,8 +372,8 @@ def check_paths(given):
     """Before torch loads, refuse paths that do not exist. Raises: InputError."""
     missing = "No such file or directory"
     own = parse_reward(given.get("reward", ""))[0] or None
-    paths = {"data set": given.get("dataset"), "image": given.get("image"), "reward": own}
-    for what, path in paths.items():
+    names = ("data set", "dataset"), ("data set", "eval_dataset"), ("image", "image")
+    for what, path in [*((what, given.get(name)) for what, name in names), ("reward", own)]:
         if path not in (None, "scenes") and (Path(path).is_dir() or not Path(path).exists()):
             reason = "it is a folder" if Path(path).is_dir() else missing
             raise InputError(f"cannot read the {what} {path}: {reason}")

@@ -120,21 +120,58 @@ def encode_example(vlm, example, cfg):
 
 
 def load_datasets(cfg):
-    """The (training, held-out) data sets of `--dataset`; each has `len()`, and `[i]` returns an
-    Example. Prints how many rows were skipped. Raises: InputError."""
+    """The (training, held-out) data sets of a run; each has `len()`, and `[i]` returns an Example.
+    Prints what may be wrong with them. Raises: InputError."""
     if cfg.dataset == "scenes":
         from scenes import LARGE_SCENES, Scenes  # here, because scenes.py imports this module
 
-        style = {} if is_tiny(cfg.model_name_or_path) else LARGE_SCENES
+        style, held_out = ({}, 256) if is_tiny(cfg.model_name_or_path) else (LARGE_SCENES, 64)
+        if cfg.eval_examples >= 0:
+            held_out = cfg.eval_examples
         count = max(1, cfg.max_steps * cfg.prompts_per_step)
-        return Scenes("train", count, cfg.seed, **style), Scenes("test", cfg.eval_examples, **style)
+        train_set = Scenes("train", count, cfg.seed, **style)
+        eval_set = Scenes("test", held_out, **style)
+    else:
+        data = read_file(cfg.dataset, cfg)
+        train_set, eval_set = data.split(0 if cfg.eval_dataset else cfg.eval_examples)
+    if cfg.eval_dataset:
+        eval_set = read_file(cfg.eval_dataset, cfg)
+        eval_set.rows = first(eval_set.rows, cfg.eval_examples)
+        eval_set.checksum += getattr(train_set, "checksum", "")
+        if shared := len(image_keys(train_set) & image_keys(eval_set)):
+            print(f"note: images of {eval_set.path} that are also in the training data: {shared}")
+    files = [x.images.values() for x in (train_set, eval_set) if isinstance(x, JsonLines)]
+    warn_tiny(cfg, [size for images in files for size, *_ in images])
+    return train_set, eval_set
+
+
+def read_file(path, cfg):
+    """The JsonLines of a file. Prints what may be wrong with it. Raises: InputError."""
     problems = [] if cfg.skip_bad_examples else None
-    data = JsonLines(cfg.dataset, cfg.allow_absolute_paths, problems, cfg.boxes)
+    data = JsonLines(path, cfg.allow_absolute_paths, problems, cfg.boxes)
     if problems:
         print(f"skipped {data.rejected} rows of {data.path}; first problem: {problems[0]}")
     for note in data.notes():
         print(f"note: {note}")
-    return data.split(cfg.eval_examples)
+    return data
+
+
+def warn_tiny(cfg, sizes):
+    """Say what the tiny model knows, if images have other `sizes` than those it was trained on."""
+    if is_tiny(cfg.model_name_or_path) and set(sizes) - {(112, 112)}:
+        advice = "for anything else, use --model_name_or_path"
+        print(f"the tiny model only knows cards such as those in example/: {advice}")
+
+
+def image_keys(dataset):
+    """What identifies the images of a data set; generated scenes never share one."""
+    rows = getattr(dataset, "rows", None)
+    return set(range(len(dataset))) if rows is None else {row["image_key"] for row in rows}
+
+
+def first(rows, count):
+    """The first `count` rows; -1 means all."""
+    return rows if count < 0 else rows[:count]
 
 
 def step_examples(train_set, step, cfg):
@@ -334,18 +371,19 @@ class JsonLines:
         """Split by image into a training and a held-out data set.
 
         A hash of the image's file selects a fifth of the images, at least one. These are held out,
-        with at most `held_out` questions about them. No image is in both parts, not even as a copy
-        under another name. With `held_out` 0, nothing is held out. Returns: (training, held-out).
+        with at most `held_out` questions about them (-1: all). No image is in both parts, not even
+        as a copy under another name. With 0, nothing is held out. Returns: (training, held-out).
         Raises: InputError if an image has to be held out and there is only one.
         """
-        keys = sorted({row["image_key"] for row in self.rows})
+        keys = sorted(image_keys(self))
         if held_out and len(keys) < 2:
             advice = "add images, or use --eval_examples 0"
             raise InputError(f"{self.path}: the only image cannot be held out; {advice}")
         chosen = set(keys[: max(1, len(keys) // 5)]) if held_out else set()
         train_set, eval_set = copy.copy(self), copy.copy(self)
         train_set.rows = [row for row in self.rows if row["image_key"] not in chosen]
-        eval_set.rows = [row for row in self.rows if row["image_key"] in chosen][:held_out]
+        eval_set.rows = [row for row in self.rows if row["image_key"] in chosen]
+        eval_set.rows = first(eval_set.rows, held_out)
         return train_set, eval_set
 
 

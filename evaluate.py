@@ -11,11 +11,12 @@ import torch
 from tqdm import tqdm
 
 import reward
-from config import InputError
-from data import encode_example, example_region
+from config import InputError, parse_weights
+from data import encode_example, example_region, image_keys
 from model import Completions, split_by_tokens
 
 MAX_CELLS = 70_000  # per answer: the maps of long answers are pooled to fewer cells
+FEWEST = 6  # changed images that the sign test at 0.05 can call significant
 LEVELS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"  # see `pack_map`
 
 
@@ -244,6 +245,32 @@ def sign_test(changes):
     return f"p = {p:.2g}" if p >= 1e-6 else "p < 1e-6"
 
 
+def opening_lines(train_set, eval_set, cfg):
+    """What a run trains on, the smallest change that its evaluation can call significant, and what
+    can be done with the answers.
+
+    If answers about six images change, all in one direction, the sign test has p = 2 / 2^6 = 0.03.
+    With five images, p is 0.06. So no change of the accuracy below 6 / questions is significant.
+    """
+    questions, images = len(eval_set), len(image_keys(eval_set))
+    line = "training: none"
+    if cfg.max_steps:
+        epochs = cfg.max_steps * cfg.prompts_per_step / len(train_set)
+        size = plural(len(train_set), "question"), plural(len(image_keys(train_set)), "image")
+        line = f"training: {size[0]} about {size[1]} in {plural(cfg.max_steps, 'step')} "
+        line += f"(epochs: {epochs:.3g})"
+    line += f"; held out: {plural(questions, 'question')} about {plural(images, 'image')}"
+    if images >= FEWEST:
+        line += f": a change of accuracy below {FEWEST / questions:.3f} cannot be significant"
+    elif images:
+        line += f": with fewer than {FEWEST}, no change of accuracy can be significant "
+        line += "(add images, or use --eval_dataset)"
+    if cfg.max_steps and not (cfg.keep_best or parse_weights(cfg.reward_weights).get("accuracy")):
+        line += "\nright answers are logged but not rewarded, as in the paper; --reward_weights "
+        line += "attention=1,format=1,accuracy=1 rewards them, --keep_best keeps the best adapter"
+    return line
+
+
 def standard_error(values, images):
     """The standard error of the mean, clustered by image. There must be at least two images."""
     mean = fmean(values)
@@ -333,8 +360,12 @@ def table_rows(before, after):
 def count_looks(results, early, late):
     """The number of answers with these looks (0 or 1) and their accuracy, as text."""
     kept = [r["correct"] for r in results if (r["early"], r["late"]) == (early, late)]
-    count = f"{len(kept)} answer{'s' * (len(kept) != 1)}"
+    count = plural(len(kept), "answer")
     return f"{count}, {fmean(kept):.0%} right" if kept else count
+
+
+def plural(count, word):
+    return f"{count} {word}{'s' * (count != 1)}"
 
 
 def count_corrected(results):

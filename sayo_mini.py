@@ -37,7 +37,7 @@ from tqdm import tqdm
 import reward
 from checkpoint import RunDirectory, check_data, resume_command, run_config, stop_signals
 from data import Example, encode_example, example_region, load_datasets, step_examples
-from evaluate import evaluate, results_text
+from evaluate import evaluate, opening_lines, results_text
 from metrics import Alarms, attention_metrics, sample_rows, step_metrics
 from model import Completions, Prompt, load_model
 
@@ -199,7 +199,8 @@ def train(cfg):
     torch.manual_seed(cfg.seed)  # for LoRA's initial weights; sampling draws from `generator`
     torch.use_deterministic_algorithms(cfg.deterministic)
     train_set, eval_set = load_datasets(cfg)
-    check_data(cfg, train_set)
+    check_data(cfg, eval_set)
+    print(opening_lines(train_set, eval_set, cfg))
     vlm = load_model(cfg)
     if cfg.reward and cfg.max_steps:
         try_rewards(vlm, train_set[0], cfg)
@@ -208,7 +209,7 @@ def train(cfg):
     optimizer = torch.optim.AdamW(params.values(), cfg.learning_rate, weight_decay=cfg.weight_decay)
     # In fp16, small gradients round to 0 unless the loss is scaled up for the backward pass.
     scaler = torch.amp.GradScaler(vlm.device.type, 2**10, enabled=vlm.dtype == torch.float16)
-    run = RunDirectory(cfg, params, optimizer, generator, scaler, train_set)
+    run = RunDirectory(cfg, params, optimizer, generator, scaler, eval_set)
     before = run.read_json("before.json")
     if before is None and cfg.adapter and not cfg.max_steps:  # compare an adapter with its base
         with vlm.model.disable_adapter():
@@ -277,7 +278,7 @@ def main(argv=None):
         problem = " ".join(str(error).split())
     except torch.OutOfMemoryError:
         problem = "out of GPU memory: lower --completions_per_forward, --num_generations or "
-        problem += f"--max_pixels{continue_hint(folder)}"
+        problem += f"--max_pixels, as `fit` advises{continue_hint(folder)}"
     except (OSError, SafetensorError, torch.AcceleratorError) as error:  # a full disk, a lost GPU
         problem = f"{str(error).splitlines()[0]}{continue_hint(folder)}"
     except KeyboardInterrupt:  # outside training; files are replaced atomically

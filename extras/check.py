@@ -8,7 +8,7 @@ from unicodedata import east_asian_width
 from PIL import Image, ImageDraw
 
 from config import InputError
-from data import JsonLines, answer_text, region_mask
+from data import JsonLines, answer_text, image_keys, region_mask
 from extras.pictures import find_font, load_font, show_boxes
 
 MAX_DRAWN, COLUMNS = 9, 3  # examples in the contact sheet, and in a row of it
@@ -42,7 +42,7 @@ def check_dataset(dataset, allow_absolute_paths=False, boxes=""):
         words.append(len(example.question.split()))
         if len(drawn) < MAX_DRAWN:
             drawn.append(draw_example(example))
-    images = len({row["image_key"] for row in data.rows})
+    images = len(image_keys(data))
     count = sum(len(row["boxes"]) for row in data.rows)
     print(f"{dataset}: {len(areas)} valid examples; {images} images, {count} boxes")
     print_histogram("area of the boxes, % of the image", areas, (0, 1, 2, 5, 10, 20, 50))

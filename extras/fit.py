@@ -16,7 +16,9 @@ from torch.nn import Linear
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from config import Config, InputError, build_config, model_path, parse_ints
+from data import first
 from evaluate import evaluate
+from extras import shapes
 from extras.meta_memory import META, MetaMemory, cuda_attention, tensor_with_values
 from model import TOKENS_PER_FORWARD, Prompt, Vlm, add_lora, check_architecture
 from scenes import Scenes
@@ -56,7 +58,9 @@ def run_fit(given):
         "Predicted, not measured; a display needs more.\n"
         f"{cfg.prompts_per_step} questions per step, {cfg.num_generations} completions of "
         f"{cfg.max_completion_length} tokens; prompts of {rows * cols} image tokens (--max_pixels) "
-        f"and {text_tokens} others (--prompt_tokens)"
+        f"and {text_tokens} others (--prompt_tokens)\n"
+        "running one step and one evaluation without data; this takes about a minute ...",
+        flush=True,
     )
     peaks = rehearse(model_config, cfg, text_tokens)
     for phase, what in PHASES.items():
@@ -98,6 +102,8 @@ def verdict(card, cfg, needed):
 
 def read_config(name):
     """The transformers configuration of a hub model or a folder. Raises: InputError."""
+    if name in shapes.PUBLISHED:
+        return shapes.model_config(shapes.PUBLISHED[name])
     try:
         config = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -145,7 +151,7 @@ def rehearse(model_config, cfg, text_tokens, dtype=torch.bfloat16):
             memory.enter("evaluation")
             tokens = len(vlm.encode(None, "").input_ids) + cfg.max_completion_length
             batch = max(1, TOKENS_PER_FORWARD // tokens)
-            evaluate(vlm, [example] * min(batch, cfg.eval_examples), cfg, "")
+            evaluate(vlm, first([example] * batch, cfg.eval_examples), cfg, "")
     return dict(memory.peaks)
 
 

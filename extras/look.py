@@ -6,7 +6,7 @@ from PIL import Image
 
 import reward
 from checkpoint import load_settings
-from config import InputError, build_config, is_tiny
+from config import InputError, build_config
 from data import (
     Example,
     apply_exif_orientation,
@@ -19,11 +19,11 @@ from data import (
     region_errors,
     stored_size,
     text_errors,
+    warn_tiny,
 )
 from evaluate import tokens_before_answer, trace_attention, written_words
 from extras.pictures import plot_animation, plot_answers
 from model import adapter_settings, load_model
-from scenes import Scenes
 
 
 def run_look(given):
@@ -46,9 +46,7 @@ def run_look(given):
         run = Path(adapter).parent
         saved = load_settings(run) if (run / "config.json").exists() else None
     cfg = build_config(settings, saved)
-    if is_tiny(cfg.model_name_or_path) and example.image.size != (Scenes.image_size,) * 2:
-        advice = "for anything else, use --model_name_or_path"
-        print(f"the tiny model only knows images of cards such as those in example/: {advice}")
+    warn_tiny(cfg, [example.image.size])
     vlm = load_model(cfg)
     answers = [describe_answer(vlm, example, cfg, "before training" if adapter else "answer")]
     if adapter:

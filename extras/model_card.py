@@ -58,6 +58,9 @@ def model_card(settings, before=None, after=None):
     base = Path(model).resolve().name if Path(model).exists() else model
     weights = parse_weights(settings["reward_weights"])
     start, results = "", "This run was not evaluated."
+    data = Path(settings["dataset"]).name
+    if settings["eval_dataset"]:
+        data += f"; evaluated on {Path(settings['eval_dataset']).name}"
     if settings["adapter"]:
         meaning = "with it" if settings["max_steps"] else "without it"
         start = f"| started from | another adapter; *before* means {meaning} |\n"
@@ -67,7 +70,7 @@ def model_card(settings, before=None, after=None):
         "base": base,
         "base_model": f"base_model: {base}\n" if "/" in base else "",
         "quantized": ", in 4 bits (NF4)" if settings["load_in_4bit"] else "",
-        "data": Path(settings["dataset"]).name.replace("|", "\\|"),
+        "data": data.replace("|", "\\|"),
         "reward": " + ".join(f"{weight:g} x {name}" for name, weight in weights.items() if weight),
         "start": start,
         "results": results,

@@ -19,7 +19,7 @@ MIN_QUESTIONS = 10  # minimum for an interval
 
 
 def run_probe(given):
-    """Probe the first `--eval_examples` training examples, print a table and draw it as probe.png.
+    """Probe the first training examples, by default 64; print a table and draw it as probe.png.
     Held-out examples are not used, to keep them for the evaluation.
 
     Args: given, a dict of flags. Returns: the exit code. Raises: InputError.
@@ -27,7 +27,8 @@ def run_probe(given):
     cfg = build_config(given)
     picture = Path(cfg.output_dir) / "probe.png"
     examples = load_datasets(cfg)[0]
-    examples = [examples[i] for i in range(min(len(examples), cfg.eval_examples or 64))]
+    count = cfg.eval_examples if cfg.eval_examples > 0 else 64
+    examples = [examples[i] for i in range(min(len(examples), count))]
     tables = measure_heads(load_model(cfg), examples, cfg)
     auroc, permuted = tables.nanmean(0)
     print_table(auroc, f"AUROC of {len(examples)} questions, --alignment {cfg.alignment}")

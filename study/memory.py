@@ -20,8 +20,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from config import Config
 from extras.fit import rehearse
+from extras.shapes import TEXT
 from study.common import RESULTS, ROOT, machine, markdown_table, write_results
-from study.random_model import CELL, TEXT, make_model, model_config
+from study.random_model import CELL, make_model, model_config
 from study.step import compare, median_of
 from study.step_arms import LEARNING
 

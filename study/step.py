@@ -22,8 +22,9 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from extras.shapes import TEXT
 from study.common import RESULTS, ROOT, machine, markdown_table, write_results
-from study.random_model import TEXT, make_model
+from study.random_model import make_model
 from study.step_arms import worker
 
 ARMS = ("ours", "naive", "trl")

@@ -43,7 +43,7 @@ epsilon                  1e-9 0.999 | 0 1
 num_iterations           1 | 0
 seed                     0 9223372036854775807 | -1 9223372036854775808
 token_fraction           1e-9 1 | 0 1.001
-eval_examples            0 | -1
+eval_examples            -1 0 | -2
 save_steps               1 | 0
 device                   auto cuda cpu | gpu
 boxes                    pixels 0-1 0-100 0-1000 xywh | 0-10 cxcywh
@@ -71,7 +71,7 @@ def test_values_in_range_are_accepted_and_others_refused(line):
 
 
 def test_the_table_of_ranges_has_every_flag_with_a_range():
-    free = "dataset instruction model_name_or_path adapter output_dir".split()
+    free = "dataset eval_dataset instruction model_name_or_path adapter output_dir".split()
     ranged = {name for name, setting in FIELDS.items() if setting.type is not bool} - {*free}
     assert {line.split()[0] for line in RANGES} == ranged
 
@@ -175,6 +175,7 @@ def test_an_older_python_is_refused_in_one_line():
 
 PATHS = {  # flags -> what is wrong
     "--dataset none.jsonl": "cannot read the data set none.jsonl: No such file or directory",
+    "--eval_dataset none.jsonl": "cannot read the data set none.jsonl: No such file or directory",
     "check none.jsonl": "cannot read the data set none.jsonl: No such file or directory",
     "look --image none.png --question q": "cannot read the image none.png: No such file",
     "look --image README.md --question q --output none/x.png": "the folder none does not exist",

@@ -8,12 +8,15 @@ import math
 import os
 import random
 import re
+import shutil
 import warnings
+from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image, ImageChops, ImageDraw
 
 import data
@@ -597,6 +600,7 @@ def test_a_fifth_of_the_images_is_held_out(forty):
     assert [x for x in names(forty) if x in names(train)] == names(train)  # in order
     same, few = forty.split(5)  # a shorter evaluation does not change the training set
     assert names(few) == names(held_out)[:5] and names(same) == names(train)
+    assert names(forty.split(-1)[1]) == names(held_out)
     assert [len(part) for part in forty.split(0)] == [80, 0]
 
 
@@ -621,6 +625,33 @@ def test_scenes_are_small_for_the_tiny_model_and_large_for_others():
     cfg = Config(model_name_or_path="other", max_steps=0, eval_examples=5, seed=4)
     train_set = Scenes("train", 1, 4, **LARGE_SCENES)
     assert data.load_datasets(cfg) == (train_set, Scenes("test", 5, **LARGE_SCENES))
+    for settings, count in ((TINY, 256), ({}, 64)):
+        assert len(data.load_datasets(Config(**settings))[1]) == count
+
+
+def test_another_file_can_be_evaluated(folder, tmp_path, capsys):
+    """Then the whole data set is trained on. A resumed run depends on both files."""
+    path = write(folder, GOOD, good(image="more/gray.png"))
+    shutil.copy(folder / "photo.png", tmp_path / "copy.png")
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "red.png")
+    other = write(tmp_path, *[good(image=image) for image in ("red.png", "copy.png", "red.png")])
+    cfg = Config(dataset=str(path), eval_dataset=str(other))
+    train, held_out = data.load_datasets(cfg)
+    assert (len(train), len(held_out), len(data.image_keys(held_out))) == (2, 3, 2)
+    note = f"note: images of {other} that are also in the training data: 1"
+    assert note in capsys.readouterr().out
+    assert held_out.checksum != JsonLines(other).checksum and train.checksum in held_out.checksum
+    held_out = data.load_datasets(replace(cfg, dataset="scenes", eval_examples=1))[1]
+    assert names(held_out, "image") == ["red.png"]
+    assert "training" not in capsys.readouterr().out
+
+
+def test_the_tiny_model_says_that_it_only_knows_cards(folder, capsys):
+    cards = ROOT / "example" / "example.jsonl"
+    photos = write(folder, GOOD, good(image="more/gray.png"))
+    for path, model, expected in (photos, "tiny", 1), (photos, "other", 0), (cards, "tiny", 0):
+        data.load_datasets(Config(dataset=str(path), model_name_or_path=model))
+        assert capsys.readouterr().out.count("the tiny model only knows cards") == expected
 
 
 def test_a_run_on_a_file_says_what_it_skips(folder, capsys):

@@ -1,6 +1,7 @@
 """README and docs: their code runs; the lines, links, flags, files and metrics in them exist."""
 
 import doctest
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load
+from PIL import Image
 
 from config import FIELDS, build_config, parse_command_line
-from data import load_datasets, step_examples
+from data import JsonLines, load_datasets, step_examples
+from reward import accuracy_reward
 from sayo_mini import train_step
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +33,34 @@ def test_the_worked_example_runs():
     test = doctest.DocTestParser().get_doctest(example, {}, "README.md", None, 0)
     result = doctest.DocTestRunner().run(test)
     assert result.attempted >= 9 and result.failed == 0
+
+
+def test_the_page_on_data_converts_vstar_bench(tmp_path, monkeypatch):
+    """Run its code on two questions in the layout of V*Bench."""
+    monkeypatch.chdir(tmp_path)
+    options = ["The glove is red.", "The glove is blue."]  # the first one is right
+    for folder, boxes in (
+        ("direct_attributes", [[3, 5, 8, 9]]),
+        ("relative_position", [[0, 0, 9, 9]] * 2),
+    ):
+        path = tmp_path / "vstar_bench" / folder / "sa_1.jpg"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (60, 40), len(boxes)).save(path)
+        old = {"target_object": ["glove"], "question": "Which color?", "options": options}
+        path.with_suffix(".json").write_text(json.dumps(old | {"bbox": boxes}))
+    (code,) = [
+        x
+        for x in code_blocks(TEXT[ROOT / "docs" / "data.md"])
+        if "vstar.jsonl" in x and "import" in x
+    ]
+    assert len(code.splitlines()) <= 15
+    exec(code, {})
+    one, two = JsonLines("vstar_bench/vstar.jsonl")
+    assert one.question == "Which color?\nA. The glove is blue.\nB. The glove is red."
+    assert one.boxes == [[3, 5, 11, 14]] and len(two.boxes) == 2
+    for text in ("B", "the glove is red", "B. The glove is red."):
+        assert accuracy_reward(f"<answer>{text}</answer>", one.answer)
+    assert not accuracy_reward("<answer>A</answer>", one.answer)
 
 
 def test_quoted_lines_are_lines_of_the_program():

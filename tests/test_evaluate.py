@@ -13,13 +13,14 @@ from conftest import ask, load
 
 import evaluate as module
 import reward
-from config import TINY, Config, InputError
+from config import TINY, Config, InputError, parse_command_line
 from data import example_region, region_mask
 from evaluate import (
     LEVELS,
     AttentionTrace,
     confidence_interval,
     evaluate,
+    opening_lines,
     pack_map,
     paired_change,
     results_table,
@@ -299,6 +300,25 @@ def test_the_verdict_tests_the_same_questions():
     )
     assert attention.count("+0.20 [+0.20, +0.20]") == 1 and "+0.05 [+0.05, +0.05]" in attention
     assert looks == "First looks off the region: 3 before, 1 corrected; 3 after, 3 corrected."
+
+
+def test_a_run_begins_with_what_its_evaluation_can_show():
+    def lines(questions, **settings):
+        return opening_lines(Scenes("train", 20), Scenes("test", questions), Config(**settings))
+
+    data, answers = lines(60, max_steps=15).splitlines()
+    assert data == (
+        "training: 20 questions about 20 images in 15 steps (epochs: 3); held out: 60 questions "
+        "about 60 images: a change of accuracy below 0.100 cannot be significant"
+    )
+    assert "not rewarded, as in the paper" in answers and "--keep_best" in answers
+    parse_command_line([answers.split("; ")[1].split(" rewards")[0].replace(" ", "=", 1)])
+    assert sign_test([1] * 6) < "p = 0.05" < sign_test([1] * 5)
+    assert "about 5 images: with fewer than 6, no change" in lines(5, keep_best=True)
+    for settings in ({"keep_best": True}, {"reward_weights": "accuracy=1"}, {"max_steps": 0}):
+        assert "\n" not in lines(60, **settings)
+    assert lines(1, max_steps=0).startswith("training: none; held out: 1 question about 1 image: ")
+    assert lines(0, max_steps=0) == "training: none; held out: 0 questions about 0 images"
 
 
 def test_exact_sign_test_and_clustered_error():

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import TINY
+from transformers import AutoModelForImageTextToText
 
 import sayo_mini
 from config import Config
@@ -95,7 +96,17 @@ def test_the_command_prints_phases_and_cards(capsys, folder, tmp_path):
     assert sayo_mini.main(["fit", "--model_name_or_path", folder, *flags, *reward]) == 0
     out = capsys.readouterr().out
     assert all(f"{phase:>12} " in out for phase in [*fit.PHASES, "needed"])
+    assert "this takes about a minute" in out
     assert "Predicted, not measured" in out and out.count("GB card: fits\n") == len(fit.CARDS)
+
+
+@pytest.mark.parametrize("size, parameters", [("2B", 2127532032), ("8B", 8767123696)])
+def test_published_models_are_known_without_a_hub(size, parameters):
+    """The number of parameters is that of the published weights."""
+    with META:
+        config = fit.read_config(f"Qwen/Qwen3-VL-{size}-Instruct")
+        model = AutoModelForImageTextToText.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == parameters
 
 
 @pytest.mark.parametrize("case, word", [("missing", "No such file"), ("other", "has type gpt2")])

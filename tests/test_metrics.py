@@ -25,11 +25,12 @@ PROMPT_ROW = torch.tensor([0.5, 0.1])
 EXAMPLE = Example(Image.new("RGB", (20, 10)), "What color?", "red", [[0, 0, 10, 10]], "test")
 
 
-def rewards_of(**settings):
+def rewards_of(rows=1, **settings):
     cfg = Config(format_lengths="3,3", **settings)
-    vlm, prompt = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(grid=(1, 2))
+    vlm, prompt = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(grid=(rows, 2))
     completions = Completions(torch.zeros(2, 3).long(), MASK, TEXTS)
-    scores = Scores(torch.zeros(2, 3), ENTROPY, ATTENTION.clone(), PROMPT_ROW)
+    attention, prompt_row = ATTENTION.repeat(1, 1, rows), PROMPT_ROW.repeat(rows)
+    scores = Scores(torch.zeros(2, 3), ENTROPY, attention, prompt_row)
     return sayo_mini.compute_rewards(vlm, EXAMPLE, prompt, completions, scores, cfg)
 
 
@@ -53,11 +54,30 @@ def test_rewards_of_a_group(alignment, fraction, rho):
 
 
 def test_the_placebo_rewards_the_box_rolled_by_half_the_image():
-    rewards, inputs = rewards_of()
-    rolled, placebo = rewards_of(region="rolled")  # the grid is 1 x 2, so the other cell
-    assert placebo.region.tolist() == [not marked for marked in inputs.region.tolist()]
+    rewards, inputs = rewards_of(rows=2)
+    rolled, placebo = rewards_of(rows=2, region="rolled")  # of a 2 x 2 grid, so the other column
+    assert inputs.region.tolist() == [True, False, True, False]
+    assert placebo.region.tolist() == [False, True, False, True]
     assert rolled["attention"].tolist() != rewards["attention"].tolist()
     assert rolled["format"].tolist() == rewards["format"].tolist()
+
+
+def test_the_loss_of_a_forward_sums_over_the_groups_that_teach():
+    """Its gradient makes the first completion, which has the better reward, more likely."""
+    parts = {
+        "old_logps": torch.zeros(2, 3),
+        "ref_logps": None,
+        "advantages": torch.tensor([1.0, -1]),
+    }
+    completions = Completions(torch.zeros(2, 3).long(), MASK, TEXTS)
+    groups = [SimpleNamespace(teaches=t, completions=completions, **parts) for t in (1, 0, 1)]
+    scores = [Scores(torch.zeros(2, 3, requires_grad=True), None, None, None) for _ in groups]
+    loss, stats = sayo_mini.batch_loss(groups, scores, Config(beta=0), step_tokens=10)
+    loss.backward()
+    for score in (scores[0], scores[2]):  # each token counts 1/10
+        assert (10 * score.logps.grad).tolist() == [[-1, -1, -1], [1, 1, 0]]
+    assert scores[1].logps.grad is None
+    assert [(s["tokens"], round(s["loss"], 6)) for s in stats] == [(5, -0.1)] * 2
 
 
 def test_attention_metrics_use_the_selection_and_leave_out_padding():
