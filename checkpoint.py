@@ -8,13 +8,11 @@ import os
 import shlex
 import shutil
 import signal
-import stat
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from filelock import FileLock, Timeout
@@ -33,14 +31,16 @@ LIBRARIES = "torch", "transformers", "peft", "bitsandbytes"
 
 def run_config(given):
     """The Config of a new or resumed run, from the flags `given`. Raises: InputError if the folder
-    already contains a run, or if the run cannot be resumed with these flags."""
+    contains other files, or if the run cannot be resumed with these flags."""
     folder = Path(given.get("output_dir", Config.output_dir))
-    if not given.get("resume"):
-        if holds_run(folder):
-            advice = "--resume continues it, or choose a new --output_dir"
-            raise InputError(f"{folder} already contains a run: {advice}")
+    for name in ("dataset", "adapter"):  # the run may be resumed from another folder
+        if given.get(name) not in (None, getattr(Config, name)):
+            given = given | {name: os.path.abspath(given[name])}
+    resume = given.get("resume", False)
+    saved = load_settings(folder) if resume else None
+    check_folder(folder, started=resume)
+    if not resume:
         return build_config(given)
-    saved = load_settings(folder)
     for name in [name for name in given if name not in ("output_dir", "resume")]:
         old, new = saved[name], given[name]
         if name == "max_steps" and new < old:
@@ -59,29 +59,41 @@ def load_settings(folder):
     try:
         saved = json.loads(path.read_text("utf-8"))
         return {name: saved[name] for name in FIELDS}
-    except OSError as error:
-        raise InputError(f"no run in {folder}: cannot read {path.name}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error!r}): start again in a new folder") from None
+    except Exception as error:
+        raise InputError(f"no run in {folder}: cannot read {path.name} ({error!r})") from None
 
 
-def check_data(cfg, data):
-    """Raises: InputError if a resumed run would not continue with the data it started with."""
-    config = Path(cfg.output_dir) / "config.json"
-    saved = json.loads(config.read_text("utf-8")).get("data_checksum", "") if cfg.resume else None
-    if saved not in (None, getattr(data, "checksum", "")):
+def continue_exactly(cfg, data):
+    """Let a resumed run use as many threads as before, because rounding depends on their number.
+    Raises: InputError if it would not continue with the data it started with."""
+    if not cfg.resume:
+        return
+    saved = json.loads((Path(cfg.output_dir) / "config.json").read_text("utf-8"))
+    if saved.get("data_checksum", "") != getattr(data, "checksum", ""):
         problem = f"{cfg.dataset} or its images changed since the run in {cfg.output_dir} began"
         raise InputError(f"{problem}: restore them, or start again with a new --output_dir")
+    torch.set_num_threads(saved["threads"])
 
 
-def holds_run(folder):
-    """Whether a new run in this folder would overwrite a logged step, a checkpoint (including those
-    of extras/scale_trl.py) or results. A run that ended before its first step has none of these."""
-    logged = folder / "metrics.jsonl"
-    if logged.exists() and logged.stat().st_size:
-        return True
-    names = [*CHECKPOINTS, "adapter", "after.json"]
-    return any((folder / name).exists() for name in names) or any(folder.glob("checkpoint-*/*"))
+def check_folder(folder, started):
+    """Raises: InputError if a run would replace files that are not its own, or write through links.
+
+    Args: started, whether the folder may contain a run with steps. A run that ended before its
+    first step can always be replaced.
+    """
+    names = set()
+    for path in folder.glob("*"):
+        if path.is_symlink():
+            raise InputError(f"{path} is a link: replace it with the file, or choose a new folder")
+        if path.name not in LOGS or path.stat().st_size:
+            names.add(path.name)
+    config = folder / "config.json"
+    ours = config.is_file() and b'"reward_weights"' in config.read_bytes()
+    unstarted = {"config.json", "before.json", "traceback.txt"}
+    names = {name for name in names if not name.startswith("unfinished-")} - {"lock", "probe.png"}
+    if names and not (ours and (started or names <= unstarted)):
+        what = "a run: --resume continues it, or" if ours else f"{min(names)}:"
+        raise InputError(f"{folder} already contains {what} choose a new --output_dir")
 
 
 def resume_command(folder, program="python sayo_mini.py"):
@@ -103,7 +115,7 @@ class RunDirectory:
         self.params, self.optimizer, self.generator = params, optimizer, generator
         self.scaler = scaler  # a GradScaler
         self.step, self.saved_step = 0, None  # saved_step: of the newest checkpoint
-        self.history = []  # the rows of metrics.jsonl
+        self.logged = {name: (0, 0) for name in LOGS}  # (bytes, CRC-32) of each log
         self.folder.mkdir(parents=True, exist_ok=True)
         # One process may open the folder again, for example in a notebook.
         self.lock = FileLock(self.folder / "lock", timeout=0, is_singleton=True)
@@ -112,21 +124,25 @@ class RunDirectory:
         except Timeout:
             advice = "wait until it ends, or use a different --output_dir"
             raise InputError(f"another process runs in {self.folder}: {advice}") from None
+        self.inode = self.lock_inode()
         if cfg.resume:
             self.restore()
-        else:
-            for name in ("before.json", *LOGS, "timing.jsonl"):
-                (self.folder / name).unlink(missing_ok=True)  # of a run without a step
+        else:  # replace a run without a step
+            (self.folder / "before.json").unlink(missing_ok=True)
+            for name in LOGS:
+                (self.folder / name).write_bytes(b"")
         for name in LOGS:
             self.cut_log(name)
         versions = {name: version(name) for name in LIBRARIES}
         stored = {"data_checksum": getattr(data, "checksum", ""), "made_with": versions}
+        stored |= {"threads": torch.get_num_threads()}
         self.write_json("config.json", self.settings | stored)
         self.tracker = open_tracker(cfg.report_to, self.folder, self.settings)
 
     def atomic_write(self, name, write):
         """Call `write` with a temporary path, then rename that file or folder to `name`. A file is
         always the old or the new one, even after a power cut; a folder can be missing."""
+        self.check_lock()
         final = self.folder / name
         unfinished = final.with_name(f"unfinished-{final.name}")
         try:
@@ -134,16 +150,27 @@ class RunDirectory:
             write(unfinished)
             for path in [unfinished, *unfinished.rglob("*")]:
                 sync(path)
-            if final.is_dir():  # a rename cannot replace it
-                shutil.rmtree(final)
+            if unfinished.is_dir():  # a rename cannot replace a folder
+                remove(final)
             os.replace(unfinished, final)
             sync(final.parent)
         except BaseException:
             remove(unfinished)
             raise
 
+    def lock_inode(self):
+        path = self.folder / "lock"
+        return path.stat().st_ino if path.exists() else None
+
+    def check_lock(self):
+        """Raises: InputError if the lock file was removed, and another process made its own."""
+        if self.lock_inode() not in (None, self.inode):
+            raise InputError(f"another process continues the run in {self.folder}: this one ends")
+
     def write_text(self, name, text):
-        self.atomic_write(name, lambda path: path.write_bytes(text.encode()))
+        self.atomic_write(
+            name, lambda path: path.write_bytes(text.encode(errors="backslashreplace"))
+        )
 
     def write_json(self, name, content):
         self.write_text(name, json.dumps(content))
@@ -166,6 +193,8 @@ class RunDirectory:
             config["base_model_name_or_path"] = Path(base).name if Path(base).exists() else base
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+            # safetensors lets nobody else read its files, whatever the umask.
+            (folder / "adapter_model.safetensors").chmod(path.stat().st_mode)
 
         self.atomic_write(name, write)
 
@@ -173,6 +202,7 @@ class RunDirectory:
 
     def log(self, metrics, samples, seconds):
         """Append a step to the logs: a row of metrics, a row per completion, and the time."""
+        self.check_lock()
         self.step += 1
         timing = {"seconds": round(seconds, 3)}
         if self.generator.device.type == "cuda":
@@ -180,35 +210,30 @@ class RunDirectory:
             torch.cuda.reset_peak_memory_stats()
         for name, rows in zip((*LOGS, "timing.jsonl"), ([metrics], samples, [timing])):
             lines = [json.dumps(finite({"step": self.step} | row)) + "\n" for row in rows]
+            content = "".join(lines).encode()
             with open(self.folder / name, "ab") as file:
-                file.write("".join(lines).encode())
-        self.history.append(finite({"step": self.step} | metrics))
+                file.write(content)
+            size, crc = self.logged.get(name, (0, 0))
+            self.logged[name] = size + len(content), zlib.crc32(content, crc)
         if self.tracker:
             self.tracker.log(metrics, step=self.step)
 
-    def is_best(self):
-        """Whether the samples of the last `save_steps` steps were right more often than those of
-        any earlier ones. It depends on the log only, so that a resumed run decides the same."""
-        every = self.settings["save_steps"]
-        shares = [row["rewards/accuracy/mean"] for row in self.history]
-        *earlier, last = [fmean(shares[i : i + every]) for i in range(0, len(shares), every)]
-        return all(last > share for share in earlier)
+    def history(self):
+        """Yield the rows of metrics.jsonl, one by one, because it can be long."""
+        with open(self.folder / "metrics.jsonl", "rb") as file:
+            yield from map(json.loads, file)
 
     def cut_log(self, name):
-        """Remove the rows of steps after the checkpoint, because these steps run again. A last line
-        that a kill left incomplete goes, too."""
-        path, kept = self.folder / name, []
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > self.step:
-                break
-            kept.append(line)
-        rows = [json.loads(line) for line in kept]
-        if {row["step"] for row in rows} != set(range(1, self.step + 1)):
-            problem = f"{path} lacks steps up to the checkpoint, {self.step}"
-            raise InputError(f"{problem}: restore it, or start again with a new --output_dir")
-        if name == "metrics.jsonl":
-            self.history = rows
-        self.atomic_write(name, lambda path: path.write_bytes(b"".join(kept)))
+        """Remove what was logged after the checkpoint, because these steps run again.
+        Raises: InputError if anything before it was changed."""
+        path, (size, crc), found = self.folder / name, self.logged[name], 0
+        with open(path, "r+b") as file:
+            while part := file.read(min(2**20, size - file.tell())):
+                found = zlib.crc32(part, found)
+            if file.tell() < size or found != crc:
+                problem = f"{path} changed, or lacks steps up to the checkpoint, {self.step}"
+                raise InputError(f"{problem}: restore it, or start again with a new --output_dir")
+            file.truncate(size)
 
     # --- checkpoints ---
 
@@ -220,7 +245,8 @@ class RunDirectory:
         for name, p in self.params.items():
             tensors |= {f"{name}|{k}": v.cpu() for k, v in self.optimizer.state[p].items()}
             tensors[f"{name}|value"] = p.detach().cpu()
-        state = {"step": self.step, "scaler": self.scaler.state_dict()}
+        logged = {name: self.logged[name] for name in LOGS}
+        state = {"step": self.step, "scaler": self.scaler.state_dict(), "logged": logged}
         state |= {"checksum": checksum(tensors, state)}
         metadata = {"state": json.dumps(state)}  # one key: safetensors does not keep their order
         newest, previous = (self.folder / name for name in CHECKPOINTS)
@@ -256,9 +282,9 @@ class RunDirectory:
         else:
             raise InputError(f"no checkpoint in {self.folder} is intact: {advice}")
         if path != found[0]:  # or the next save would keep the damaged file
-            remove(found[0])
             os.replace(path, found[0])
         self.step = self.saved_step = state["step"]
+        self.logged = state["logged"]
         try:
             self.generator.set_state(tensors["generator"])
         except RuntimeError:  # CPU and CUDA generators have different states
@@ -333,7 +359,7 @@ def sync(path):
 
 def remove(path):
     """Delete a file or folder, if it exists."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -351,7 +377,6 @@ def stop_signals():
     def handler(number, frame):
         if stop and number == signal.SIGINT:
             raise KeyboardInterrupt
-        mute_lost_terminal()
         stop.append(number)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
@@ -363,14 +388,3 @@ def stop_signals():
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
-
-
-def mute_lost_terminal():
-    """If the terminal is gone, e.g. after SIGHUP, discard output. Printing to it would raise an
-    exception before the run is saved."""
-    for number in (1, 2):
-        try:
-            if stat.S_ISCHR(os.fstat(number).st_mode) and not os.isatty(number):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-        except OSError:  # already closed
-            pass

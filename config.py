@@ -2,12 +2,15 @@
 `--help` and mistyped flags are answered before torch loads."""
 
 import argparse
+import io
 import math
 import operator
+import os
 import re
 import runpy
 import signal
 import sys
+import tempfile
 import traceback
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
@@ -24,7 +27,10 @@ class InputError(ValueError):
 
 def flag(default, help, may_change=False, choices=None, **limits):
     """A setting. `may_change`: a resumed run may change it, because the earlier steps stay valid.
-    `limits`: minimum and maximum (inclusive), above and below (exclusive)."""
+    `limits`: minimum and maximum (inclusive), above and below (exclusive). A count is at most 10^6,
+    unless it has a maximum of its own."""
+    if type(default) is int:
+        limits = limits | {"maximum": limits.get("maximum", 10**6)}
     metadata = dict(help=help, may_change=may_change, choices=choices, limits=limits)
     return field(default=default, metadata=metadata)
 
@@ -56,7 +62,7 @@ class Config:
         "Qwen/Qwen3-VL-2B-Instruct", "hub name or local folder of a Qwen2.5-VL or Qwen3-VL"
     )
     load_in_4bit: bool = flag(True, "quantize the language model to NF4 with double quantization")
-    lora_r: int = flag(16, "rank of the LoRA adapter", minimum=1)
+    lora_r: int = flag(16, "rank of the LoRA adapter", minimum=1, maximum=1024)
     lora_alpha: int = flag(
         32, "LoRA scale: the adapter's output is multiplied by alpha / r", minimum=1
     )
@@ -64,7 +70,9 @@ class Config:
     gradient_checkpointing: bool = flag(
         True, "recompute activations in the backward pass to save memory", may_change=True
     )
-    max_pixels: int = flag(2**18, "downscale larger images to this many pixels", minimum=1)
+    max_pixels: int = flag(
+        2**18, "downscale larger images to this many pixels", minimum=1, maximum=2**24
+    )
     device: str = flag(
         "auto", "auto: CUDA if found, else CPU", may_change=True, choices=["auto", "cuda", "cpu"]
     )
@@ -72,15 +80,19 @@ class Config:
     cuda_graph: bool = flag(False, "sample with a CUDA graph; untested on a GPU", may_change=True)
     # training
     max_steps: int = flag(200, "optimizer steps", may_change=True, minimum=0)
-    num_generations: int = flag(8, "G, completions per question (official code: 16)", minimum=2)
-    prompts_per_step: int = flag(4, "questions per optimizer step", minimum=1)
+    num_generations: int = flag(
+        8, "G, completions per question (official code: 16)", minimum=2, maximum=1024
+    )
+    prompts_per_step: int = flag(4, "questions per optimizer step", minimum=1, maximum=1024)
     completions_per_forward: int = flag(
         0,
         "micro-batch: less than G saves memory, more than G packs several groups, 0 is G",
         may_change=True,
         minimum=0,
     )
-    max_completion_length: int = flag(110, "maximum tokens in a completion", minimum=1)
+    max_completion_length: int = flag(
+        110, "maximum tokens in a completion", minimum=1, maximum=2**14
+    )
     temperature: float = flag(1.0, "used for sampling and scoring (no top-p)", minimum=0.01)
     learning_rate: float = flag(5e-6, "peak learning rate of AdamW", minimum=0)
     lr_scheduler_type: str = flag("cosine", "after the warm-up", choices=["cosine", "constant"])
@@ -312,6 +324,9 @@ def parse_command_line(argv):
         from extras.commands import add_arguments  # here, because a training run needs no command
 
         add_arguments(parser, command)
+    for text in argv:
+        if re.search("[\ud800-\udfff]", text):  # safetensors could not open such a path
+            refuse(f"{text!r} is not UTF-8: rename the file or folder")
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
@@ -361,11 +376,46 @@ def check_command_line(argv):
     """Before torch loads, answer --help and refuse mistakes. While it loads, Ctrl-C kills the
     program: a KeyboardInterrupt inside the import of a C extension can be lost."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if stream := getattr(sys, name):  # None if it was closed
+            file = io.BufferedWriter(Output(number, "w", closefd=False))
+            settings = stream.encoding, "backslashreplace"  # escape what a terminal cannot show
+            setattr(sys, name, io.TextIOWrapper(file, *settings, line_buffering=True))
     try:
         check_paths(parse_command_line(argv)[1])
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+class Output(io.FileIO):
+    """Standard output or error. If nobody reads it any more (`| head -1`, a lost terminal, a full
+    disk), the text is dropped, and training goes on."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def one_line(error, folder=None):
+    """An error as one line. The traceback of an unexpected one goes to a file, in the folder of the
+    run if there is one."""
+    if isinstance(error, InputError):
+        return " ".join(str(error).split())
+    text = str(error).strip().split("\n")[0]
+    if isinstance(error, OSError):  # a full disk, a missing file
+        return text
+    text = f"{type(error).__name__}: {text[:300]}"
+    try:
+        if not folder or not Path(folder, "config.json").exists():
+            folder = tempfile.mkdtemp(prefix="sayo-mini-")
+        path = Path(folder, "traceback.txt")
+        path.write_text("".join(traceback.format_exception(error)), "utf-8", "backslashreplace")
+    except OSError:  # a full disk
+        return text
+    return f"{text}; traceback: {path}"
 
 
 def check_paths(given):
@@ -393,6 +443,8 @@ def check_paths(given):
         raise InputError(f"--output_dir {folder}: it is a file, not a folder")
     if not (parent := Path(given.get("output", "look.png")).parent).is_dir():
         raise InputError(f"--output {given['output']}: the folder {parent} does not exist")
+    if "image" in given and os.path.realpath(given["image"]) == os.path.realpath(given["output"]):
+        raise InputError(f"--output {given['output']}: it would replace --image")
 
 
 # --- from flags to a Config ---

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -20,6 +21,10 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from config import InputError, is_tiny
 
 MAX_ASPECT_RATIO = 200  # the image processors of Qwen-VL raise an error above it
+MAX_PIXELS = (
+    2**26
+)  # of an image, before it is decoded: a small file can hold gigabytes of one color
+IMAGE_FORMATS = "AVIF BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split()  # none starts a program
 OTHER_NAMES = {  # names of the keys in other formats; difflib finds misspellings
     "image": "img images path file file_path file_name filename image_path image_file".split(),
     "question": "prompt query text problem instruction input".split(),
@@ -183,8 +188,12 @@ def step_examples(train_set, step, cfg):
 def epoch_index(k, n, seed):
     """Index of the k-th example of an endless stream; each epoch is a new permutation of n."""
     epoch, i = divmod(k, n)
-    generator = torch.Generator().manual_seed(seed + 1000003 * epoch)
-    return torch.randperm(n, generator=generator)[i].item()
+    return permutation(n, seed + 1000003 * epoch)[i].item()
+
+
+@lru_cache(maxsize=2)  # a step can end one epoch and begin the next
+def permutation(n, seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 class JsonLines:
@@ -204,11 +213,8 @@ class JsonLines:
         self.rejected = 0  # rows
         self.ids = {}  # id -> place of its first use
         self.images = {}  # image -> (size, whether EXIF turns it, a hash of its file)
-        try:  # some editors write a byte order mark
-            content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"cannot read the data set {path}: {reason}") from None
+        # Some editors write a byte order mark.
+        content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
         for start, what in FORMATS.items():
             if re.match(start, content, re.DOTALL):
                 raise InputError(f"{path} is {what}")
@@ -314,7 +320,7 @@ class JsonLines:
         if not path.is_file():  # opening a pipe would block forever
             hint = "; write / instead of \\" if "\\" in name else ""
             raise ValueError("it is a folder" if path.is_dir() else f"no such file{hint}")
-        return Image.open(path)
+        return open_image(path)
 
     def notes(self):
         """What may be wrong with the file as a whole, a list of lines."""
@@ -357,11 +363,7 @@ class JsonLines:
         """The Example of a row. Raises: InputError naming the row if its image is unreadable."""
         try:
             with image_errors(row["image"]), self.open_image(row["image"]) as image:
-                size = stored_size(image)
-                # The file may have changed since it was checked.
-                for error in region_errors(row["boxes"], size, self.unit):
-                    raise ValueError(error)
-                boxes = [clip_box(box, size) for box in row["boxes"]]
+                boxes = [clip_box(box, stored_size(image)) for box in row["boxes"]]
                 image, boxes = apply_exif_orientation(image, boxes)
         except InputError as error:
             raise InputError(f"{row['where']}: {error}") from None
@@ -544,6 +546,14 @@ def image_errors(name):
     raise InputError(f"cannot read the image {name[:200]!r}: {' '.join(str(reason).split())}")
 
 
+def open_image(path):
+    """Open an image file. Raises: any exception."""
+    image = Image.open(path, formats=IMAGE_FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"it has {image.width} x {image.height} pixels: at most {MAX_PIXELS}")
+    return image
+
+
 def stored_size(image):
     """The (width, height) of an opened image before any EXIF rotation."""
     # Only for TIFF does Pillow report the rotated size.
@@ -581,7 +591,8 @@ def apply_exif_orientation(image, boxes):
     if orientation in (5, 6, 7, 8):
         boxes = [(y1, x1, y2, x2) for x1, y1, x2, y2 in boxes]
     image.load()  # rotates a TIFF and clears its orientation, so it is not rotated twice
-    return to_rgb(ImageOps.exif_transpose(image)), boxes
+    ImageOps.exif_transpose(image, in_place=True)  # a copy would double the memory
+    return to_rgb(image), boxes
 
 
 def to_rgb(image):
@@ -596,4 +607,4 @@ def to_rgb(image):
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

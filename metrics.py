@@ -122,10 +122,12 @@ def seq_rep_3(text):
 
 class Alarms:
     """Prints each sign of a bad run once, the first time it occurs. Args: cfg, a Config; history,
-    the rows of the steps before a resume."""
+    the rows of the steps before a resume. Knows only them, so that a resumed run decides the same.
+    """
 
     def __init__(self, cfg, history):
         self.printed, self.skipped, self.best = set(), 0, 0.0
+        self.save_steps, self.window, self.best_window = cfg.save_steps, [], -1.0
         self.most_skipped = min(MAX_SKIPPED, max(1, cfg.max_steps))
         self.shares = deque(maxlen=-(-RECENT_QUESTIONS // cfg.prompts_per_step))
         for row in history:
@@ -154,6 +156,9 @@ class Alarms:
         }
         self.skipped = self.skipped + 1 if row["skipped_updates"] else 0
         self.shares.append(row["rewards/accuracy/mean"])
+        if len(self.window) == self.save_steps:
+            self.best_window, self.window = max(self.best_window, fmean(self.window)), []
+        self.window.append(row["rewards/accuracy/mean"])
         if len(self.shares) == self.shares.maxlen:
             recent = fmean(self.shares)
             self.best = max(self.best, recent)
@@ -161,3 +166,8 @@ class Alarms:
                 why = f"{recent:.0%} of the recent samples are right, {self.best:.0%} were at best"
                 found["accuracy"] = f"answers get worse: {why}; stop here, or use --keep_best"
         return found
+
+    def is_best(self):
+        """Whether the samples of the last `save_steps` steps were right more often than those of
+        any earlier ones."""
+        return fmean(self.window) > self.best_window

@@ -18,6 +18,7 @@ from config import (
     InputError,
     check_command_line,
     check_paths,
+    one_line,
     parse_command_line,
     parse_lengths,
     parse_weights,
@@ -31,11 +32,10 @@ if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled; saves a second
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 import reward
-from checkpoint import RunDirectory, check_data, resume_command, run_config, stop_signals
+from checkpoint import RunDirectory, continue_exactly, resume_command, run_config, stop_signals
 from data import Example, encode_example, example_region, load_datasets, step_examples
 from evaluate import evaluate, opening_lines, results_text
 from metrics import Alarms, attention_metrics, sample_rows, step_metrics
@@ -199,7 +199,7 @@ def train(cfg):
     torch.manual_seed(cfg.seed)  # for LoRA's initial weights; sampling draws from `generator`
     torch.use_deterministic_algorithms(cfg.deterministic)
     train_set, eval_set = load_datasets(cfg)
-    check_data(cfg, eval_set)
+    continue_exactly(cfg, eval_set)
     print(opening_lines(train_set, eval_set, cfg))
     vlm = load_model(cfg)
     if cfg.reward and cfg.max_steps:
@@ -216,7 +216,7 @@ def train(cfg):
             before = run.write_json("before.json", evaluate(vlm, eval_set, cfg, "before"))
     if before is None:
         before = run.write_json("before.json", evaluate(vlm, eval_set, cfg, "before"))
-    alarms = Alarms(cfg, run.history)
+    alarms = Alarms(cfg, run.history())
     with stop_signals() as stop, tqdm(total=cfg.max_steps, initial=run.step, desc="train") as bar:
         while run.step < cfg.max_steps and not stop:
             start = time.perf_counter()
@@ -229,7 +229,7 @@ def train(cfg):
             bar.set_postfix({n: metrics[f"rewards/{n}/mean"] for n in names}, refresh=False)
             bar.update()
             if run.step % cfg.save_steps == 0 or run.step == cfg.max_steps:
-                if cfg.keep_best and run.is_best():
+                if cfg.keep_best and alarms.is_best():
                     run.save_adapter(vlm.model, "best")
                 run.save()
     if stop:
@@ -261,7 +261,7 @@ def learning_rate(cfg, step):
 
 
 def main(argv=None):
-    """The command line. User errors and a full GPU end in one line and exit code 2, Ctrl-C in 130.
+    """The command line. Every error ends in one line and exit code 2, Ctrl-C in 130.
     Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     folder = None
@@ -275,12 +275,12 @@ def main(argv=None):
 
         return run_command(command, given)
     except InputError as error:
-        problem = " ".join(str(error).split())
+        problem = one_line(error)
     except torch.OutOfMemoryError:
         problem = "out of GPU memory: lower --completions_per_forward, --num_generations or "
         problem += f"--max_pixels, as `fit` advises{continue_hint(folder)}"
-    except (OSError, SafetensorError, torch.AcceleratorError) as error:  # a full disk, a lost GPU
-        problem = f"{str(error).splitlines()[0]}{continue_hint(folder)}"
+    except Exception as error:  # a full disk, a lost GPU, a mistake in this program
+        problem = f"{one_line(error, folder)}{continue_hint(folder)}"
     except KeyboardInterrupt:  # outside training; files are replaced atomically
         print(f"stopped{continue_hint(folder)}")
         return 130

@@ -6,6 +6,8 @@ from pathlib import Path
 from unicodedata import east_asian_width
 
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
 
 from config import InputError
 from data import JsonLines, answer_text, image_keys, region_mask
@@ -13,6 +15,7 @@ from extras.pictures import find_font, load_font, show_boxes
 
 MAX_DRAWN, COLUMNS = 9, 3  # examples in the contact sheet, and in a row of it
 THUMBNAIL, CAPTION, GAP = 224, 72, 8  # pixels
+MADE_BY = "Software", "sayo-mini"  # in its file, so that only an earlier one is replaced
 
 
 def check_dataset(dataset, allow_absolute_paths=False, boxes=""):
@@ -29,19 +32,25 @@ def check_dataset(dataset, allow_absolute_paths=False, boxes=""):
         if not problems:  # the file itself is unreadable or empty
             raise
         return print_problems(problems)
-    for row in data.rows:
-        try:
-            example = data.read_example(row)  # decodes the image
-        except InputError as error:
-            problems.append(str(error))
-            continue
-        width, height = example.image.size
-        grid = min(height, 256), min(width, 256)  # one cell per pixel, coarser for large images
-        region = region_mask(example.boxes, (width, height), grid)
-        areas.append(100 * region.float().mean().item())
-        words.append(len(example.question.split()))
-        if len(drawn) < MAX_DRAWN:
-            drawn.append(draw_example(example))
+    readable = {}  # image -> whether it can be decoded, which is tried once
+    for row in tqdm(data.rows, desc="check"):
+        name, draw = row["image"], len(drawn) < MAX_DRAWN
+        if name not in readable or readable[name] and draw:
+            try:
+                example = data.read_example(row)
+            except InputError as error:
+                problems.append(str(error))
+                readable[name] = False
+                continue
+            readable[name] = True
+            if draw:
+                drawn.append(draw_example(example))
+        if readable[name]:
+            width, height = data.images[name][0]
+            grid = min(height, 256), min(width, 256)  # one cell per pixel, coarser for large images
+            region = region_mask(row["boxes"], (width, height), grid)
+            areas.append(100 * region.float().mean().item())
+            words.append(len(row["question"].split()))
     images = len(image_keys(data))
     count = sum(len(row["boxes"]) for row in data.rows)
     print(f"{dataset}: {len(areas)} valid examples; {images} images, {count} boxes")
@@ -99,10 +108,19 @@ def draw_example(example):
 
 
 def save_contact_sheet(tiles, path):
-    """Save images of one size as one image."""
+    """Save images of one size as one image. Raises: OSError if another file has this name."""
+    if path.is_symlink() or path.exists() and not is_contact_sheet(path):
+        raise OSError("it is another file; rename it")
     width, height = THUMBNAIL + GAP, THUMBNAIL + CAPTION + GAP
     rows = -(-len(tiles) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * width + GAP, rows * height + GAP), "white")
     for i, tile in enumerate(tiles):
         sheet.paste(tile, (GAP + i % COLUMNS * width, GAP + i // COLUMNS * height))
-    sheet.save(path)
+    made_by = PngInfo()
+    made_by.add_text(*MADE_BY)
+    sheet.save(path, pnginfo=made_by)
+
+
+def is_contact_sheet(path):
+    with Image.open(path, formats=["PNG"]) as image:
+        return MADE_BY in image.info.items()

@@ -28,7 +28,7 @@ def add_arguments(parser, command):
     if command == "check":
         parser.add_argument("dataset", help="the .jsonl file")
     if command == "look":
-        parser.add_argument("--image", required=True, help="any image file that Pillow can read")
+        parser.add_argument("--image", required=True, help="an image file")
         parser.add_argument("--question", required=True, help="question about the image")
         box_help = "region in pixels, drawn and scored; can be repeated (--box=-9,... if negative)"
         parser.add_argument("--box", action="append", metavar="x1,y1,x2,y2", help=box_help)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from PIL import Image
 
-from config import InputError
+from config import InputError, one_line
 from data import JsonLines, image_errors, stored_size
 
 # GQA's files are large. These parts are not used, and are dropped during parsing to save memory.
@@ -60,8 +60,8 @@ def main(argv=None):
     run = given.pop("run")
     try:
         run(**given)
-    except (InputError, OSError) as error:
-        print(f"convert.py: {error}", file=sys.stderr)
+    except Exception as error:
+        print(f"convert.py: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -16,6 +16,7 @@ from data import (
     example_region,
     image_errors,
     is_turned,
+    open_image,
     region_errors,
     stored_size,
     text_errors,
@@ -80,7 +81,7 @@ def read_example(path, question, boxes):
     question = clean_text("question", question)
     for error in text_errors("question", question):
         raise InputError(f"--question: {error}")
-    with image_errors(path), Image.open(path) as stored:
+    with image_errors(path), open_image(path) as stored:
         size = stored_size(stored)
         errors = list(region_errors(boxes or [[0, 0, *size]], size, turned=is_turned(stored)))
         if not errors:

@@ -1,6 +1,7 @@
 """adapter/README.md: what was trained, on which data, and how well it works. It names no folder of
 this machine."""
 
+import html
 from pathlib import Path
 
 from config import parse_weights
@@ -55,7 +56,7 @@ def model_card(settings, before=None, after=None):
     `evaluate`, or None.
     """
     model = settings["model_name_or_path"]
-    base = Path(model).resolve().name if Path(model).exists() else model
+    base = plain(Path(model).resolve().name) if Path(model).exists() else model
     weights = parse_weights(settings["reward_weights"])
     start, results = "", "This run was not evaluated."
     data = Path(settings["dataset"]).name
@@ -70,9 +71,14 @@ def model_card(settings, before=None, after=None):
         "base": base,
         "base_model": f"base_model: {base}\n" if "/" in base else "",
         "quantized": ", in 4 bits (NF4)" if settings["load_in_4bit"] else "",
-        "data": data.replace("|", "\\|"),
+        "data": plain(data),
         "reward": " + ".join(f"{weight:g} x {name}" for name, weight in weights.items() if weight),
         "start": start,
         "results": results,
     }
     return CARD.format(**settings | parts)
+
+
+def plain(name):
+    """The name of a file as a cell of a Markdown table, without HTML."""
+    return html.escape(" ".join(name.split())).replace("|", "\\|")

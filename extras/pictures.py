@@ -56,7 +56,7 @@ ATTEMPTS = (48, 256), (24, 64), (12, 64), (6, 32)
 def fit(image, size):
     """The image as RGB, scaled to fit into `size` = (width, height)."""
     scale = min(limit / side for limit, side in zip(size, image.size))
-    return image.convert("RGB").resize([max(1, int(scale * side + 1e-6)) for side in image.size])
+    return image.resize([max(1, int(scale * side + 1e-6)) for side in image.size]).convert("RGB")
 
 
 def draw_boxes(picture, boxes, image_size):

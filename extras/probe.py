@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 import reward
 from attention import Capture
+from checkpoint import check_folder
 from config import build_config
 from data import encode_example, example_region, load_datasets
 from evaluate import trace_attention
@@ -26,6 +27,7 @@ def run_probe(given):
     """
     cfg = build_config(given)
     picture = Path(cfg.output_dir) / "probe.png"
+    check_folder(picture.parent, started=True)
     examples = load_datasets(cfg)[0]
     count = cfg.eval_examples if cfg.eval_examples > 0 else 64
     examples = [examples[i] for i in range(min(len(examples), count))]

@@ -16,7 +16,7 @@ from statistics import fmean
 from data import answer_text
 from evaluate import LEVELS, pack_map, results_table, unpack_map, verdict
 from extras.model_card import model_card
-from extras.pictures import COLORS, color_scale, mean_map, plot_animation, plot_before_after
+from extras.pictures import COLORS, color_scale, fit, mean_map, plot_animation, plot_before_after
 
 IN_PICTURE, WITH_MAPS = 4, 8  # held-out questions in look.png, and with maps on the page
 # These keep the page small: questions in the list, characters per text, points per curve, and
@@ -102,7 +102,7 @@ def render_page(run, before, after, examples):
         "REWARDED": f"layers {settings['layers']}, heads {settings['heads']}",
     }
     parts = {name: html.escape(text) for name, text in parts.items()} | {
-        "METRIC_CHARTS": "\n".join(metric_charts(run.history)),
+        "METRIC_CHARTS": "\n".join(metric_charts(run.history())),
         "POSITION_CHARTS": "\n".join(position_charts(evaluations)),
         # A question may contain "</script>".
         "DATA": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
@@ -148,9 +148,8 @@ def cut(text):
 
 def image_as_url(image):
     """An image as a data URL: PNG if small, otherwise a JPEG of at most MAX_SIDE."""
-    image, file = image.convert("RGB"), io.BytesIO()
-    kind = "png" if max(image.size) <= 128 else "jpeg"
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    kind, file = "png" if max(image.size) <= 128 else "jpeg", io.BytesIO()
+    image = fit(image, (min(MAX_SIDE, image.width), min(MAX_SIDE, image.height)))
     image.save(file, kind, quality=80)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
@@ -159,16 +158,17 @@ def image_as_url(image):
 
 
 def metric_charts(steps):
-    """The training curves, a list of SVGs. Args: steps, the rows of metrics.jsonl."""
-    charts = []
-    for title, pattern in CHARTS.items():
-        names = [name for name in (steps[0] if steps else []) if re.fullmatch(pattern, name)]
-        lines = {}
-        for name in names:
+    """The training curves, a list of SVGs. Args: steps, an iterator over rows of metrics.jsonl."""
+    charts = {title: {} for title in CHARTS}
+    for step in steps:
+        if step["step"] == 1:
+            shown = [
+                (t, n) for t, pattern in CHARTS.items() for n in step if re.fullmatch(pattern, n)
+            ]
+        for title, name in shown:
             label = name.split("/")[1] if name.startswith("rewards/") else name
-            lines[label] = [step[name] for step in steps]
-        charts.append(line_chart(title, lines, "step"))
-    return charts
+            charts[title].setdefault(label, []).append(step[name])
+    return [line_chart(title, lines, "step") for title, lines in charts.items()]
 
 
 def position_charts(evaluations):

@@ -15,12 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import InputError, check_command_line, parse_command_line, parse_weights
+from config import InputError, check_command_line, one_line, parse_command_line, parse_weights
 
 if __name__ == "__main__":  # before torch loads, as in sayo_mini.py
+    check_command_line(sys.argv[1:])
     if int(os.environ.get("RANK", 0)):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    check_command_line(sys.argv[1:])
 
 import sayo_mini  # before torch, because it sets environment variables that torch reads
 
@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
-from checkpoint import RunDirectory, check_data, run_config
+from checkpoint import RunDirectory, continue_exactly, run_config
 from data import Example, encode_example, epoch_index, format_question, load_datasets
 from extras.model_card import model_card
 from model import Completions, choose_device, load_model
@@ -220,7 +220,7 @@ def train(cfg):
         raise InputError(f"{cfg.output_dir} has no checkpoint of scale_trl.py to resume")
     torch.manual_seed(cfg.seed)
     train_set, _ = load_datasets(cfg)
-    check_data(cfg, train_set)
+    continue_exactly(cfg, train_set)
     vlm = load_model(replace(cfg, device=str(args.device)))
     args.distributed_state.wait_for_everyone()  # until every rank has checked the folder
     if args.process_index == 0:
@@ -252,8 +252,8 @@ def main(argv=None):
         if command != "train":
             raise InputError(f"this only trains: use sayo_mini.py {command}")
         return train(run_config(given))
-    except (InputError, OSError) as error:
-        print(f"scale_trl.py: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        print(f"scale_trl.py: {one_line(error)}", file=sys.stderr)
         return 2
 
 

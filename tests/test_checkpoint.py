@@ -8,11 +8,12 @@ import select
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import FAST, ROOT, adapter_weights, error_line, read_log, run_program
 from filelock import FileLock
 
@@ -20,7 +21,7 @@ import checkpoint
 import model
 import sayo_mini
 from config import Config, InputError
-from metrics import Alarms
+from metrics import ALARMS, Alarms
 from scenes import Scenes
 
 # One group per forward, as for large models.
@@ -76,8 +77,9 @@ def test_an_incomplete_last_line_of_a_log_is_dropped(tmp_path, whole, log):
 
 
 @pytest.mark.parametrize("precision", ["", "--load_in_4bit"], ids=["fp32", "nf4"])
-def test_a_crash_between_checkpoints_repeats_the_lost_step(tmp_path, monkeypatch, precision):
-    """The run ends in step 4, with the last checkpoint at step 2. Step 3 is logged again."""
+def test_a_crash_between_checkpoints_repeats_the_lost_step(tmp_path, monkeypatch, capfd, precision):
+    """The run ends in step 4, with the last checkpoint at step 2. Step 3 is logged again. An error
+    that nobody expected is one line, too."""
     flags = f"--save_steps 2 {precision}"
     run(tmp_path / "whole", flags)
 
@@ -85,8 +87,10 @@ def test_a_crash_between_checkpoints_repeats_the_lost_step(tmp_path, monkeypatch
         raise RuntimeError("power cut")
 
     do_after_call(monkeypatch, sayo_mini, "train_step", 4, power_cut)
-    with pytest.raises(RuntimeError, match="power cut"):
-        run(tmp_path / "run", flags)
+    run(tmp_path / "run", flags, expect=2)
+    line, trace = error_line(capfd), tmp_path / "run" / "traceback.txt"
+    assert f": RuntimeError: power cut; traceback: {trace}; continue with: python" in line
+    assert "in power_cut" in trace.read_text()
     assert logged_steps(tmp_path / "run") == [1, 2, 3]
     monkeypatch.undo()
     resume(tmp_path / "run")
@@ -118,14 +122,15 @@ def test_a_run_is_not_overwritten_and_nothing_is_not_resumed(tmp_path, capfd, wh
     assert "no run in" in error_line(capfd) and not (tmp_path / "none").exists()
     run(folder / "config.json", expect=2)
     assert "it is a file, not a folder" in error_line(capfd)
-    (folder / "config.json").write_text("{")
-    resume(folder, expect=2)
-    assert "config.json is damaged" in error_line(capfd)
+    for text in ("{", "{}", "[" * 100_000):
+        (folder / "config.json").write_text(text)
+        resume(folder, expect=2)
+        assert f"no run in {folder}: cannot read config.json" in error_line(capfd)
     trl = tmp_path / "trl"
     (trl / "checkpoint-2").mkdir(parents=True)
     (trl / "checkpoint-2" / "trainer_state.json").touch()
     run(trl, expect=2)
-    assert "already contains a run" in error_line(capfd)
+    assert "already contains checkpoint-2" in error_line(capfd)
     (trl / "config.json").write_text((whole / "config.json").read_text())
     resume(trl, expect=2)
     assert "a run of extras/scale_trl.py" in error_line(capfd)
@@ -134,8 +139,7 @@ def test_a_run_is_not_overwritten_and_nothing_is_not_resumed(tmp_path, capfd, wh
 def test_a_crash_in_the_first_evaluation_leaves_a_reusable_folder(tmp_path, monkeypatch, whole):
     """The second run must not take the leftovers of the first, which had another seed."""
     monkeypatch.setattr(sayo_mini, "train_step", None)  # raises TypeError
-    with pytest.raises(TypeError):
-        run(tmp_path / "run", "--seed 5 --eval_examples 2")
+    run(tmp_path / "run", "--seed 5 --eval_examples 2", expect=2)
     monkeypatch.undo()
     run(tmp_path / "run")
     assert not differences(whole, tmp_path / "run")
@@ -162,7 +166,6 @@ DAMAGE = {
     "a bit in the middle": lambda path: flip_bit(path, 0.5),
     "the last bit": lambda path: flip_bit(path, 1),
     "another step": change_step,
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
 }
 
 
@@ -187,24 +190,26 @@ def test_two_damaged_checkpoints_are_an_error_and_nothing_changes(tmp_path, capf
     assert logged_steps(folder) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(
-    "name, kept_lines",  # None: the file is missing
-    [
-        ("before.json", None),
-        ("metrics.jsonl", None),
-        ("samples.jsonl", None),
-        ("metrics.jsonl", slice(0)),
-        ("metrics.jsonl", slice(-1)),
-        ("metrics.jsonl", slice(1, None)),
-    ],
-)
-def test_missing_parts_of_a_run_are_detected(tmp_path, capfd, whole, name, kept_lines):
+EDITS = {  # what happened to a log
+    "empty": lambda rows: [],
+    "the last row is missing": lambda rows: rows[:-1],
+    "a row is missing": lambda rows: [rows[0], *rows[2:]],
+    "a row is doubled": lambda rows: [rows[0], *rows],
+    "two rows are swapped": lambda rows: [rows[1], rows[0], *rows[2:]],
+    "a byte order mark": lambda rows: ["\ufeff", *rows],
+}
+PARTS = [(name, None) for name in ("before.json", *checkpoint.LOGS)]  # None: the file is missing
+PARTS += [(name, edit) for name in checkpoint.LOGS for edit in EDITS]
+
+
+@pytest.mark.parametrize("name, edit", PARTS)
+def test_missing_parts_of_a_run_are_detected(tmp_path, capfd, whole, name, edit):
     folder = shutil.copytree(whole, tmp_path / "run")
-    if kept_lines is None:
+    if edit is None:
         (folder / name).unlink()
     else:
         lines = (folder / name).read_text().splitlines(True)
-        (folder / name).write_text("".join(lines[kept_lines]))
+        (folder / name).write_text("".join(EDITS[edit](lines)))
     files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     resume(folder, expect=2)
     line = error_line(capfd)
@@ -273,9 +278,9 @@ def test_ctrl_c_during_an_evaluation_stops_immediately(
 
 def test_the_best_steps_had_the_highest_share_of_right_samples():
     def is_best(*shares):  # of one step each; a window has two
-        history = [{"rewards/accuracy/mean": share} for share in shares]
-        run = SimpleNamespace(settings={"save_steps": 2}, history=history)
-        return checkpoint.RunDirectory.is_best(run)
+        other = dict.fromkeys([*ALARMS, "skipped_updates"], 0.0)
+        history = [other | {"rewards/accuracy/mean": share} for share in shares]
+        return Alarms(Config(save_steps=2), history).is_best()
 
     assert is_best(0.25, 0.5) and is_best(0.25, 0.5, 0.125, 1.0)
     assert not is_best(0.25, 0.5, 0.375, 0.375)  # equal is not better
@@ -283,15 +288,60 @@ def test_the_best_steps_had_the_highest_share_of_right_samples():
     assert not is_best(0.8, 0.8, 0.1, 0.1, 0.5, 0.5)  # better than the second, not than the first
 
 
-@pytest.mark.parametrize(
-    "name", ["metrics.jsonl", "adapter", "after.json", *checkpoint.CHECKPOINTS]
-)
-def test_a_folder_with_one_trace_of_a_run_holds_a_run(tmp_path, name):
-    assert not checkpoint.holds_run(tmp_path)
-    (tmp_path / "metrics.jsonl").touch()  # a run that ended before its first step
-    assert not checkpoint.holds_run(tmp_path)
-    (tmp_path / name).write_text("{}")
-    assert checkpoint.holds_run(tmp_path)
+# --- other files ---
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "adapter", "config.json", "notes.txt"])
+def test_a_new_run_never_writes_into_a_folder_with_other_files(tmp_path, name):
+    checkpoint.check_folder(tmp_path, started=False)
+    for file in ("metrics.jsonl", "lock"):  # of a run that ended before its first step
+        (tmp_path / file).touch()
+    checkpoint.check_folder(tmp_path, started=False)
+    (tmp_path / name).write_text('{"model_type": "qwen3_vl"}')
+    for started in (False, True):
+        with pytest.raises(InputError, match=f"{tmp_path} already contains {name}: "):
+            checkpoint.check_folder(tmp_path, started)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl", "adapter"])
+def test_links_in_the_folder_of_a_run_are_not_followed(tmp_path, capfd, whole, name):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    resume(folder, "--max_steps 5", expect=2)
+    assert f"{folder / name} is a link: " in error_line(capfd)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "after.json"])
+def test_a_folder_with_the_name_of_a_file_is_kept(tmp_path, capfd, whole, name):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    (folder / name / "mine.txt").touch()
+    resume(folder, expect=2)
+    assert name in error_line(capfd) and (folder / name / "mine.txt").exists()
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    previous = os.umask(0o027)
+    try:
+        run(tmp_path / "run", "--max_steps 1")
+    finally:
+        os.umask(previous)
+    files = {p: oct(p.stat().st_mode & 0o777) for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert set(files.values()) == {"0o640"}, files
+
+
+def test_a_resumed_run_uses_as_many_threads_as_before(tmp_path, whole):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["threads"] == torch.get_num_threads() == 1
+    (folder / "config.json").write_text(json.dumps(config | {"threads": 2}))
+    try:
+        resume(folder)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_a_second_ctrl_c_stops_immediately_and_keeps_the_checkpoint(
@@ -341,6 +391,26 @@ def test_a_lost_terminal_saves_the_run(tmp_path, whole):
     assert (folder / "report.html").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stdout", ["head", "/dev/full"])
+def test_lost_output_does_not_stop_a_run(tmp_path, stdout):
+    """The name of the data set cannot be shown in ASCII."""
+    data = write_dataset(tmp_path / "où").rename(tmp_path / "où" / "où.jsonl")
+    flags = [*FAST, *FLAGS.split(), "--dataset", str(data), "--output_dir", str(tmp_path / "run")]
+    command, env = (
+        [sys.executable, "sayo_mini.py", *flags],
+        os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    with open("/dev/full", "w") as full:
+        output = subprocess.PIPE if stdout == "head" else full
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=env)
+        for stream in (process.stdout, process.stderr) if stdout == "head" else ():
+            stream.close()
+        assert process.wait() == 0
+    assert logged_steps(tmp_path / "run") == [1, 2, 3, 4]
+    assert "où.jsonl" in (tmp_path / "run" / "report.html").read_text()
+
+
 # --- the lock ---
 
 
@@ -366,6 +436,24 @@ def test_two_processes_do_not_share_a_folder(tmp_path, capfd, whole):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     resume(folder)
+    assert not differences(whole, folder)
+
+
+def test_a_run_ends_if_another_takes_over_after_the_lock_file_was_removed(
+    tmp_path, monkeypatch, capfd, whole
+):
+    folder = tmp_path / "run"
+
+    def take_over():
+        (folder / "lock").unlink()
+        pid = os.fork()
+        if pid == 0:
+            os._exit(sayo_mini.main(["--resume", "--output_dir", str(folder)]))
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+    do_after_call(monkeypatch, sayo_mini, "score_and_reward", 5, take_over)  # in step 3
+    run(folder, expect=2)
+    assert "another process continues the run" in error_line(capfd)
     assert not differences(whole, folder)
 
 
@@ -474,14 +562,15 @@ def sums(tensors):
 
 def test_keep_best_ends_with_the_adapter_of_the_best_steps(tmp_path, monkeypatch):
     """After steps 2, 4 and 5, the latest steps are compared by their right samples."""
-    shares, seen, log = [0.2, 0.4, 0.6, 0.5, 0.1], [], checkpoint.RunDirectory.log
+    shares, seen, train_step = [0.2, 0.4, 0.6, 0.5, 0.1], [], sayo_mini.train_step
 
-    def log_and_remember(self, metrics, *args, **kwargs):
-        metrics = metrics | {"rewards/accuracy/mean": shares[self.step]}
-        seen.append(sums(self.params.values()))
-        log(self, metrics, *args, **kwargs)
+    def step_and_remember(vlm, examples, cfg, optimizer, *args):
+        metrics, samples = train_step(vlm, examples, cfg, optimizer, *args)
+        metrics["rewards/accuracy/mean"] = shares[len(seen)]
+        seen.append(sums(optimizer.param_groups[0]["params"]))
+        return metrics, samples
 
-    monkeypatch.setattr(checkpoint.RunDirectory, "log", log_and_remember)
+    monkeypatch.setattr(sayo_mini, "train_step", step_and_remember)
     flags = "--max_steps 5 --save_steps 2 --learning_rate 1e-3 --warmup_steps 0"
     for name, keep, step in (("best", "--keep_best", 4), ("last", "", 5)):
         seen.clear()

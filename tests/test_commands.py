@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from dataclasses import asdict
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import reward
 import sayo_mini
 from config import ROOT, Config, parse_ints
 from config import TINY as PRESET
-from data import region_mask
+from data import apply_exif_orientation, region_mask
 from evaluate import evaluate, trace_attention
 from extras import pictures
 from extras.look import describe_answer, read_example
@@ -57,6 +58,7 @@ def run(tmp_path_factory):
         if "lora_" in name:
             p.data.fill_(0.05)
     vlm.model.save_pretrained(folder / "adapter")
+    Image.new("RGB", (112, 112)).save(folder / "x.png")
     return folder
 
 
@@ -130,6 +132,7 @@ MISTAKES = {  # what is wrong -> (flags after those of `photo`, a part of the me
     "an adapter of another rank": (["--adapter", "{run}/adapter", "--lora_r", "8"], "--lora_r"),
     "no such folder": (["--output", "none/x.png"], "none"),
     "not an image name": (["--output", "x.txt"], "--output x.txt"),
+    "the image as output": (["--image", "{run}/x.png", "--output", "{run}/x.png"], "would replace"),
 }
 
 
@@ -252,6 +255,24 @@ def test_check_prints_its_findings_even_if_it_cannot_write_the_picture(tmp_path,
     assert "note: 1 of 3 boxes extend beyond their image and are clipped\n" in out
     assert "note: 1 of 3 examples repeat an earlier one: same image, text and boxes\n" in out
     assert f"{path}:3: question is empty\n1 problem\nnote: cannot write" in out
+
+
+def test_check_decodes_an_image_once_and_replaces_only_its_own_picture(tmp_path, capsys):
+    path = write_set(tmp_path, *[{"question": f"What is {i}?"} for i in range(30)])
+    picture, other = path.with_suffix(".check.png"), tmp_path / "other.png"
+    with patch("data.apply_exif_orientation", wraps=apply_exif_orientation) as decode:
+        assert sayo_mini.main(["check", str(path)]) == 0
+    assert decode.call_count == 9 and "30 valid examples" in capsys.readouterr().out  # drawn
+    assert sayo_mini.main(["check", str(path)]) == 0
+    assert "wrote the first 9 examples" in capsys.readouterr().out
+    Image.new("RGB", (9, 9)).save(other)
+    before = other.read_bytes()
+    for make in (shutil.copy, lambda source, target: target.symlink_to(source)):
+        picture.unlink()
+        make(other, picture)
+        assert sayo_mini.main(["check", str(path)]) == 0
+        assert f"note: cannot write {picture}: it is another file" in capsys.readouterr().out
+        assert other.read_bytes() == picture.read_bytes() == before
 
 
 @pytest.mark.parametrize("command", ["check", "--dataset"])

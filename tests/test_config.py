@@ -25,26 +25,26 @@ def parse(flags):
 # --- ranges ---
 
 RANGES = """
-lora_r                   1 | 0 -1 1.5
-lora_alpha               1 | 0 -32
-max_pixels               1 | 0
-max_steps                0 7 | -1 1.5 1e6 many
-num_generations          2 | 1
-prompts_per_step         1 | 0
-completions_per_forward  0 | -1
-max_completion_length    1 | 0
+lora_r                   1 | 0 -1 1.5 1025
+lora_alpha               1 | 0 -32 1000001
+max_pixels               1 16777216 | 0 16777217
+max_steps                0 1000000 | -1 1.5 1e6 many 1000001
+num_generations          2 | 1 1025
+prompts_per_step         1 | 0 1025
+completions_per_forward  0 | -1 1000001
+max_completion_length    1 | 0 16385
 temperature              0.01 | 0.009 0 inf nan hot
 learning_rate            0 | -1e-9 nan inf
-warmup_steps             0 | -1
+warmup_steps             0 | -1 1000001
 weight_decay             0 | -1e-9 inf
 max_grad_norm            -1 0 1e9 | nan inf -inf
 beta                     0 | -1e-9 inf nan
 epsilon                  1e-9 0.999 | 0 1
-num_iterations           1 | 0
+num_iterations           1 | 0 1000001
 seed                     0 9223372036854775807 | -1 9223372036854775808
 token_fraction           1e-9 1 | 0 1.001
-eval_examples            -1 0 | -2
-save_steps               1 | 0
+eval_examples            -1 0 | -2 1000001
+save_steps               1 | 0 1000001
 device                   auto cuda cpu | gpu
 boxes                    pixels 0-1 0-100 0-1000 xywh | 0-10 cxcywh
 region                   boxes rolled | none
@@ -88,6 +88,8 @@ MESSAGES = {
     "probe --heads=0": "probe does not use --heads (see --help)",
     "check a.jsonl --seed 1": "check does not use --seed (see --help)",
     "--xyzzy 1": "unrecognized arguments: --xyzzy 1 (see --help)",
+    "--dataset \udce9": "'\\udce9' is not UTF-8: rename the file or folder (see --help)",
+    "fit --prompt_tokens 0": "--prompt_tokens 0: must be at least 1 and at most 1000000",
 }
 NEAREST = {  # what was probably meant
     "--max-steps 4": "--max_steps",

@@ -61,7 +61,7 @@ def make_run(folder, before, after=None, steps=2, **settings):
     """(a RunDirectory after some steps, its held-out examples)"""
     cfg = Config(output_dir=str(folder), model_name_or_path="tiny", max_steps=2, **settings)
     run = RunDirectory(cfg, {}, None, None)
-    run.history, run.step = [METRICS] * steps, steps
+    run.history, run.step = lambda: [METRICS] * steps, steps
     for name, rows in (("before.json", before), ("after.json", after)):
         if rows is not None:
             run.write_json(name, rows)
@@ -180,7 +180,7 @@ def test_an_unfinished_run_has_a_page(open_report, before, visible):
 
 
 def test_a_finished_run_has_pictures_and_a_card_with_results(tmp_path):
-    settings = dict(dataset=str(tmp_path / "mine.jsonl"), instruction="\"a\" 'b' {c}\n")
+    settings = dict(dataset=str(tmp_path / "<b>|.jsonl"), instruction="\"a\" 'b' {c}\n")
     run, examples = make_run(tmp_path / "run", BEFORES, AFTERS, **settings)
     (run.folder / "adapter").mkdir()
     names, contents = ("look.png", "look.gif", "before_after.png", "adapter/README.md"), []
@@ -189,7 +189,7 @@ def test_a_finished_run_has_pictures_and_a_card_with_results(tmp_path):
         contents.append([(run.folder / name).read_bytes() for name in names])
     assert contents[0] == contents[1]  # a resumed run writes the same files
     card = contents[0][-1].decode()
-    assert results_table(BEFORES, AFTERS) in card and "| data | mine.jsonl |" in card
+    assert results_table(BEFORES, AFTERS) in card and "| data | &lt;b&gt;\\|.jsonl |" in card
     assert str(tmp_path) not in card and "base_model" not in card
     compile(card.split("```python\n")[1].split("```")[0], "the code in the card", "exec")
     hub = model_card(run.settings | {"model_name_or_path": "Qwen/Qwen3-VL-2B-Instruct"})
@@ -219,7 +219,7 @@ def test_the_page_of_a_long_run_stays_under_two_megabytes(tmp_path):
     row = AFTER | {"text": "\u8fd9" * 900, "maps": maps, "grid": (25, 25)}
     row |= {"words": ["\u8fd9"] * 110, "selected": [True] * 110}
     run, _ = make_run(tmp_path, [])
-    run.history = [METRICS | {"kl": i % 7} for i in range(10_000)]
+    run.history = lambda: (METRICS | {"kl": i % 7} for i in range(10_000))
     noise = Example(Image.effect_noise((900, 700), 80), "?", "!", [(0, 0, 9, 9)])
     page = report.render_page(run, [row] * 1000, [row] * 1000, [noise] * 8)
     assert len(page.encode()) < 2e6

@@ -123,7 +123,7 @@ def test_one_step_equals_that_of_sayo_mini(tmp_path, monkeypatch, qwen2_5, case)
     flags = f"{flags.format(qwen=qwen2_5)} --completions_per_forward {per_forward} --beta 0.1"
     flags += f" --dataset {write_unequal_prompts(tmp_path)} --eval_examples 0 --temperature 2"
     flags += " --reward_weights attention=1,format=0.5,accuracy=0.25 --max_pixels 12544"
-    cfg, trainer, vlm = make_trainer(tmp_path, f"{flags} --learning_rate 0")
+    cfg, trainer, vlm = make_trainer(tmp_path / "run", f"{flags} --learning_rate 0")
     assert trainer.args.per_device_train_batch_size == per_forward
     randomize_adapter(vlm)
     groups, original = [], sayo_mini.sample
@@ -348,7 +348,7 @@ def test_what_cannot_work_is_refused(capfd, tmp_path, monkeypatch):
     mini = tmp_path / "mini"
     mini.mkdir()
     shutil.copy(TINY / "config.json", mini / "checkpoint.safetensors")
-    assert "already contains a run" in refused(capfd, mini)
+    assert "already contains checkpoint.safetensors" in refused(capfd, mini)
     assert "nowhere" in refused(capfd, mini / "run", f"--adapter {tmp_path / 'nowhere'}")
     assert "--max_steps" in refused(capfd, tmp_path / "run", "--max_steps 0")
     # ACCELERATE_USE_FSDP is what `accelerate launch --use_fsdp` sets.

@@ -17,7 +17,7 @@ from config import TINY as SETTINGS
 from config import Config
 from model import load_vlm
 from scenes import Scenes
-from study import kill, make_tiny, step
+from study import growth, kill, make_tiny, step
 from study.common import RESULTS, ROOT
 from study.random_model import make_model, make_question
 from study.step_arms import NaiveVlm
@@ -133,6 +133,16 @@ def test_the_kill_test_passes_and_finds_a_planted_difference(tmp_path, monkeypat
     different = set(kill.differences(tmp_path / "uninterrupted", folder))
     assert {"metrics.jsonl", "samples.jsonl", "checkpoint.safetensors"} <= different
     assert not {"before.json", "config.json", "checkpoint-previous.safetensors"} & different
+
+
+# --- the cost of more work ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", growth.WORK)
+def test_costs_do_not_grow(name):
+    cost, size = growth.WORK[name]
+    assert growth.growth(cost, size) < 4  # 10 is linear
 
 
 # --- the model in tiny/ and its maker ---
