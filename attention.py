@@ -9,9 +9,12 @@ memory, not (P + G * C)^2; the prompt's attention to itself comes on top.
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+MAP_FLOATS = 2**25  # 128 MiB: attention weights of some heads, of which maps are made
 
 
 @dataclass
@@ -73,6 +76,9 @@ def group_attention(layer, group, query, key, value, **kwargs):
         return torch.cat([x[:, :, :P].expand(G, -1, -1, -1), completions(x)], 2)  # (G, H, P + C, D)
 
     q, k, v = (x[:, :, :P] for x in (query, key, value))
+    if k.is_cuda and torch.cuda.get_device_capability(k.device) < (8, 0):
+        # There, only the kernel that stores the (P, P) weights takes fewer key heads than heads.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     prompt_out, _ = sdpa(layer, q, k, v, None, **kwargs)  # (1, P, H, D)
     if not G:
         return prompt_out
@@ -104,27 +110,29 @@ def decode_attention(query, keys, values, prompt, scaling, ignored=None):
 @torch.no_grad()
 def image_attention(query, key, group, capture, scaling):
     """The attention weights to the image tokens: softmax(q k^T) over all keys that the query sees,
-    of which the image columns are kept, in fp32, one head at a time.
+    of which the image columns are kept, in fp32, for as many heads at once as MAP_FLOATS allows.
 
     Args: query (1, H, S, D) and key (1, H_kv, S, D) of one PackedGroup, S = P + G*C.
     Returns: (1 + G*C, N), averaged over `capture.heads`, or (H, 1 + G*C, N) if not averaged. Row 0
-    is the prompt's last token. Extra memory: a few times (1 + G*C) * (P + C) floats.
+    is the prompt's last token. Extra memory: a few times MAP_FLOATS floats at most.
     """
     P, G, C = group.P, group.G, group.C
     queries_per_key = query.shape[1] // key.shape[1]
     future = torch.ones(C, C, dtype=torch.bool, device=query.device).triu(1)
 
-    def head_map(head):
-        q, k = query[0, head].float(), key[0, head // queries_per_key].float()  # (S, D)
-        own = q[P:].view(G, C, -1) @ k[P:].view(G, C, -1).mT  # (G, C, C)
-        own = own.masked_fill_(future, -torch.inf).flatten(0, 1)  # (G*C, C)
-        own = torch.cat([own.new_full((1, C), -torch.inf), own])  # the prompt sees no completion
-        scores = torch.cat([q[P - 1 :] @ k[:P].T, own], 1)  # (1 + G*C, P + C)
-        return scores.mul_(scaling).softmax(-1)[:, group.image_positions]  # (1 + G*C, N)
+    def head_maps(heads):  # H of them
+        q = torch.stack([query[0, head] for head in heads]).float()  # (H, S, D)
+        k = torch.stack([key[0, head // queries_per_key] for head in heads]).float()
+        own = q[:, P:].unflatten(1, (G, C)) @ k[:, P:].unflatten(1, (G, C)).mT  # (H, G, C, C)
+        own = own.masked_fill_(future, -torch.inf).flatten(1, 2)  # (H, G*C, C)
+        own = pad(own, (0, 0, 1, 0), value=-torch.inf)  # the prompt sees no completion
+        scores = torch.cat([q[:, P - 1 :] @ k[:, :P].mT, own], 2)  # (H, 1 + G*C, P + C)
+        return scores.mul_(scaling).softmax(-1)[..., group.image_positions]  # (H, 1 + G*C, N)
 
-    if capture.average_heads:
-        return sum(head_map(head) for head in capture.heads) / len(capture.heads)
-    return torch.stack([head_map(head) for head in capture.heads])
+    at_once = max(1, MAP_FLOATS // ((1 + G * C) * (P + C)))
+    starts = range(0, len(capture.heads), at_once)
+    maps = torch.cat([head_maps(capture.heads[i : i + at_once]) for i in starts])
+    return maps.mean(0) if capture.average_heads else maps
 
 
 AttentionInterface.register("sayo", sayo_attention)

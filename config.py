@@ -15,6 +15,7 @@ import traceback
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 VERSION = "0.1.0"
@@ -59,7 +60,8 @@ class Config:
     )
     # model
     model_name_or_path: str = flag(
-        "Qwen/Qwen3-VL-2B-Instruct", "hub name or local folder of a Qwen2.5-VL or Qwen3-VL"
+        "Qwen/Qwen3-VL-2B-Instruct",
+        "hub name or local folder of a Qwen2.5-VL, Qwen3-VL or InternVL3.5",
     )
     load_in_4bit: bool = flag(True, "quantize the language model to NF4 with double quantization")
     lora_r: int = flag(16, "rank of the LoRA adapter", minimum=1, maximum=1024)
@@ -382,10 +384,36 @@ def check_command_line(argv):
             settings = stream.encoding, "backslashreplace"  # escape what a terminal cannot show
             setattr(sys, name, io.TextIOWrapper(file, *settings, line_buffering=True))
     try:
+        check_versions()
         check_paths(parse_command_line(argv)[1])
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+REQUIRED = {  # library -> the lowest version that works, and the first one that was not tested
+    "torch": ("2.11", None),
+    "transformers": ("5.23", "5.25"),
+    "bitsandbytes": ("0.50", "0.51"),
+    "peft": ("0.21", "0.22"),
+}
+
+
+def check_versions():
+    """Before torch loads, refuse libraries that this program does not work with, or may not.
+    Raises: InputError."""
+
+    def numbers(text):
+        return [int(number) for number in re.findall(r"\d+", text)[:2]]
+
+    for name, (lowest, above) in REQUIRED.items():
+        wanted = f"{name}>={lowest}" + (f",<{above}" if above else "")
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            raise InputError(f"{name} is not installed: pip install '{wanted}'") from None
+        if numbers(found) < numbers(lowest) or above and numbers(found) >= numbers(above):
+            raise InputError(f"{name} {found} is not supported: pip install '{wanted}'")
 
 
 class Output(io.FileIO):

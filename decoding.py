@@ -7,7 +7,8 @@ compares both with transformers.
 """
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+from bitsandbytes.functional import dequantize_4bit
+from psutil import virtual_memory
 from torch.nn.functional import embedding, linear, pad, rms_norm
 
 from attention import decode_attention
@@ -16,11 +17,12 @@ from attention import decode_attention
 class LoraLinears:
     """Linear layers with the same input: x W^T + b + (x A^T) (scale B)^T, in the type of x."""
 
-    def __init__(self, modules, dtype):
+    def __init__(self, modules, dtype, dequantize):
         self.layers, self.A, self.B, self.ranks = [], None, [], []
         down = []
         for module in modules:
-            self.layers.append(fast_linear(getattr(module, "base_layer", module)))
+            base = getattr(module, "base_layer", module)
+            self.layers.append(fast_linear(base, dtype, dequantize))
             for name in () if getattr(module, "disable_adapters", True) else module.active_adapters:
                 down.append(module.lora_A[name].weight)
                 up = module.lora_B[name].weight * module.scaling[name]
@@ -38,29 +40,49 @@ class LoraLinears:
         return outputs
 
 
-def fast_linear(layer):
-    """A linear layer as a function. NF4 with double quantization stores the scales of its weights
-    in 8 bits. On a CPU they are dequantized here, once, and not again for every token. On CUDA,
-    bitsandbytes has a fused kernel."""
-    nested = getattr(layer.weight, "quant_state", None)
-    if nested is None or not nested.nested or layer.weight.device.type != "cpu":
+def fast_linear(layer, dtype, dequantize):
+    """A linear layer as a function. Args: dequantize, NF4 weights now, once, instead of at every
+    token. The function holds them; they are freed with the decoder."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None or not dequantize:
         return layer
-    scales = dequantize_blockwise(nested.absmax, nested.state2) + nested.offset
-    rest = nested.shape, nested.code, nested.blocksize, nested.quant_type, nested.dtype
-    state = QuantState(scales, *rest)
-    return lambda x: linear(x, dequantize_4bit(layer.weight, state).to(x.dtype), layer.bias)
+    weight = dequantize_4bit(layer.weight, state).to(dtype)
+    return lambda x: linear(x, weight, layer.bias)
+
+
+def quantized_numel(core):
+    """How many weights of the language model are quantized."""
+    states = [getattr(p, "quant_state", None) for p in core.model.language_model.parameters()]
+    return sum(state.shape.numel() for state in states if state)
+
+
+def room_for_weights(core, dtype):
+    """Whether the dequantized language model takes at most half of the free memory. Not on cards
+    before 8.0 (T4), where bitsandbytes' product of 4-bit weights and few rows is faster, and not
+    for deterministic runs, because the two products round differently."""
+    device = core.lm_head.weight.device
+    if device.type == "cpu":
+        free = virtual_memory().available
+    elif device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        free = torch.cuda.mem_get_info(device)[0]  # and what the allocator holds but does not use:
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        return False
+    enough = 2 * quantized_numel(core) * dtype.itemsize <= free
+    return enough and not torch.are_deterministic_algorithms_enabled()
 
 
 class DecoderLayer:
-    """One layer of a Qwen2.5-VL or Qwen3-VL, with the keys and values of its completions."""
+    """One layer of a language model, with the keys and values of its completions."""
 
-    def __init__(self, layer, prompt, rows, length, dtype):
+    def __init__(self, layer, prompt, rows, length, dequantize):
         self.attention, self.mlp, self.prompt = layer.self_attn, layer.mlp, prompt
+        dtype = prompt.keys.dtype
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.qkv = linears(self.attention, "q_proj k_proj v_proj", dtype)
-        self.out = linears(self.attention, "o_proj", dtype)
-        self.gate_up = linears(self.mlp, "gate_proj up_proj", dtype)
-        self.down = linears(self.mlp, "down_proj", dtype)
+        self.qkv = linears(self.attention, "q_proj k_proj v_proj", dtype, dequantize)
+        self.out = linears(self.attention, "o_proj", dtype, dequantize)
+        self.gate_up = linears(self.mlp, "gate_proj up_proj", dtype, dequantize)
+        self.down = linears(self.mlp, "down_proj", dtype, dequantize)
         self.qk_norms = [getattr(self.attention, name, None) for name in ("q_norm", "k_norm")]
         B, kv_heads, _, D = prompt.keys.shape
         shape = B, kv_heads, rows // B, length, D
@@ -100,9 +122,11 @@ class Decoder:
     def __init__(self, core, prompts, start, length):
         self.core = core.model.language_model
         dtype, device = core.lm_head.weight.dtype, start.device
-        layers = zip(self.core.layers, prompts)
-        self.layers = [DecoderLayer(*each, len(start), length, dtype) for each in layers]
-        positions = (start[:, None] + torch.arange(length, device=device)).expand(3, -1, -1)
+        layers, dequantize = zip(self.core.layers, prompts), room_for_weights(core, dtype)
+        self.layers = [DecoderLayer(*each, len(start), length, dequantize) for each in layers]
+        positions = start[:, None] + torch.arange(length, device=device)  # (B*G, length)
+        if hasattr(core.model, "get_rope_index"):  # M-RoPE
+            positions = positions.expand(3, -1, -1)
         tables = self.core.rotary_emb(prompts[0].keys, positions)
         # The three axes of M-RoPE agree in text; Qwen2.5-VL returns a table for each.
         cos, sin = (table[0] if table.dim() == 4 else table for table in tables)  # (B*G, length, D)
@@ -132,6 +156,8 @@ class GraphDecoder(Decoder):
     run on a GPU yet. On a CPU the same step runs without a graph, for the tests.
     """
 
+    stream = None  # of all captures: each new stream would reserve memory of its own
+
     def __init__(self, core, prompts, start, length):
         super().__init__(core, prompts, start, length)
         self.token, self.t, self.graph = torch.zeros_like(start), torch.zeros_like(start[:1]), None
@@ -157,18 +183,18 @@ class GraphDecoder(Decoder):
         self.output = self.run(self.token, cos, sin, self.t, self.length, ignored)
 
     def record(self):
-        stream = torch.cuda.Stream()
+        stream = GraphDecoder.stream = GraphDecoder.stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # a first run, in which libraries allocate their memory
             self.fixed_step()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=stream):
             self.fixed_step()
 
 
-def linears(parent, names, dtype):
-    return LoraLinears([getattr(parent, name) for name in names.split()], dtype)
+def linears(parent, names, dtype, dequantize):
+    return LoraLinears([getattr(parent, name) for name in names.split()], dtype, dequantize)
 
 
 def normalize(x, norm):

@@ -22,9 +22,9 @@ LEVELS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"  # s
 
 @dataclass
 class AttentionTrace:
-    """An answer and the attention of each token to the image. Tensors are on the CPU."""
+    """An answer and the attention of each token to the image."""
 
-    completion: Completions  # one answer, on the model's device
+    completion: Completions  # one answer
     attention: torch.Tensor  # (C, N), aligned, mean over the Vlm's layers and heads
     entropy: torch.Tensor  # (C,) nats
     selected: torch.Tensor  # (C,) bool, the tokens that the attention reward uses
@@ -53,19 +53,17 @@ def evaluate(vlm, examples, cfg, name, before=None):
     - per token (C,): to_region and to_image, sums of attention; words, what it adds to the text;
       maps, its attention map as `pack_map` stores it, on grid = (rows, cols)
     """
-    results, limit = [], cfg.max_completion_length
-    pairs = ((x, encode_example(vlm, x, cfg)) for x in (examples[i] for i in range(len(examples))))
+    results, answered = [], answer_all(vlm, examples, cfg)
     with tqdm(total=len(examples), desc=f"evaluate {name}") as bar:
-        for batch in split_by_tokens(pairs, lambda pair: len(pair[1].input_ids) + limit):
-            prompts = [prompt for _, prompt in batch]
-            answers = vlm.sample_groups(prompts, 1, limit, temperature=0)
+        for batch in split_by_tokens(answered, lambda x: len(x[1].input_ids) + x[2].ids.shape[1]):
+            _, prompts, answers = zip(*batch)
             traces = fixed = trace_answers(vlm, prompts, cfg, answers)
             if before:
                 earlier = before[len(results) : len(results) + len(batch)]
                 fixed = trace_fixed_text(vlm, prompts, cfg, earlier)
             after_batch = examples[(len(results) + len(batch)) % len(examples)]
-            following = [example for example, _ in batch[1:]] + [after_batch]
-            for (example, prompt), next_example, trace, fixed_trace in zip(
+            following = [example for example, *_ in batch[1:]] + [after_batch]
+            for (example, prompt, _), next_example, trace, fixed_trace in zip(
                 batch, following, traces, fixed
             ):
                 region = example_region(example, prompt.grid)
@@ -76,6 +74,17 @@ def evaluate(vlm, examples, cfg, name, before=None):
                 results.append(row)
                 bar.update()
     return results
+
+
+def answer_all(vlm, examples, cfg):
+    """Answer greedily, as many questions at once as training samples completions. Yields: Example,
+    Prompt and Completions of one answer."""
+    at_once = cfg.prompts_per_step * cfg.num_generations
+    for start in range(0, len(examples), at_once):
+        batch = [examples[i] for i in range(start, min(start + at_once, len(examples)))]
+        prompts = [encode_example(vlm, example, cfg) for example in batch]
+        answers = vlm.sample_groups(prompts, 1, cfg.max_completion_length, temperature=0)
+        yield from zip(batch, prompts, answers)
 
 
 def trace_attention(vlm, prompt, cfg, completion=None):
@@ -104,8 +113,7 @@ def trace_answers(vlm, prompts, cfg, completions, selected=None):
         else:
             chosen = reward.select_tokens(scores.entropy, mask, cfg.token_fraction)[0]
         attention = reward.align_attention(*rows, cfg.alignment)[0]  # (C, N)
-        tensors = attention.cpu(), scores.entropy[0].cpu(), chosen.cpu()
-        traces.append(AttentionTrace(completions[i], *tensors))
+        traces.append(AttentionTrace(completions[i], attention, scores.entropy[0], chosen))
     return traces
 
 
@@ -113,9 +121,9 @@ def trace_fixed_text(vlm, prompts, cfg, results):
     """The AttentionTraces of answers in earlier results, at the tokens selected then."""
     completions, selected = [], []
     for result in results:
-        ids = torch.tensor(result["ids"], device=vlm.device)[None]
+        ids = torch.tensor(result["ids"])[None]
         completions.append(Completions(ids, torch.ones_like(ids).bool()))
-        selected.append(torch.tensor(result["selected"], device=vlm.device))
+        selected.append(torch.tensor(result["selected"]))
     return trace_answers(vlm, prompts, cfg, completions, selected)
 
 

@@ -45,7 +45,7 @@ def attention_metrics(entropy, mask, inputs):
     attention, region, selected = inputs.attention, inputs.region, inputs.selected
     maps = [a[s].mean(0) for a, s in zip(attention, selected)]  # G of (N,)
     auroc = torch.tensor([reward.localization(map, region)["auroc"] for map in maps])
-    auroc = torch.where(torch.stack(maps).isfinite().all(1).cpu(), auroc.nan_to_num(0.5), math.nan)
+    auroc = torch.where(torch.stack(maps).isfinite().all(1), auroc.nan_to_num(0.5), math.nan)
     log_rho = reward.attention_ratio(attention, region, selected).log()  # (G,)
     return {
         "entropy": entropy[mask].mean().item(),
@@ -76,11 +76,11 @@ def step_metrics(groups, updates):
     tokens = max(1, sum(x["tokens"] for x in losses))  # that were trained on
     for name in ("kl", "ratio", "clip_ratio/low_mean", "clip_ratio/high_mean"):
         row[name] = sum(x[name] * x["tokens"] for x in losses) / tokens
-    rewards = {n: torch.stack([g.rewards[n] for g in groups]).cpu() for n in groups[0].rewards}
+    rewards = {n: torch.stack([g.rewards[n] for g in groups]) for n in groups[0].rewards}
     for name, value in rewards.items():  # (groups, G)
         row[f"rewards/{name}/mean"] = value.mean().item()
         row[f"rewards/{name}/std"] = value.std(1).mean().item()
-    lengths = torch.cat([g.completions.mask.sum(1) for g in groups]).float().cpu()
+    lengths = torch.cat([g.completions.mask.sum(1) for g in groups]).float()
     for name, other in (("accuracy", rewards["accuracy"].flatten()), ("length", lengths)):
         pair = torch.stack([rewards["attention"].flatten(), other])
         row[f"attention/corr_{name}"] = torch.corrcoef(pair)[0, 1].nan_to_num().item()
@@ -90,7 +90,7 @@ def step_metrics(groups, updates):
 def completion_metrics(groups):
     """Completion lengths, and signs of reward hacking in the text."""
     texts = [text for g in groups for text in g.completions.texts]
-    lengths = torch.cat([g.completions.mask.sum(1) for g in groups]).float().cpu()
+    lengths = torch.cat([g.completions.mask.sum(1) for g in groups]).float()
     finished = torch.cat([g.completions.finished for g in groups])
     return {
         "completions/mean_length": lengths.mean().item(),

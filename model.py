@@ -7,11 +7,14 @@ prompt, scoring packs prompt and completions into one sequence. attention.py mak
 import inspect
 import json
 import logging
+import math
 import os
 import shutil
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -34,9 +38,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from attention import Capture, PackedGroup, PromptCache
 from config import InputError, model_path, parse_ints
-from decoding import Decoder, GraphDecoder
+from decoding import Decoder, GraphDecoder, normalize
 
-SUPPORTED = ("qwen2_5_vl", "qwen3_vl")
+SUPPORTED = ("qwen2_5_vl", "qwen3_vl", "internvl")
+LANGUAGE_MODELS = ("qwen2_5_vl_text", "qwen3_vl_text", "qwen2", "qwen3")  # plain attention
 LORA_TARGETS = r".*language_model\.layers.*\.(q|k|v|o|gate|up|down)_proj"
 # Settings of a plain LoRA that may have any value: the names of the weights show what they did.
 FREE = """r lora_alpha lora_dropout target_modules exclude_modules modules_to_save task_type
@@ -95,17 +100,20 @@ def load_vlm(
     heads=None,
     dtype=None,
 ):
-    """Load a Qwen2.5-VL or Qwen3-VL from the hub or a folder, frozen except for LoRA on the
-    language model's linear layers, which are quantized to 4 bits by default.
+    """Load a Qwen2.5-VL, Qwen3-VL or InternVL3.5 from the hub or a folder, frozen except for LoRA
+    on the language model's linear layers, which are quantized to 4 bits by default.
 
-    Args: device, by default CUDA if available; max_pixels, images are scaled down to this area;
-    completions_per_forward, 0 for a whole group; layers and heads whose attention `score`
-    averages, None for all; dtype, from `choose_device`. Returns: Vlm. Raises: InputError.
+    Args: device, by default CUDA if available; max_pixels, images are scaled down to this area,
+    except by InternVL, whose tile has a fixed size; completions_per_forward, 0 for a whole group;
+    layers and heads whose attention `score` averages, None for all; dtype, from `choose_device`.
+    Returns: Vlm. Raises: InputError.
     """
     device, dtype = choose_device(device, dtype)
     name = model_path(str(name_or_path))
-    model, tokenizer, processor = load_pretrained(name, load_in_4bit, device, dtype)
-    if max_pixels:
+    model, tokenizer, processor = load_pretrained(name, load_in_4bit, device, dtype, max_pixels)
+    if tile_grid(model.config):
+        processor.crop_to_patches = False  # one tile per image, as in the paper's code
+    elif max_pixels:
         least = min(processor.size["shortest_edge"], max_pixels // 2)  # must be below the limit
         processor.size = {"shortest_edge": least, "longest_edge": max_pixels}
     if model.num_parameters() < 1e7:
@@ -142,7 +150,7 @@ def choose_device(device=None, dtype=None):
     return device, dtype or (torch.bfloat16 if bf16 else torch.float16)
 
 
-def load_pretrained(name, load_in_4bit, device, dtype):
+def load_pretrained(name, load_in_4bit, device, dtype, max_pixels=None):
     """Load a model from the hub or a folder. With `load_in_4bit` the language model is quantized to
     NF4; vision tower, embeddings and output head are not.
 
@@ -154,11 +162,11 @@ def load_pretrained(name, load_in_4bit, device, dtype):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[".*visual", "lm_head"],
+        llm_int8_skip_modules=[".*visual", ".*vision_tower", ".*projector", "lm_head"],
     )
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        check_architecture(name, config)
+        check_architecture(name, config, max_pixels)
         check_weights(name)
         tokenizer = load_tokenizer(name, config)
         processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
@@ -189,11 +197,16 @@ def load_pretrained(name, load_in_4bit, device, dtype):
     return model, tokenizer, processor
 
 
-def check_architecture(name, config):
-    """Raises: InputError for a model of another type, or one that is already quantized."""
-    if config.model_type not in SUPPORTED:
-        supported = " and ".join(SUPPORTED)
-        raise InputError(f"{name} has type {config.model_type}; supported: {supported}")
+def check_architecture(name, config, max_pixels=None):
+    """Raises: InputError for a model of another type, or one that is already quantized, or if
+    images would have to be smaller than InternVL's tile."""
+    kinds = config.model_type, config.get_text_config().model_type
+    for kind, supported in zip(kinds, (SUPPORTED, LANGUAGE_MODELS)):
+        if kind not in supported:
+            raise InputError(f"{name} has type {kind}; supported: {', '.join(supported)}")
+    tile = math.prod(config.vision_config.image_size) if tile_grid(config) else 0
+    if max_pixels and max_pixels < tile:
+        raise InputError(f"--max_pixels {max_pixels}: {name} always uses {tile}; leave it out")
     if any(getattr(config, key, None) for key in ("quantization_config", "compression_config")):
         advice = "use the original checkpoint, which --load_in_4bit quantizes"
         raise InputError(f"{name} is already quantized: {advice}")
@@ -220,14 +233,45 @@ def load_tokenizer(name, config):
     if not tokenizer.convert_ids_to_tokens(config.image_token_id):
         problem = f"{name} has no tokenizer, or that of a different model"
         raise InputError(f"{problem}: download it again")
+    if tile_grid(config):  # its template has one token where its processor would write three
+        placeholder = tokenizer.convert_ids_to_tokens(config.image_token_id)
+        template = tokenizer.chat_template.replace("<image>", placeholder)  # in older checkpoints
+        marked = f"{tokenizer.start_image_token}{placeholder}{tokenizer.end_image_token}"
+        tokenizer.chat_template = template.replace(placeholder, marked)
     return tokenizer
+
+
+def tile_grid(config):
+    """(rows, cols) of the image tokens of InternVL, which squeezes every image to one square tile;
+    None for Qwen, where the grid depends on the image."""
+    if config.model_type != "internvl":
+        return None
+    sides = zip(config.vision_config.image_size, config.vision_config.patch_size)
+    return tuple(int(side // patch * config.downsample_ratio) for side, patch in sides)
 
 
 def add_lora(model, r, alpha):
     """The PEFT model: LoRA in fp32, without dropout, on the language model's linear layers.
     Everything else is frozen."""
     model.requires_grad_(False)
-    return get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, target_modules=LORA_TARGETS))
+    model = get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, target_modules=LORA_TARGETS))
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.forward = partial(lora_forward, module)
+        elif hasattr(module, "variance_epsilon"):  # RMSNorm: one operation instead of six
+            module.forward = partial(normalize, norm=module)
+    return model
+
+
+def lora_forward(layer, x):
+    """PEFT's forward without its copies of x and of the outputs in fp32: with 16-bit types they
+    would be most of the memory traffic. The adapter's weights stay in fp32, as under autocast."""
+    out = layer.base_layer(x)
+    for name in () if layer.disable_adapters else layer.active_adapters:
+        A, B = (weights[name].weight.to(x.dtype) for weights in (layer.lora_A, layer.lora_B))
+        low = x.flatten(0, -2) @ A.T  # (rows, r)
+        out = torch.addmm(out.flatten(0, -2), low, B.T, alpha=layer.scaling[name]).view_as(out)
+    return out
 
 
 def adapter_settings(folder, given):
@@ -272,18 +316,17 @@ class Prompt:
 
     input_ids: torch.Tensor  # (P,)
     image_positions: torch.Tensor  # (N,) positions of the image tokens in the prompt
-    pixel_values: torch.Tensor
-    image_grid_thw: torch.Tensor  # (1, 3) in patches
-    position_ids: torch.Tensor  # (3, P): time, height, width (M-RoPE)
+    image: dict  # what the vision tower gets: pixel_values and, for Qwen, image_grid_thw (1, 3)
+    position_ids: torch.Tensor  # (3, P): time, height, width (M-RoPE), or (1, P) for InternVL
     grid: tuple[int, int]  # (rows, cols) of image tokens, rows * cols = N
     features: list = None  # of the vision tower, once computed: (N, D), then deepstack's levels
 
 
 @dataclass
 class Completions:
-    """G completions of one prompt. `mask` is true on real tokens, up to and including the end of
-    turn. A completion that was cut off at `max_tokens` has none, and is trained on like any other.
-    The mask does not compare ids with the padding id, because a model may write that token."""
+    """G completions of one prompt, on the CPU. `mask` is true on real tokens, up to and including
+    the end of turn. A completion that was cut off at `max_tokens` has none, and is trained on like
+    any other. The mask does not compare ids with the padding id, because a model may write it."""
 
     ids: torch.Tensor  # (G, C), padded on the right
     mask: torch.Tensor  # (G, C) bool
@@ -297,7 +340,9 @@ class Completions:
 
 @dataclass
 class Scores:
-    """Only `logps` carries gradient, outside `no_grad`. Values at padding are undefined."""
+    """On the CPU: what follows is many small operations, and there no result makes the CPU wait
+    for the GPU. Only `logps` carries gradient, outside `no_grad`. Values at padding are undefined.
+    """
 
     logps: torch.Tensor  # (G, C) log p of each token
     entropy: torch.Tensor  # (G, C) nats, of the distribution each token was drawn from
@@ -306,14 +351,16 @@ class Scores:
 
 
 class Vlm:
-    """A Qwen2.5-VL or Qwen3-VL with LoRA; created by `load_vlm`. `.model` is the PEFT model."""
+    """A vision-language model with LoRA; created by `load_vlm`. `.model` is the PEFT model."""
 
     cuda_graph = False  # decode with `GraphDecoder`
+    cached_tokens = math.inf  # while sampling; set when memory runs out
 
     def __init__(self, model, tokenizer, processor, layers, heads, per_forward, checkpointing):
         self.model, self.tokenizer, self.image_processor = model, tokenizer, processor
         self.core = model.get_base_model()  # the transformers model under PEFT, LoRA in place
         self.device = self.core.device
+        self.core.model.language_model._deepstack_process = add_features  # of Qwen3-VL
         self.dtype = self.core.lm_head.weight.dtype  # 4-bit weights do not show it
         # transformers 5.24 renames past_key_values, the argument and the output, to cache.
         known = inspect.signature(type(self.core.model).forward).parameters
@@ -326,7 +373,9 @@ class Vlm:
             self.core.activation_checkpointing_enable({"use_reentrant": False})
         # Image placeholders are not text: they are neither sampled nor scored.
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        ids = (getattr(config, name, None) for name in names)
+        ids = [getattr(config, name, None) for name in names]
+        names = "start_image_token_id", "end_image_token_id", "video_token_id"  # of InternVL
+        ids += [getattr(tokenizer, name, None) for name in names]
         ids = [id for id in ids if id is not None]
         self.placeholders = torch.tensor(ids, device=self.device)
         stop = self.core.generation_config.eos_token_id
@@ -351,13 +400,16 @@ class Vlm:
     def encode(self, image, question):
         """Lay out an image and a question by the model's chat template.
 
-        The template's one image placeholder is repeated N times, N = prod(image_grid_thw) /
-        merge_size^2, so that every image token has a place. Prompts are never truncated.
+        The template's one image placeholder is repeated N times, N = rows * cols of the grid, so
+        that every image token has a place. Prompts are never truncated.
         Returns: Prompt. Raises: InputError if the question contains an image placeholder.
         """
         pixels = self.image_processor(images=[image.convert("RGB")], return_tensors="pt")
-        patches, merge = pixels["image_grid_thw"], self.image_processor.merge_size
-        rows, cols = patches[0, 1].item() // merge, patches[0, 2].item() // merge
+        pixels.pop("num_patches", None)  # InternVL's tiles: one
+        grid = tile_grid(self.core.config)
+        if not grid:
+            patches = pixels["image_grid_thw"][0, 1:] // self.image_processor.merge_size
+            grid = tuple(patches.tolist())
         content = [{"type": "image"}, {"type": "text", "text": question}]
         chat = [{"role": "user", "content": content}]
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -365,14 +417,21 @@ class Vlm:
         placeholder = self.tokenizer.convert_ids_to_tokens(image_id)
         if text.count(placeholder) != 1:
             raise InputError(f"the question may not contain {placeholder}: {question!r}")
-        text = text.replace(placeholder, placeholder * (rows * cols))
+        text = text.replace(placeholder, placeholder * math.prod(grid))
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
         is_image = ids == image_id  # (1, P)
-        layout = {"mm_token_type_ids": is_image.int(), "image_grid_thw": patches}
-        positions, _ = self.core.model.get_rope_index(ids, **layout)  # (3, 1, P)
+        positions = torch.arange(ids.shape[1])[None]
+        if "image_grid_thw" in pixels:  # M-RoPE
+            patches = pixels["image_grid_thw"]
+            layout = {"mm_token_type_ids": is_image.int(), "image_grid_thw": patches}
+            positions = self.core.model.get_rope_index(ids, **layout)[0][:, 0]  # (3, P)
         where = is_image[0].nonzero()[:, 0]  # (N,)
-        tensors = ids[0], where, pixels["pixel_values"], patches, positions[:, 0]
-        return Prompt(*(tensor.to(self.device) for tensor in tensors), grid=(rows, cols))
+        ids, where, positions, *values = self._move(ids[0], where, positions, *pixels.values())
+        return Prompt(ids, where, dict(zip(pixels, values)), positions, grid)
+
+    def _move(self, *tensors):
+        """Copies on the model's device. The CPU does not wait until they have arrived."""
+        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
 
     def sample(self, prompt, num_generations, max_tokens, temperature=1.0, generator=None):
         """The Completions of one prompt, see `sample_groups`."""
@@ -383,10 +442,23 @@ class Vlm:
         """`num_generations` completions of up to `max_tokens` tokens for each of B prompts, without
         top-p, so that sampling and scoring use one distribution. Temperature 0 is greedy.
         Returns: B Completions, to be scored at the same temperature (greedy ones at 1)."""
-        groups, most = [], max(1, SAMPLED_AT_ONCE // num_generations)
-        for i in range(0, len(prompts), most):
-            batch = prompts[i : i + most]
-            groups += self._sample(batch, num_generations, max_tokens, temperature, generator)
+        groups, settings = [], (num_generations, max_tokens, temperature, generator)
+
+        def cached(prompt):
+            return len(prompt.input_ids) + num_generations * max_tokens
+
+        while prompts:
+            most = prompts[: max(1, SAMPLED_AT_ONCE // num_generations)]
+            batch = next(split_by_tokens(most, cached, self.cached_tokens))
+            try:
+                groups += self._sample(batch, *settings)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                self.cached_tokens = sum(map(cached, batch)) // 2
+                tqdm.write(f"out of GPU memory: sampling fewer than {len(batch)} questions at once")
+            else:
+                prompts = prompts[len(batch) :]
         return groups
 
     def _sample(self, prompts, G, max_tokens, temperature, generator):
@@ -408,8 +480,9 @@ class Vlm:
             if step + 1 == max_tokens or step % check_every == 0 and done.all():
                 break
             hidden = decoder.step(ids[-1], step)
-        ids, mask = torch.stack(ids, 1), torch.stack(live, 1)  # (B*G, C)
-        groups = zip(ids.split(G), mask.split(G), done.split(G))
+        rows, C = torch.stack([*ids, *live, done], 1).cpu(), len(ids)  # one transfer for all
+        ids, mask, done = rows.split([C, C, 1], 1)  # (B*G, C), (B*G, C), (B*G, 1)
+        groups = zip(ids.split(G), mask.bool().split(G), done[:, 0].bool().split(G))
         return [self._completions(*group, temperature or 1.0) for group in groups]
 
     def _prefill(self, prompts, G):
@@ -429,7 +502,7 @@ class Vlm:
         return (GraphDecoder if self.cuda_graph else Decoder)(self.core, *args)
 
     def _completions(self, ids, mask, done, temperature):
-        longest = mask.sum(1).max()  # other groups may be longer
+        longest = mask.sum(1).max().item()  # other groups may be longer
         ids, mask = ids[:, :longest], mask[:, :longest]  # (G, C)
         decode = self.tokenizer.decode
         texts = [decode(row[real], skip_special_tokens=True) for row, real in zip(ids, mask)]
@@ -470,7 +543,7 @@ class Vlm:
     def _score(self, prompts, completions, attention):
         capture = Capture(self.layers, self.heads) if attention else None
         (temperature,) = {c.temperature for c in completions}  # one for all groups
-        ids, predictors = [c.ids for c in completions], []
+        ids, predictors = self._move(*(c.ids for c in completions)), []
         hidden, _ = self._packed_forward(prompts, ids, capture)
         lengths = [len(p.input_ids) + x.numel() for p, x in zip(prompts, ids)]
         for prompt, x, h in zip(prompts, ids, hidden.split(lengths)):
@@ -480,12 +553,14 @@ class Vlm:
             predictors.append(torch.cat([first, rest], 1).flatten(0, 1))  # (G*C, D)
         targets = torch.cat([x.flatten() for x in ids])
         logps, entropy = self._token_scores(torch.cat(predictors), targets, temperature)
-        sizes, scores = [x.numel() for x in ids], []
+        logps, entropy = torch.stack([logps, entropy]).cpu()  # one wait for both
+        sizes, scores, entropy = [x.numel() for x in ids], [], entropy.detach()
         for x, group_logps, group_entropy in zip(ids, logps.split(sizes), entropy.split(sizes)):
             scores.append(Scores(group_logps.view_as(x), group_entropy.view_as(x)))
         if attention:
             for number, group in enumerate(scores):
                 maps = sum(layer[number] for layer in capture.maps.values()) / len(self.layers)
+                maps = maps.cpu()
                 group.prompt_attention = maps[0]
                 group.attention = maps[1:].view(*group.logps.shape, -1)  # (G, C, N)
         return scores
@@ -498,15 +573,17 @@ class Vlm:
         tokens, positions, packed = [], [], []
         for prompt, (G, C), completions in zip(prompts, (x.shape for x in ids), ids):
             P, start = len(prompt.input_ids), prompt.position_ids.max() + 1  # of every completion
-            after = (start + torch.arange(C, device=self.device)).repeat(3, G)
+            after = start + torch.arange(C, device=self.device)
+            after = after.repeat(len(prompt.position_ids), G)
             tokens += [prompt.input_ids, completions.flatten()]
             positions += [prompt.position_ids, after]
             # A completion sees the prompt and its own past.
             mask = torch.ones(1, 1, C, P + C, dtype=torch.bool, device=self.device).tril(P)
             packed.append(PackedGroup(P, G, C, prompt.image_positions, mask))
+        positions = torch.cat(positions, 1)  # (3, S), or (1, S) without M-RoPE
         out = self.core.model(
             input_ids=torch.cat(tokens)[None],
-            position_ids=torch.cat(positions, 1)[:, None],
+            position_ids=positions[:, None] if len(positions) == 3 else positions,
             attention_mask=packed[0].mask,  # not used: keeps transformers from building a large one
             mm_encoder_outputs={"image": image_features(self.core.model, prompts)},
             **{"use_cache": False, "packed": packed, "capture": capture} | kwargs,
@@ -537,13 +614,14 @@ class Vlm:
 # --- several prompts in one forward pass ---
 
 
-def split_by_tokens(items, length):
-    """Yield lists of consecutive items with at most TOKENS_PER_FORWARD tokens in total, or of one
-    item. Args: items, an iterable; length, a function from an item to its number of tokens."""
-    batch, total = [], 0
+def split_by_tokens(items, length, limit=None):
+    """Yield lists of consecutive items with at most `limit` tokens in total, by default
+    TOKENS_PER_FORWARD, or of one item. Args: items, an iterable; length, a function from an item to
+    its number of tokens."""
+    batch, total, limit = [], 0, limit or TOKENS_PER_FORWARD
     for item in items:
         tokens = length(item)
-        if batch and total + tokens > TOKENS_PER_FORWARD:
+        if batch and total + tokens > limit:
             yield batch
             batch, total = [], 0
         batch.append(item)
@@ -573,17 +651,29 @@ def stack_prompts(caches):
     return [PromptCache(stack(i, "keys"), stack(i, "values"), padding) for i in layers]
 
 
+def add_features(hidden, image_mask, features):
+    """Add a level of the vision tower's features to the hidden states of the image tokens. Unlike
+    transformers, this does not index with a mask, which would make the CPU wait for the GPU."""
+    features = features.to(hidden.dtype)
+    return hidden + torch.zeros_like(hidden).masked_scatter(image_mask[..., None], features)
+
+
 @torch.no_grad()
 def image_features(model, prompts):
     """The vision tower's output for all `prompts`, as transformers expects it. The frozen tower
     runs once per prompt, on the images of several prompts at once."""
     new = [prompt for prompt in prompts if prompt.features is None]
     if new:
-        pixels = torch.cat([prompt.pixel_values for prompt in new])
-        grids = torch.cat([prompt.image_grid_thw for prompt in new])
-        out = model.get_image_features(pixels, grids)
+        images = {k: torch.cat([prompt.image[k] for prompt in new]) for k in new[0].image}
+        if "image_grid_thw" in images:
+            # Every layer of the tower reads these lengths three times, so keep them on the CPU.
+            merge = model.config.vision_config.spatial_merge_size
+            patches = [math.prod(prompt.grid) * merge**2 for prompt in new]
+            images["cu_seqlens"] = torch.tensor([0, *accumulate(patches)])
+        out = model.get_image_features(**images)
         levels = out.pooler_output, *(getattr(out, "deepstack_features", None) or ())
         for prompt, *features in zip(new, *levels):
             prompt.features = features
-    levels = list(zip(*(prompt.features for prompt in prompts)))
-    return SimpleNamespace(pooler_output=levels[0], deepstack_features=levels[1:])
+    first, *deepstack = zip(*(prompt.features for prompt in prompts))
+    first = torch.stack(first) if tile_grid(model.config) else first  # InternVL's are stacked
+    return SimpleNamespace(pooler_output=first, deepstack_features=deepstack)

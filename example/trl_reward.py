@@ -20,10 +20,10 @@ def attention(completion_ids, image, question, boxes, **_):
     """r_v of every completion."""
     values = []
     for ids, image, question, boxes in zip(completion_ids, image, question, boxes):
-        prompt, ids = vlm.encode(image, question), torch.tensor([ids], device=vlm.device)
+        prompt, ids = vlm.encode(image, question), torch.tensor([ids])
         mask = torch.ones_like(ids).bool()  # (1, C)
         scores = vlm.score(prompt, Completions(ids, mask))
-        region = region_mask(boxes, image.size, prompt.grid).to(vlm.device)
+        region = region_mask(boxes, image.size, prompt.grid)
         selected = select_tokens(scores.entropy, mask)
         values += attention_reward(scores.attention, region, selected).tolist()
     vlm.model.train()  # `score` switches to eval mode
@@ -37,5 +37,6 @@ GRPOTrainer(
     attention,
     GRPOConfig("runs/trl", max_completion_length=110),
     Dataset.from_list(rows),
-    processing_class=TrlProcessor(vlm.image_processor, vlm.tokenizer),  # without torchvision
+    # without torchvision
+    processing_class=TrlProcessor(vlm.image_processor, vlm.tokenizer, vlm.core.config),
 ).train()

@@ -20,7 +20,7 @@ from data import first
 from evaluate import evaluate
 from extras import shapes
 from extras.meta_memory import META, MetaMemory, cuda_attention, tensor_with_values
-from model import TOKENS_PER_FORWARD, Prompt, Vlm, add_lora, check_architecture
+from model import TOKENS_PER_FORWARD, Prompt, Vlm, add_lora, check_architecture, tile_grid
 from scenes import Scenes
 
 GB = 2**30
@@ -51,7 +51,7 @@ def run_fit(given):
     cfg = build_config(given)
     # Meta tensors have no values for your own rewards.
     cfg = replace(cfg, reward="", reward_weights=Config.reward_weights)
-    model_config = read_config(cfg.model_name_or_path)
+    model_config = read_config(cfg.model_name_or_path, cfg.max_pixels)
     rows, cols = image_grid(model_config, cfg.max_pixels)
     print(
         f"{cfg.model_name_or_path} in {'NF4' if cfg.load_in_4bit else 'bf16'}, computed in bf16. "
@@ -76,6 +76,9 @@ def run_fit(given):
 
     room = f"the largest + {FRAGMENTATION:.0%} for fragmentation + {CONTEXT} GB for CUDA"
     print(f"{'needed':>12} {needed():6.2f} GB  {room}")
+    if cfg.load_in_4bit:
+        size = dequantized_size(model_config) / GB
+        print(f"{'optional':>12} {size:6.2f} GB  dequantized weights, while sampling, if they fit")
     for card in CARDS:
         print(f"{card:>12} GB card: {verdict(card, cfg, needed)}")
     return 0
@@ -100,17 +103,28 @@ def verdict(card, cfg, needed):
     return f"fits with {' or '.join(found)}"
 
 
-def read_config(name):
+def dequantized_size(model_config):
+    """Bytes of the language model's linear layers in 16 bits, see `decoding.room_for_weights`."""
+    text = model_config.text_config
+    D = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = 2 * (text.num_attention_heads + text.num_key_value_heads)  # of q and o, of k and v
+    layer = text.hidden_size * (D * heads + 3 * text.intermediate_size)
+    return 2 * text.num_hidden_layers * layer
+
+
+def read_config(name, max_pixels=None):
     """The transformers configuration of a hub model or a folder."""
     if name in shapes.PUBLISHED:
         return shapes.model_config(shapes.PUBLISHED[name])
     config = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
-    check_architecture(name, config)
+    check_architecture(name, config, max_pixels)
     return config
 
 
 def image_grid(model_config, max_pixels):
     """(rows, cols) of the image tokens of a large, square image."""
+    if grid := tile_grid(model_config):
+        return grid
     vision = model_config.vision_config
     cells = max(1, max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2)
     return isqrt(cells), cells // isqrt(cells)
@@ -147,6 +161,7 @@ def rehearse(model_config, cfg, text_tokens, dtype=torch.bfloat16):
             memory.enter("evaluation")
             tokens = len(vlm.encode(None, "").input_ids) + cfg.max_completion_length
             batch = max(1, TOKENS_PER_FORWARD // tokens)
+            # At least as many questions at once as are traced together; more only if memory allows.
             evaluate(vlm, first([example] * batch, cfg.eval_examples), cfg, "")
     return dict(memory.peaks)
 
@@ -190,21 +205,26 @@ class RehearsedVlm(Vlm):
     def encode(self, image, question):
         """A prompt with the image first. Where it is does not affect the memory."""
         vision, (rows, cols) = self.core.config.vision_config, self.grid
-        where, merge = torch.arange(rows * cols), vision.spatial_merge_size
+        where = torch.arange(rows * cols)
         ids = torch.zeros(len(where) + self.text_tokens, dtype=torch.long)
         ids[where] = self.core.config.image_token_id
-        patches = torch.tensor([[1, rows * merge, cols * merge]])
-        size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        pixels = torch.zeros(len(where) * merge**2, size)
-        tensors = ids, where, pixels, patches, torch.arange(len(ids)).expand(3, -1)
-        return Prompt(*(tensor.to(META) for tensor in tensors), self.grid)
+        positions = torch.arange(len(ids))[None]
+        if tile_grid(self.core.config):
+            pixels = {"pixel_values": torch.zeros(1, vision.num_channels, *vision.image_size)}
+        else:
+            merge, positions = vision.spatial_merge_size, positions.expand(3, -1)
+            size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+            pixels = {"pixel_values": torch.zeros(len(where) * merge**2, size)}
+            pixels["image_grid_thw"] = torch.tensor([[1, rows * merge, cols * merge]])
+        ids, where, positions, *values = self._move(ids, where, positions, *pixels.values())
+        return Prompt(ids, where, dict(zip(pixels, values)), positions, self.grid)
 
     def _sample(self, prompts, G, max_tokens, *args):
         """Completions of full length, of which only the first tokens are decoded."""
         self.enter("sampling")
         groups = super()._sample(prompts, G, min(DECODED, max_tokens), *args)
-        ids = torch.zeros(G, max_tokens, dtype=torch.long, device=META)
-        mask = torch.ones(G, max_tokens, dtype=torch.bool, device=META)
+        ids = torch.zeros(G, max_tokens, dtype=torch.long)
+        mask = torch.ones(G, max_tokens, dtype=torch.bool)
         return [replace(group, ids=ids, mask=mask) for group in groups]
 
     def _decoder(self, prompt_caches, start, _):

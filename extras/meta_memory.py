@@ -22,7 +22,8 @@ class MetaMemory(TorchDispatchMode):
     A program that reads values gets replacements, so it can continue:
     - Integers and masks that depend on nothing else are also computed on the CPU, so they are
       exact. Sampled tokens are token 0.
-    - Other tensors copied to the CPU contain ones, and `.item()` returns one.
+    - Other tensors copied to the CPU contain random numbers, so that rewards differ; integers and
+      masks contain ones.
     """
 
     def __init__(self):
@@ -95,8 +96,11 @@ class MetaMemory(TorchDispatchMode):
         return out
 
     def values(self, x):
-        """The data of a tensor; ones if it has none."""
-        return self.known.get(x, torch.ones(x.shape, dtype=x.dtype)) if x.is_meta else x
+        """The data of a tensor. If it has none: random numbers, or ones."""
+        if not x.is_meta or x in self.known:
+            return self.known.get(x, x)
+        new = torch.rand if x.is_floating_point() else torch.ones
+        return new(x.shape, dtype=x.dtype)
 
     def to_meta(self, x):
         """A meta tensor for a known result."""

@@ -73,7 +73,7 @@ def attention_maps(vlm, prompt, completion):
     text = vlm.core.config.text_config
     layers, heads = range(text.num_hidden_layers), range(text.num_attention_heads)
     capture = Capture(layers, heads, average_heads=False)
-    vlm._packed_forward([prompt], [completion.ids], capture)
+    vlm._packed_forward([prompt], vlm._move(completion.ids), capture)
     maps = torch.stack([capture.maps[layer][0] for layer in layers])  # (L, H, 1 + C, N)
     return maps[:, :, 1:], maps[:, :, 0]
 

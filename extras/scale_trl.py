@@ -11,6 +11,7 @@ import os
 import sys
 from dataclasses import replace
 from itertools import groupby
+from math import prod
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,7 +36,7 @@ from trl import GRPOConfig, GRPOTrainer
 from checkpoint import RunDirectory, continue_exactly, run_config
 from data import Example, encode_example, epoch_index, format_question, load_datasets
 from extras.model_card import model_card
-from model import Completions, choose_device, load_model
+from model import Completions, choose_device, load_model, tile_grid
 
 
 class SayoTrainer(GRPOTrainer):
@@ -56,7 +57,7 @@ class SayoTrainer(GRPOTrainer):
             SayoRewards(vlm, cfg).functions(),
             args,
             trl_dataset(train_set, cfg),
-            processing_class=TrlProcessor(vlm.image_processor, vlm.tokenizer),
+            processing_class=TrlProcessor(vlm.image_processor, vlm.tokenizer, vlm.core.config),
         )
         for p, value in adapter.items():
             p.data = value  # over 4 bits TRL rounds LoRA to bf16, in which steps of 5e-6 vanish
@@ -119,23 +120,31 @@ class SayoRewards:
 
 
 class TrlProcessor(ProcessorMixin):
-    """The parts of a Qwen-VL processor that TRL needs; these work without torchvision."""
+    """The parts of a model's processor that TRL needs; these work without torchvision."""
 
-    return_mm_token_type_ids, text_kwargs = True, {"return_token_type_ids": False}
+    text_kwargs = {"return_token_type_ids": False}
 
-    def __init__(self, image_processor, tokenizer):
-        self.image_token = "<|image_pad|>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+    def __init__(self, image_processor, tokenizer, config):
+        self.image_token_id, self.tile = config.image_token_id, tile_grid(config)
+        self.image_token = tokenizer.convert_ids_to_tokens(self.image_token_id)
+        self.return_mm_token_type_ids = not self.tile  # for M-RoPE
         super().__init__(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
+    def __call__(self, *args, **kwargs):
+        inputs = super().__call__(*args, **kwargs)
+        inputs.pop("num_patches", None)  # of InternVL: always one tile; TRL does not take it
+        return inputs
+
     def replace_image_token(self, image_inputs, image_idx, **kwargs):
+        if self.tile:
+            return self.image_token * prod(self.tile)
         patches = image_inputs["image_grid_thw"][image_idx].prod()
         return self.image_token * int(patches // self.image_processor.merge_size**2)
 
 
 def pack_completions(vlm, token_ids, cfg):
     """TRL's lists of token ids, one per completion, as Completions."""
-    rows = [torch.tensor(row, device=vlm.device) for row in token_ids]
+    rows = [torch.tensor(row) for row in token_ids]
     mask = pad_sequence([torch.ones_like(row).bool() for row in rows], batch_first=True)
     texts = [vlm.tokenizer.decode(row, skip_special_tokens=True) for row in token_ids]
     return Completions(pad_sequence(rows, batch_first=True), mask, texts, cfg.temperature)

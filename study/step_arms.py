@@ -253,7 +253,7 @@ def make_trl_trainer(vlm, example, reward_function, C, G, checkpointing):
     )
     chat = [{"role": "user", "content": example.question}]
     data = Dataset.from_list([{"prompt": chat, "image": example.image}] * 8)
-    processor = TrlProcessor(vlm.image_processor, vlm.tokenizer)
+    processor = TrlProcessor(vlm.image_processor, vlm.tokenizer, vlm.core.config)
     return GRPOTrainer(
         policy, reward_function, args, data, processing_class=processor, peft_config=lora
     )

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tiny"
 FAST = "--device cpu --no-load_in_4bit --prompts_per_step 2 --num_generations 4".split()
 FAST += ["--model_name_or_path", str(TINY)]
-# For tests marked cuda. `study/gpu.sh --small` runs them on the CPU to check the tests themselves.
+# For tests marked cuda. `study/gpu.py --small` runs some on the CPU to check the tests themselves.
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 
 
@@ -70,6 +70,43 @@ def qwen2_5(tmp_path_factory):
     size = {"shortest_edge": 64, "longest_edge": 112 * 112}  # areas, despite the names
     Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size=size).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def internvl(tmp_path_factory):
+    """A folder with a random two-layer InternVL3.5 and the tokenizer of tiny/, two of whose words
+    stand for <img> and </img>. Its tile has 4 x 4 image tokens."""
+    from transformers import AutoTokenizer, GotOcr2ImageProcessorPil, InternVLConfig
+    from transformers import InternVLForConditionalGeneration as Model
+
+    folder = tmp_path_factory.mktemp("internvl")
+    names = {"start_image_token": "<|vision_start|>", "end_image_token": "<|vision_end|>"}
+    tokenizer = AutoTokenizer.from_pretrained(TINY, extra_special_tokens=names)
+    tokenizer.chat_template = INTERNVL_TEMPLATE
+    text = dict(model_type="qwen3", vocab_size=64, hidden_size=64, intermediate_size=128)
+    text |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    text |= dict(eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, image_size=64)
+    vision |= dict(num_attention_heads=2, patch_size=8)
+    image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    torch.manual_seed(0)
+    config = InternVLConfig(text_config=text, vision_config=vision, image_token_id=image_id)
+    Model(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"height": 64, "width": 64}
+    GotOcr2ImageProcessorPil(size=size, crop_to_patches=True).save_pretrained(folder)
+    return folder
+
+
+# The template that transformers' conversion script writes (older checkpoints: <image>).
+INTERNVL_TEMPLATE = """{% for message in messages %}{{'<|im_start|>' + message['role'] + '
+'}}{% if message['content'] is string %}{{ message['content'] }}{% else %}\
+{% for content in message['content'] %}{% if content['type'] == 'image' %}{{ '<image>
+' }}{% elif content['type'] == 'video' %}{{ '<video>
+' }}{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}\
+{{'<|im_end|>
+'}}{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant
+' }}{% endif %}"""
 
 
 def qwen2_5_config(tokenizer):

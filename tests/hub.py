@@ -5,14 +5,10 @@ import json
 
 import torch
 from accelerate import init_empty_weights
+from conftest import INTERNVL_TEMPLATE
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 VOCABULARY = 151_936  # rows of the embedding; the tokenizer has fewer entries
 SPECIAL = "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start "
@@ -64,6 +60,25 @@ PREPROCESSORS = {
     "qwen2_5": IMAGES | SIZES | {"image_processor_type": "Qwen2VLImageProcessor"},
     "qwen3": IMAGES | QWEN3_SIZES | {"image_processor_type": "Qwen2VLImageProcessorFast"},
 }
+MARKS = {"<img>": 151_669, "</img>": 151_670, "<IMG_CONTEXT>": 151_671, "<video>": 151_672}
+INTERNVL = {  # OpenGVLab/InternVL3_5-1B-HF
+    "architectures": ["InternVLForConditionalGeneration"],
+    "model_type": "internvl",
+    "image_token_id": MARKS["<IMG_CONTEXT>"],
+    "image_seq_length": 16,
+    "downsample_ratio": 0.5,
+    "text_config": TEXT | {"head_dim": 8, "model_type": "qwen3", "rope_theta": 1000000},
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.55.0",
+    "vision_config": {"hidden_size": 32, "image_size": [112, 112], "intermediate_size": 64}
+    | {"model_type": "internvl_vision", "num_attention_heads": 2, "num_hidden_layers": 2}
+    | {"attention_bias": True, "patch_size": [14, 14]},
+}
+TILES = {"crop_to_patches": True, "max_patches": 12, "min_patches": 1, "do_resize": True}
+TILES |= {"size": {"height": 112, "width": 112}, "processor_class": "InternVLProcessor"}
+PREPROCESSORS["internvl"] = TILES | {"image_processor_type": "GotOcr2ImageProcessorFast"}
+CONFIGS = {"qwen2_5": QWEN2_5, "qwen3": QWEN3, "internvl": INTERNVL}
 GENERATION = ENDS | {"eos_token_id": [SPECIAL["<|im_end|>"], SPECIAL["<|endoftext|>"]]}
 GENERATION |= {"do_sample": True, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
 TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message.role }}
@@ -84,45 +99,56 @@ TOKENIZER = {
 
 
 def write_checkpoint(folder, family):
-    """Write a "qwen2_5" or "qwen3" checkpoint. The chat template is in chat_template.json for
-    qwen2_5 and in tokenizer_config.json for qwen3: the hub has both forms. Returns: the folder."""
-    config, processor = (QWEN2_5 if family == "qwen2_5" else QWEN3), PREPROCESSORS[family]
+    """Write a checkpoint of a family in CONFIGS. The chat template is in chat_template.json for
+    qwen2_5, in tokenizer_config.json for qwen3 and in chat_template.jinja for internvl: the hub has
+    all these forms. Returns: the folder."""
+    config, processor = CONFIGS[family], PREPROCESSORS[family]
     files = {"config": config, "preprocessor_config": processor, "generation_config": GENERATION}
     if family == "qwen2_5":
         files |= {"tokenizer_config": TOKENIZER, "chat_template": {"chat_template": TEMPLATE}}
+    elif family == "internvl":
+        names = "start_image_token", "end_image_token", "context_image_token", "video_token"
+        added = {str(i): {"content": name, "special": True} for name, i in MARKS.items()}
+        added |= {str(i): {"content": f"<unused{i}>"} for i in range(151_657, 151_669)}
+        added = {"added_tokens_decoder": TOKENIZER["added_tokens_decoder"] | added}
+        added["extra_special_tokens"] = dict(zip(names, MARKS))
+        files["tokenizer_config"] = TOKENIZER | added
+        template = INTERNVL_TEMPLATE.replace("<image>", "<IMG_CONTEXT>")
+        (folder / "chat_template.jinja").write_text(template)
     else:
         files["tokenizer_config"] = TOKENIZER | {"chat_template": TEMPLATE}
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
-    write_tokenizer(folder / "tokenizer.json")
+    write_tokenizer(folder / "tokenizer.json", MARKS if family == "internvl" else {})
     write_weights(folder, family, config)
     return folder
 
 
 def write_weights(folder, family, config):
     """Write random bf16 weights without the LM head, which is tied."""
-    if family == "qwen2_5":
-        like, kind = Qwen2_5_VLConfig(**config), Qwen2_5_VLForConditionalGeneration
-    else:
-        like, kind = Qwen3VLConfig(**config), Qwen3VLForConditionalGeneration
     with init_empty_weights():
-        names = {k: v.shape for k, v in kind(like).state_dict().items() if k != "lm_head.weight"}
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
+    names = {k: v.shape for k, v in model.state_dict().items() if k != "lm_head.weight"}
     generator, weights = torch.Generator().manual_seed(0), {}
     for name, shape in names.items():
         if family == "qwen2_5":  # names used before transformers 4.52
             name = name.replace("model.language_model.", "model.").replace("model.visual", "visual")
+        if family == "internvl":
+            name = name.replace("model.language_model.", "language_model.model.")
+            name = name.replace("model.vision", "vision").replace("model.multi", "multi")
         weight = torch.empty(shape).normal_(0, 0.05, generator=generator)
         weights[name] = (weight + (len(shape) == 1 and "bias" not in name)).bfloat16()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_tokenizer(path):
+def write_tokenizer(path, more=()):
     """Write a byte-level BPE with as many entries as Qwen's, but with made-up words and no merges,
     so that text is split into bytes."""
     words = sorted(pre_tokenizers.ByteLevel.alphabet())
     words += [f"w{i}" for i in range(len(words), SPECIAL["<|endoftext|>"])]
+    special = [*SPECIAL, *(f"<unused{i}>" for i in range(151_657, 151_669) if more), *more]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(x, special=True, normalized=False) for x in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(x, special=True, normalized=False) for x in special])
     tokenizer.save(str(path))

@@ -48,8 +48,10 @@ def test_every_completion_sees_its_prompt_and_its_own_past():
     torch.testing.assert_close(run(groups), expected)
 
 
+@pytest.mark.parametrize("floats", [2**25, 1])
 @pytest.mark.parametrize("heads", [[0], [1, 3], [0, 1, 2, 3]])
-def test_captured_attention_is_that_of_the_image_tokens_in_fp32(heads):
+def test_captured_attention_is_that_of_the_image_tokens_in_fp32(heads, floats, monkeypatch):
+    monkeypatch.setattr("attention.MAP_FLOATS", floats)  # all heads at once, or one by one
     groups = [make_group(7, 3, 4), make_group(5, 2, 6)]
     groups = [(group, [x.bfloat16().requires_grad_() for x in qkv]) for group, qkv in groups]
     mean, each = Capture([1, 3], heads), Capture([1, 3], heads, average_heads=False)
@@ -90,7 +92,7 @@ def test_memory_does_not_grow_with_the_square_of_the_packed_length():
     group = make_group(P, G, C)
     with LargestTensor() as largest:
         image_attention(*group[1][:2], group[0], Capture([0], [0, 1]), SCALING)
-    assert largest.numel == (1 + G * C) * (P + C)
+    assert largest.numel == 2 * (1 + G * C) * (P + C)
     with LargestTensor() as largest, torch.no_grad():
         run([group])
     assert largest.numel <= G * 4 * (P + C) * 8  # G copies of the keys, for every query head
@@ -100,11 +102,12 @@ def test_memory_does_not_grow_with_the_square_of_the_packed_length():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("family", ["qwen3", "qwen2_5"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_5", "internvl"])
 def test_packed_groups_equal_single_groups(family, checkpointing, request):
-    folder = TINY if family == "qwen3" else request.getfixturevalue("qwen2_5")
+    folder = TINY if family == "qwen3" else request.getfixturevalue(family)
     vlm, towers = load(folder, gradient_checkpointing=checkpointing), []
-    vlm.core.model.visual.register_forward_hook(lambda *_: towers.append(1))
+    tower = getattr(vlm.core.model, "vision_tower" if family == "internvl" else "visual")
+    tower.register_forward_hook(lambda *_: towers.append(1))
     image = Scenes("validation", 3)[2].image.resize((64, 96))
     prompts = [ask(vlm, 0, C=1)[0], vlm.encode(image, "dot ?")]
     towers.clear()

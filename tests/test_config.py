@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
+import config
 import model
 import sayo_mini
 from config import FIELDS, GROUPS, Config, InputError, build_config, is_tiny, parse_command_line
@@ -20,6 +21,40 @@ from extras.commands import EXAMPLES, USED
 def parse(flags):
     """The flags of a training run, as a dict of values."""
     return parse_command_line(shlex.split(flags))[1]
+
+
+# --- libraries ---
+
+
+@pytest.mark.parametrize(
+    "name, found, wrong",
+    [
+        ("torch", "2.10.1", "torch 2.10.1 is not supported: pip install 'torch>=2.11'"),
+        ("torch", "2.11.0+cu130", None),
+        ("torch", "3.0", None),
+        ("transformers", "5.25.0", "pip install 'transformers>=5.23,<5.25'"),
+        ("peft", None, "peft is not installed: pip install 'peft>=0.21,<0.22'"),
+    ],
+)
+def test_libraries_outside_their_range_are_refused(monkeypatch, name, found, wrong):
+    def version(library):
+        if library == name and found is None:
+            raise config.PackageNotFoundError
+        return found if library == name else installed(library)
+
+    installed = config.version
+    monkeypatch.setattr(config, "version", version)
+    if wrong:
+        with pytest.raises(InputError, match=re.escape(wrong)):
+            config.check_versions()
+    else:
+        config.check_versions()
+
+
+def test_pyproject_has_the_same_ranges():
+    text = (ROOT / "pyproject.toml").read_text()
+    for name, (lowest, above) in config.REQUIRED.items():
+        assert f'"{name}>={lowest}{f",<{above}" if above else ""}"' in text
 
 
 # --- ranges ---

@@ -1,4 +1,4 @@
-"""Tests that need a CUDA card; skipped without one. `study/gpu.sh` runs them."""
+"""Tests that need a CUDA card; skipped without one. `study/gpu.py` runs them."""
 
 import pytest
 import torch

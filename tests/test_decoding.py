@@ -1,10 +1,13 @@
 """decoding.py: token by token, the same log-probabilities as one forward pass of transformers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import TINY, ask, load
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import decoding
 from decoding import GraphDecoder, fast_linear
 from model import Completions
 from scenes import Scenes
@@ -16,9 +19,9 @@ def no_grad():
         yield
 
 
-@pytest.fixture(params=["qwen3", "qwen2_5"])
+@pytest.fixture(params=["qwen3", "qwen2_5", "internvl"])
 def folder(request):
-    return TINY if request.param == "qwen3" else request.getfixturevalue("qwen2_5")
+    return TINY if request.param == "qwen3" else request.getfixturevalue(request.param)
 
 
 def decoded_logps(vlm, prompts, completions):
@@ -105,11 +108,21 @@ def test_buffers_have_their_final_length_and_a_graph_can_replay_a_step(graph):
     assert not any("_local_scalar_dense" in name for name, _ in steps[0])
 
 
-def test_scales_that_are_dequantized_once_change_no_bit():
-    def layer(vlm):
-        return vlm.core.model.language_model.layers[0].mlp.gate_proj.base_layer
-
-    quantized, full = layer(load(load_in_4bit=True)), layer(load())
-    x = torch.randn(5, quantized.in_features)
-    assert fast_linear(quantized) is not quantized and fast_linear(full) is full
-    assert torch.equal(fast_linear(quantized)(x), quantized(x))
+def test_weights_that_are_dequantized_once_change_no_bit(monkeypatch):
+    """They are held only while sampling, and only if there is room."""
+    vlm = load(load_in_4bit=True)
+    layer = vlm.core.model.language_model.layers[0].mlp.gate_proj.base_layer
+    x, full = torch.randn(5, layer.in_features), torch.nn.Linear(3, 3)
+    held = fast_linear(layer, torch.float32, True)
+    assert held is not layer and torch.equal(held(x), layer(x))
+    assert fast_linear(full, torch.float32, True) is full
+    needed = 4 * decoding.quantized_numel(vlm.core)  # bytes
+    assert needed == 4 * 4 * sum(
+        p.quant_state.shape.numel()
+        for p in vlm.core.model.language_model.layers[0].parameters()
+        if hasattr(p, "quant_state")
+    )
+    for free, expected in ((2 * needed, True), (2 * needed - 1, False)):
+        memory = SimpleNamespace(available=free)
+        monkeypatch.setattr(decoding, "virtual_memory", lambda memory=memory: memory)
+        assert decoding.room_for_weights(vlm.core, torch.float32) == expected

@@ -94,9 +94,9 @@ def test_commands_parse(page):
 
 @every_page
 def test_flags_exist(page):
-    scripts = [*ROOT.glob("extras/*.py"), *ROOT.glob("study/*.py"), ROOT / "study" / "gpu.sh"]
+    scripts = [*ROOT.glob("extras/*.py"), *ROOT.glob("study/*.py")]
     code = "".join(path.read_text(encoding="utf-8") for path in scripts)
-    added = re.findall(r'(?:"|== )--(\w+)', code)
+    added = re.findall(r'"--(\w+)', code)
     named = re.findall(r"`(--\w[^`\n]*)`", TEXT[page])
     commands = re.findall(r"(?:sayo_mini|\w+/\w+)\.py([^`\n]*)", TEXT[page])
     for flag in re.findall(r"--(?:no-)?(\w+)", " ".join(named + commands)):

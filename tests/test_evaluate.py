@@ -113,15 +113,19 @@ def test_fixed_text_is_the_earlier_answer_at_the_tokens_selected_then(vlm):
 
 def test_the_size_of_a_batch_does_not_change_the_results(vlm, monkeypatch):
     """Batches of two, in which the fifth question is alone, and one batch of five."""
-    scenes, runs = Scenes("validation", 5), []
-    for tokens in (200, 4096):
+    scenes, runs, decoded, cfg = Scenes("validation", 5), [], [], replace(CFG, num_generations=2)
+    sample = vlm._sample
+    monkeypatch.setattr(vlm, "_sample", lambda *a: decoded.append(len(a[0])) or sample(*a))
+    for tokens, questions in ((200, 2), (4096, 5)):
         monkeypatch.setattr("model.TOKENS_PER_FORWARD", tokens)
-        before = evaluate(vlm, scenes, CFG, "before")
+        cfg.prompts_per_step = questions
+        before = evaluate(vlm, scenes, cfg, "before")
         with vlm.model.disable_adapter():
-            after = evaluate(vlm, scenes, CFG, "after", before)
+            after = evaluate(vlm, scenes, cfg, "after", before)
         names = "auroc", "permuted_auroc", "image_mass"
         numbers = [[x[name] for name in names] + [y["fixed_auroc"]] for x, y in zip(before, after)]
         runs.append(([(x["id"], x["text"]) for x in before], numbers))
+    assert decoded == [4, 1, 4, 1, 5, 5]  # as many rows as training, not as in a trace
     assert runs[0][0] == runs[1][0] and len({text for _, text in runs[0][0]}) > 2
     assert [id for id, _ in runs[0][0]] == [example.id for example in scenes]
     for in_twos, at_once in zip(runs[0][1], runs[1][1]):

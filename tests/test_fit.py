@@ -68,8 +68,23 @@ def test_memory_grows_with_every_setting_and_parts_save_it(small):
 
 
 @pytest.mark.slow
-def test_a_rehearsal_does_not_break_loading_in_the_same_process(small):
+def test_internvl_is_rehearsed_with_its_tile(internvl):
+    config = fit.read_config(str(internvl))
+    assert fit.image_grid(config, 2**18) == (4, 4)
+    assert set(rehearse(config)) == set(fit.PHASES)
+
+
+@pytest.mark.slow
+def test_a_rehearsal_does_not_break_loading_in_the_same_process(small, monkeypatch):
+    losses, begin = [], fit.RehearsedVlm.begin_update
+
+    def record(vlm, loss):
+        losses.append(loss)
+        return begin(vlm, loss)
+
+    monkeypatch.setattr(fit.RehearsedVlm, "begin_update", record)
     rehearse(small)
+    assert losses[0].is_meta  # on the device of the gradients, as a GradScaler needs
     from model import load_vlm
 
     vlm = load_vlm(TINY, load_in_4bit=True, device="cpu")
@@ -109,10 +124,22 @@ def test_published_models_are_known_without_a_hub(size, parameters):
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-@pytest.mark.parametrize("case, word", [("missing", "No such file"), ("other", "has type gpt2")])
-def test_an_unreadable_model_is_one_line(tmp_path, capsys, case, word):
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+@pytest.mark.parametrize(
+    "case, config, word",
+    [
+        ("missing", None, "No such file"),
+        ("other", {"model_type": "gpt2"}, "has type gpt2"),
+        (
+            "moe",
+            {"model_type": "internvl", "text_config": {"model_type": "qwen3_moe"}},
+            "qwen3_moe",
+        ),
+    ],
+)
+def test_an_unreadable_model_is_one_line(tmp_path, capsys, case, config, word):
+    if config:
+        (tmp_path / case).mkdir()
+        (tmp_path / case / "config.json").write_text(json.dumps(config))
     assert sayo_mini.main(["fit", "--model_name_or_path", str(tmp_path / case)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("sayo_mini.py: ") and word in line

@@ -26,7 +26,7 @@ for flags in json.loads(sys.argv[1]):
 """
 
 
-@pytest.fixture(scope="module", params=["qwen2_5", "qwen3"])
+@pytest.fixture(scope="module", params=["qwen2_5", "qwen3", "internvl"])
 def checkpoint(request, tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -58,7 +58,8 @@ def test_the_checkpoint_loads_as_published(checkpoint):
     assert vlm.core.lm_head.weight is vlm.core.get_input_embeddings().weight  # tied
     assert len(vlm.core.lm_head.weight) == VOCABULARY > len(vlm.tokenizer)
     assert vlm.stop_ids.tolist() == [SPECIAL["<|im_end|>"], SPECIAL["<|endoftext|>"]]
-    assert vlm.tokenizer.chat_template == TEMPLATE
+    if "internvl" not in str(checkpoint):  # see `load_tokenizer`
+        assert vlm.tokenizer.chat_template == TEMPLATE
     assert len(vlm.placeholders) == 4
     file = load_file(checkpoint / "model.safetensors")
     saved = {name.split("layers.1.")[-1]: weight for name, weight in file.items()}

@@ -157,7 +157,7 @@ DAMAGE = {  # case -> (the damage, the file, a word of the message)
     "no processor": (Path.unlink, "preprocessor_config.json", "download it again"),
     "half a config": (cut_in_half, "config.json", "download it"),
     "quantized": (quantized, "config.json", "is already quantized: use the original checkpoint"),
-    "another model": (other_type, "config.json", "supported: qwen2_5_vl and qwen3_vl"),
+    "another model": (other_type, "config.json", "supported: qwen2_5_vl, qwen3_vl, internvl"),
 }
 
 

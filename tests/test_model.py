@@ -1,6 +1,8 @@
 """Tests of model.py and attention.py against independent implementations: the transformers forward
 on one completion at a time, and eager attention."""
 
+from contextlib import nullcontext
+
 import bitsandbytes
 import pytest
 import torch
@@ -17,9 +19,9 @@ from scenes import Scenes
 LENGTHS = torch.tensor([[12], [7], [1], [10]])  # of four completions; unequal, so there is padding
 
 
-@pytest.fixture(params=["qwen3", "qwen2_5"])
-def folder(request, qwen2_5):
-    return {"qwen3": TINY, "qwen2_5": qwen2_5}[request.param]
+@pytest.fixture(params=["qwen3", "qwen2_5", "internvl"])
+def folder(request):
+    return TINY if request.param == "qwen3" else request.getfixturevalue(request.param)
 
 
 def reference_forward(vlm, prompt, completions, row, **kwargs):
@@ -27,14 +29,15 @@ def reference_forward(vlm, prompt, completions, row, **kwargs):
     computes the positions and vision features. Returns: the logits (C_i, V) that predict each token
     of the completion, and the whole output."""
     ids = torch.cat([prompt.input_ids, completions.ids[row][completions.mask[row]]])[None]
-    kinds = torch.zeros_like(ids)
-    kinds[0, prompt.image_positions] = 1
-    vlm.core.model.rope_deltas = None
+    layout = {}
+    if len(prompt.position_ids) == 3:  # M-RoPE
+        layout["mm_token_type_ids"] = kinds = torch.zeros_like(ids)
+        kinds[0, prompt.image_positions] = 1
+        vlm.core.model.rope_deltas = None
     out = vlm.core(
         input_ids=ids,
-        mm_token_type_ids=kinds,
-        pixel_values=prompt.pixel_values,
-        image_grid_thw=prompt.image_grid_thw,
+        **layout,
+        **prompt.image,
         use_cache=False,
         **kwargs,
     )
@@ -259,18 +262,40 @@ def test_no_deprecated_name_of_transformers_is_used(folder, monkeypatch):
 # --- prompts ---
 
 
+@pytest.mark.parametrize("folder", ["qwen3", "qwen2_5"], indirect=True)
 @pytest.mark.parametrize("size", [(112, 112), (224, 56), (60, 200), (1, 1)])
 def test_image_tokens_are_at_image_positions(folder, size):
     vlm = load(folder)
     prompt = vlm.encode(Image.new("RGB", size, "red"), "What color is the dot on the red card?")
     rows, cols = prompt.grid
-    assert len(prompt.image_positions) == rows * cols == prompt.image_grid_thw.prod().item() // 4
+    assert (
+        len(prompt.image_positions)
+        == rows * cols
+        == prompt.image["image_grid_thw"].prod().item() // 4
+    )
     assert (prompt.input_ids[prompt.image_positions] == vlm.core.config.image_token_id).all()
     assert (prompt.input_ids == vlm.core.config.image_token_id).sum() == rows * cols
     assert (rows >= cols) == (size[1] >= size[0])
     text = vlm.tokenizer.decode(prompt.input_ids[prompt.image_positions[-1] + 1 :])
     question = "what color is the dot on the red card ?"
     assert text == f"<|vision_end|> {question} <|im_end|> <|im_start|> assistant"
+
+
+def test_internvl_squeezes_an_image_to_one_tile_and_answers_as_generate_does(internvl):
+    """Its processor would cut a wide image into several tiles, and write <img> and </img>."""
+    vlm = load(internvl)
+    prompt = vlm.encode(Image.effect_noise((200, 60), 64), "what color is the dot ?")
+    assert prompt.grid == (4, 4) and prompt.image["pixel_values"].shape == (1, 3, 64, 64)
+    text = vlm.tokenizer.decode(prompt.input_ids).replace(" ", "")
+    image = f"<|vision_start|>{'<|image_pad|>' * 16}<|vision_end|>"  # of tiny/'s tokenizer
+    assert text == f"<|im_start|>user{image}whatcoloristhedot?<|im_end|><|im_start|>assistant"
+    assert len(vlm.placeholders) == 3
+    settings = dict(do_sample=False, suppress_tokens=vlm.placeholders.tolist(), max_new_tokens=10)
+    written = vlm.core.generate(prompt.input_ids[None], **prompt.image, **settings)
+    expected = written[0, len(prompt.input_ids) :]
+    assert torch.equal(vlm.sample(prompt, 1, 10, temperature=0).ids[0], expected)
+    with pytest.raises(InputError, match="--max_pixels 4000: .* always uses 4096"):
+        load(internvl, max_pixels=4000)
 
 
 def test_question_with_a_placeholder_is_refused():
@@ -285,6 +310,32 @@ def test_max_pixels_limits_the_image():
     assert prompt.grid == (3, 3)  # 56 px are 3.5 cells of 16 px
 
 
+# --- LoRA ---
+
+
+def test_lora_is_that_of_peft_without_its_casts():
+    vlm = load(load_in_4bit=True)
+    layer = vlm.core.model.language_model.layers[1].mlp.up_proj
+    x = torch.randn(2, 3, layer.in_features)
+    for off in (False, True):
+        with vlm.model.disable_adapter() if off else nullcontext():
+            torch.testing.assert_close(layer.forward(x), type(layer).forward(layer, x))
+    assert (layer.forward(x) - layer.base_layer(x)).abs().max() > 1e-3
+    norm = vlm.core.model.language_model.norm
+    torch.testing.assert_close(norm.forward(x), type(norm).forward(norm, x))
+
+
+def test_gradients_in_bf16_point_where_those_in_fp32_do():
+    found, example, (_, completions) = [], Scenes("validation", 100)[0], ask(load())
+    for dtype in (torch.float32, torch.bfloat16):
+        vlm = load(dtype=dtype)
+        prompt = vlm.encode(example.image, example.question)
+        vlm.score(prompt, completions).logps[completions.mask].sum().backward()
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in trained(vlm))
+        found.append(torch.cat([p.grad.flatten() for p in trained(vlm)]))
+    assert torch.cosine_similarity(*found, dim=0) > 0.98
+
+
 # --- 4-bit ---
 
 
@@ -293,12 +344,12 @@ def quantized_layers(vlm):
     return {n: m for n, m in modules if isinstance(m, bitsandbytes.nn.Linear4bit)}
 
 
-def test_4bit_on_the_cpu():
+def test_4bit_on_the_cpu(folder):
     """Only the language model is quantized, to NF4 with double quantization. Sampling, scoring and
     the backward pass all run."""
-    vlm = load(load_in_4bit=True)
-    quantized = quantized_layers(vlm)
-    assert len(quantized) == 4 * 7 and all("language_model.layers" in n for n in quantized)
+    vlm = load(folder, load_in_4bit=True)
+    quantized, layers = quantized_layers(vlm), vlm.core.config.text_config.num_hidden_layers
+    assert len(quantized) == layers * 7 and all("language_model.layers" in n for n in quantized)
     state = next(iter(quantized.values())).weight.quant_state
     assert state.quant_type == "nf4" and state.nested
     prompt, completions = ask(vlm)

@@ -111,16 +111,18 @@ CASES = {  # case -> (--completions_per_forward, more flags)
     "half groups": (2, ""),
     "all groups": (12, "--gradient_checkpointing"),
     "Qwen2.5-VL": (12, "--max_completion_length 9 --model_name_or_path {qwen}"),
+    "InternVL": (12, "--max_completion_length 9 --model_name_or_path {internvl}"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_step_equals_that_of_sayo_mini(tmp_path, monkeypatch, qwen2_5, case):
+def test_one_step_equals_that_of_sayo_mini(tmp_path, monkeypatch, qwen2_5, internvl, case):
     """With the same completions, log-probabilities, rewards, advantages, loss (with KL) and
     gradient agree to 1e-5, whatever the lengths of prompts in a batch. The adapter is random, so
     that the reference differs from the policy, and the temperature is not 1."""
     per_forward, flags = CASES[case]
-    flags = f"{flags.format(qwen=qwen2_5)} --completions_per_forward {per_forward} --beta 0.1"
+    flags = flags.format(qwen=qwen2_5, internvl=internvl)
+    flags += f" --completions_per_forward {per_forward} --beta 0.1"
     flags += f" --dataset {write_unequal_prompts(tmp_path)} --eval_examples 0 --temperature 2"
     flags += " --reward_weights attention=1,format=0.5,accuracy=0.25 --max_pixels 12544"
     cfg, trainer, vlm = make_trainer(tmp_path / "run", f"{flags} --learning_rate 0")
@@ -137,11 +139,11 @@ def test_one_step_equals_that_of_sayo_mini(tmp_path, monkeypatch, qwen2_5, case)
     prompts = [g.prompt for g in groups for _ in range(cfg.num_generations)]
     rows = [row for g in groups for row in zip(g.completions.ids, g.completions.mask, g.old_logps)]
     completions = [ids[mask].tolist() for ids, mask, _ in rows]
-    assert len({len(p.input_ids) for p in prompts}) == 3 and len(set(map(len, completions))) > 1
+    assert len({len(p.input_ids) for p in prompts}) >= 2 and len(set(map(len, completions))) > 1
 
     def generate_same(trainer, prompt_ids, images, fields, num_generations):
         assert prompt_ids == [prompt.input_ids.tolist() for prompt in prompts]
-        pixels = torch.cat([prompt.pixel_values for prompt in prompts])
+        pixels = torch.cat([prompt.image["pixel_values"] for prompt in prompts])
         assert torch.equal(torch.as_tensor(fields["pixel_values"]), pixels)
         return completions, None
 

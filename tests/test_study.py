@@ -3,6 +3,7 @@ kill test finds a planted difference, and the model in tiny/ makes mistakes."""
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from config import TINY as SETTINGS
 from config import Config
 from model import load_vlm
 from scenes import Scenes
-from study import growth, kill, make_tiny, step
+from study import count, growth, kill, make_tiny, step
 from study.common import RESULTS, ROOT
 from study.random_model import make_model, make_question
 from study.step_arms import NaiveVlm
@@ -87,6 +88,16 @@ def test_variants_take_turns_and_finished_points_are_not_measured_again(tmp_path
     example = make_question(vlm, 300, 256)
     prompt = vlm.encode(example.image, example.question)
     assert len(prompt.input_ids) == 300 and len(prompt.image_positions) == 256
+
+
+@pytest.mark.slow
+def test_the_gpu_is_rarely_waited_for():
+    """Not once per completion, and decoding waits only to see whether all have ended."""
+    cfg = Config(num_generations=4, max_completion_length=12, prompts_per_step=2, max_pixels=2**14)
+    counts = count.count_step("30m", replace(cfg, eval_examples=0))
+    assert sum(c["waits"] for c in counts.values()) < 40
+    assert counts["token"]["launches"] < 11 * 7 * 45
+    assert all(c["bytes"] and c["flops"] and c["4090"] for c in counts.values())
 
 
 # --- tables ---

@@ -76,6 +76,27 @@ def test_questions_are_sampled_in_batches(monkeypatch, at_once, batch_sizes):
     assert [s["id"] for s in samples] == [f"train-0-{i}" for i in range(3) for _ in range(4)]
 
 
+def test_fewer_questions_are_sampled_at_once_when_memory_runs_out(capsys):
+    """Also in later steps. One question alone cannot be split."""
+    vlm, sizes, most = load(), [], 2
+    sample = vlm._sample
+
+    def limited(prompts, *args):
+        sizes.append(len(prompts))
+        if len(prompts) > most:
+            raise torch.OutOfMemoryError
+        return sample(prompts, *args)
+
+    with patch.object(vlm, "_sample", limited):
+        make_step(vlm=vlm, count=4)
+        make_step(vlm=vlm, count=4)
+        assert sizes == [4, 2, 2, 2, 2]
+        assert "fewer than 4 questions at once" in "".join(capsys.readouterr())
+        most = 0
+        with pytest.raises(torch.OutOfMemoryError):
+            make_step(vlm=vlm)
+
+
 @pytest.mark.parametrize("beta", [0.5, 0.0])
 def test_completions_per_forward_changes_only_memory(beta):
     """Up to two groups fit in a forward. All tokens count and the completions vary, because
