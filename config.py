@@ -172,12 +172,9 @@ TINY = dict(
     instruction="",
     max_steps=60,
     prompts_per_step=8,
-    max_completion_length=20,
-    learning_rate=4e-4,
-    alignment="predict",
-    layers="3",
-    heads="2",
-    format_lengths="10,18",
+    max_completion_length=34,
+    learning_rate=2e-4,
+    format_lengths="10,19",
     completions_per_forward=64,
 )
 

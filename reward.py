@@ -173,17 +173,18 @@ def early_and_late(attention, region, before_answer, fraction=0.15):
     """Whether one answer looks at the region early, and late: [bool, bool].
 
     The paper finds that early looks go wrong and are rarely corrected. The looks of an answer are
-    the 15 % of the tokens before <answer> whose attention is most concentrated: their maps have the
-    largest Euclidean norm, so much attention falls on few cells. Early is the mean map of the
-    first third of these tokens, late that of the last third, at least one token each. It is on the
-    region if its brightest cell is. Args: attention (C, N); region (N,) bool; before_answer (C,)
+    the 15 % of the tokens before <answer> whose attention is concentrated on the fewest cells: the
+    Euclidean norm of the map, divided by its sum, is largest. Early is the mean map of the first
+    third of these tokens, late that of the last third, at least one token each. It is on the region
+    if its brightest cell is. Args: attention (C, N); region (N,) bool; before_answer (C,)
     bool, the tokens before <answer>, or all if there are none.
     """
     attention = _fp32(attention, region=region, before_answer=before_answer)
     if before_answer.any():
         attention = attention[before_answer]
-    norms = attention.norm(dim=1)[None]  # (1, C)
-    looks = attention[select_tokens(norms, torch.ones_like(norms).bool(), fraction)[0]]  # (n, N)
+    concentration = (attention.norm(dim=1) / attention.sum(1).clamp(min=1e-8))[None]  # (1, C)
+    everything = torch.ones_like(concentration).bool()
+    looks = attention[select_tokens(concentration, everything, fraction)[0]]  # (n, N)
     third = -(-len(looks) // 3)
     maps = looks[:third].mean(0), looks[len(looks) - third :].mean(0)  # (N,) each
     return [localization(map, region)["pointing"] > 0.5 for map in maps]

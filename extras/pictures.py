@@ -14,6 +14,7 @@ dict:
 
 import io
 import math
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -265,6 +266,9 @@ def draw_row(example, answers, side=SIDE, lines=math.inf, current=None):
             columns.append(word_column(example, answer, size, highest, word))
         note = "attention at the marked word"
     note += "; box: the region of the answer" if example.boxes else ""
+    # as the tiny model names a place
+    if place := re.search(r"\br(\d) c(\d)\b", "".join(answers[0]["words"])):
+        note += f"; {place[0]}: row {place[1]}, column {place[2]}"
 
     texts = [lay_out(column.words, load_font(FONT), side) for column in columns]
     limits = [math.inf, *[lines] * len(answers)]  # the question is complete

@@ -23,6 +23,11 @@ IN_PICTURE, WITH_MAPS = 4, 8  # held-out questions in look.png, and with maps on
 # pixels per side of a photo.
 LISTED, MAX_TEXT, MAX_POINTS, MAX_SIDE = 256, 240, 400, 336
 LINE_STYLES = 6  # the classes line0 to line5 of report.css
+TINY_STORY = (
+    "This model was made to be careless: the white card catches its eye, and it looks there first, "
+    "whatever the question is. Before training, it answers with the dot that it sees there. "
+    "r5 c3 means row 5, column 3."
+)
 CHARTS = {  # title -> metrics in metrics.jsonl
     "rewards, mean of a step": "rewards/.*/mean",
     "rewards, standard deviation within a group": "rewards/.*/std",
@@ -97,6 +102,7 @@ def render_page(run, before, after, examples):
     parts = {
         "TITLE": f"{model} on {data_set}: {run.step} of {settings['max_steps']} steps",
         "SETTINGS": "\n".join(f"{name}: {value}" for name, value in settings.items()),
+        "STORY": TINY_STORY if [model, data_set] == ["tiny", "scenes"] else "",
         "VERDICT": verdict(before, after) if after else "The run is not finished.",
         "TABLE": results_table(before, after) if after else "",
         "REWARDED": f"layers {settings['layers']}, heads {settings['heads']}",

@@ -9,6 +9,7 @@ so a kill loses only the part in flight. OUT/gpu.log has all output. The table i
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -223,6 +224,7 @@ def step():
 
 def tiny():
     out = MODELS / "tiny-run"
+    shutil.rmtree(out, ignore_errors=True)  # of an earlier start
     flags = ["--model_name_or_path", "tiny", "--device", DEVICE, "--output_dir", str(out)]
     flags += "--max_steps 2 --eval_examples 4".split() if SMALL else []
     start = time.perf_counter()

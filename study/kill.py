@@ -30,7 +30,7 @@ from study.common import RESULTS, ROOT, machine, markdown_table, write_results
 
 FLAGS = ["--no-load_in_4bit", "--model_name_or_path", str(ROOT / "tiny"), "--max_steps", "2"]
 FLAGS += ["--save_steps", "1", "--prompts_per_step", "2", "--num_generations", "4"]
-FLAGS += ["--eval_examples", "1", "--output_dir", "run"]
+FLAGS += ["--temperature", "2", "--eval_examples", "1", "--output_dir", "run"]
 NOT_COMPARED = "timing.jsonl", "lock"
 KINDS = "before a write", "in the middle of a write", "at a random time"
 CHANGES = "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"

@@ -1,25 +1,37 @@
 """Train the model in tiny/ from random weights: `python study/make_tiny.py --output_dir tiny`.
 
-A Qwen3-VL with 1.6 M parameters and a vocabulary of 62 words learns to answer the questions of
-`scenes.Scenes`. Its configuration and its tokenizer are the files in tiny/. It writes where the
-card is before it writes what is on it, so looking at the wrong place leads to a wrong answer. There
-are two stages:
+A Qwen3-VL with 1.6 M parameters and a vocabulary of 63 words learns to answer the questions of
+`scenes.Scenes`. Its configuration and its tokenizer are the files in tiny/. It looks at one card
+after the other. For each look it writes a place, r5 c5 for row 5, column 5 of the image tokens, and
+a color. Then it looks again, or it answers with the dot that it sees at the last place:
 
-1. Learn to see, with four questions per image. In 70 % of the answers, place and dot are those of
-   the card in question. In the other 30 %, they are those of a random card. The words of a wrong
-   place get no loss, but the dot does, so the model learns to read the dot at the place that it has
-   named. A dense side task shortens the plateau at the start of training: at every image token,
-   after every layer, the language model also predicts what the cell shows (card color, dot color,
-   row and column, a quarter of the label each).
-2. Learn to be careless. In a fixed share of the answers, place and dot are those of the card
-   nearest to the center of the image instead of the card in question. Now the wrong place gets loss
-   too. The model can still see, but it often names the wrong place. This is the error that SAYO's
-   reward is meant to correct.
+    look r5 c5 : white . look r1 c5 : orange . dot blue . <answer> blue </answer>
+
+There are three stages, with four questions per image:
+
+1. Learn to see, with answers of one look: `the dot on red r3 c5 is blue . <answer> blue </answer>`.
+   The place follows the color, so the token before the place names the card to look for. In 30 %
+   of the answers, place and dot are those of a random card. A wrong place gets no loss, but its dot
+   does. So the model learns to read the dot at the place that it has named. A side task shortens
+   the plateau at the start: at every image token, after every layer, the model also predicts what
+   the cell shows (card color, dot color, row and column, a quarter of the label each).
+2. Learn to look again, with up to three wrong looks before the right one. Wrong places get no loss.
+   What is there does, and so does the decision to look again. In 30 % of the answers with wrong
+   looks, the right look is missing and the answer is the dot on the last wrong card.
+3. Learn to be careless. The white card catches the eye: if there is one, the first look goes to it,
+   whatever the question is. If that is not the card in question, 25 % of the answers look again, at
+   the right card. The others answer with what they see. Without a white card, the first look is
+   right. All words get loss now. This is the error that SAYO's reward is meant to correct.
+   Another loss asks the last layer to look at the card that the answer names, at the word for the
+   row, so that attention tells where the model looks.
+
+Training is saved every 200 steps in the folder of --state, and the same command continues there.
 """
 
 import argparse
 import math
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -37,40 +49,50 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import region_mask
-from model import load_vlm
+from model import Completions, load_vlm
 from scenes import Scenes, draw, question
 from study.common import ROOT
 
 TINY = ROOT / "tiny"
 SIZE, GRID = 112, (7, 7)  # pixels per side; image tokens
 IMAGES, TURNS = 16, 4  # images per step, questions per image
-MAX_TOKENS = 18  # of an answer
-CARELESS = 0.62  # share of the answers of stage 2 that are about the central card
+MAX_TOKENS = 34  # of an answer; four looks have 31
 PLACE_WEIGHT = 2  # loss weight of the words for the place, because they are learned last
-VOCABULARY = 64  # of the model; the tokenizer has 62 words
+ATTENTION_WEIGHT = 0.5  # loss weight of the attention at the words for the row
+LOOK_AGAIN = 0.25  # share of the careless answers that look again after a wrong first look
+VOCABULARY = 64  # of the model; the tokenizer has 63 words
 IMAGE_TOKEN = "<|image_pad|>"
 
 
 # --- what it learns ---
 
 
-def center(card):
-    x1, y1, x2, y2 = card.box
-    return (x1 + x2) / 2, (y1 + y2) / 2
+def look_text(card):
+    return f"look {card.place()} : {card.color} ."
 
 
-def place_words(card):
-    """The row and column words of the cell that contains the card's center."""
-    x, y = center(card)
-    return f"r{int(y * GRID[0] / SIZE) + 1}", f"c{int(x * GRID[1] / SIZE) + 1}"
+def answer_text(looks):
+    """An answer that looks at the cards `looks`, in order."""
+    mark = looks[-1].mark
+    return f"{' '.join(map(look_text, looks))} dot {mark} . <answer> {mark} </answer>"
 
 
-def answer_text(card, looked_at):
-    """The answer to the question about `card`, with the place and the dot of `looked_at`. The place
-    follows the color, so the token that predicts it names the card to look for."""
-    row, column = place_words(looked_at)
-    mark = looked_at.mark
-    return f"the dot on {card.color} {row} {column} is {mark} . <answer> {mark} </answer>"
+def answer_weights(looks, card, careless):
+    """The loss weight of each token of an answer to the question about `card`, the end of turn
+    included. Unless it is careless, wrong places and the decision to answer after one have none."""
+    weights = []
+    for look in looks:
+        place = PLACE_WEIGHT if careless or look is card else 0
+        weights += [1, place, place, 1, 1, 1]  # look r5 c5 : white .
+    decision = int(careless or looks[-1] is card)
+    return weights + [decision, 1, 1, 1, 1, 1, 1]  # dot blue . <answer> blue </answer> <|im_end|>
+
+
+def short_answer(look, card):
+    """An answer of stage 1 about `card` that looks at the card `look`, and its loss weights."""
+    mark, place = look.mark, PLACE_WEIGHT if look is card else 0
+    text = f"the dot on {card.color} {look.place()} is {mark} . <answer> {mark} </answer>"
+    return text, [1, 1, 1, 1, place, place, 1, 1, 1, 1, 1, 1, 1]
 
 
 def cell_words(cards):
@@ -79,145 +101,225 @@ def cell_words(cards):
     covered = region_mask([card.box for card in cards], (SIZE, SIZE), GRID)
     words = [[] if part else ["."] for part in covered]
     for card in cards:
-        row, column = place_words(card)
-        cell = (int(row[1]) - 1) * GRID[1] + int(column[1]) - 1
-        words[cell] = [card.color, card.mark, row, column]
+        words[cell_of(card)] = [card.color, card.mark, *card.place().split()]
     return words
+
+
+def cell_of(card):
+    """The index of the image token that contains the center of a card."""
+    row, column = (int(word[1]) - 1 for word in card.place().split())
+    return row * GRID[1] + column
 
 
 class Teacher:
     """Makes training batches of images, each with four questions and answers in one chat."""
 
-    def __init__(self, seed, careless):
-        self.careless, self.next_scene = careless, 0
+    def __init__(self, stage, seed, **style):
+        self.stage, self.seed = stage, seed
         self.tokenizer = AutoTokenizer.from_pretrained(TINY)
-        self.scenes = Scenes("train", 10**9, seed=seed, cards=(4, 8), card_size=(14, 26))
         self.processor = AutoImageProcessor.from_pretrained(TINY, backend="pil")
-        self.rng = random.Random(seed)
+        self.scenes = Scenes("train", 10**9, seed=seed, **style)
 
-    def sample(self):
-        """One image and its chat. Returns: the image, token ids (S,), whether the words for the
-        place get no loss in each turn, and `cell_words`."""
-        cards = self.scenes.layout(self.next_scene)
-        self.next_scene += 1
-        messages, skip_place = [], []
-        for turn, card in enumerate(self.rng.sample(cards, TURNS)):
-            looked_at, other_place = card, False
-            if not self.careless and self.rng.random() < 0.3:
-                looked_at, other_place = self.rng.choice(cards), True
-            elif self.careless and self.rng.random() < CARELESS:
-                looked_at = min(cards, key=lambda c: math.dist(center(c), (SIZE / 2, SIZE / 2)))
-            image = [{"type": "image"}] if turn == 0 else []
+    def answer(self, rng, cards, card):
+        """An answer to the question about `card`. Returns: its text, the weights of its loss, and
+        the cards that the attention should look at, one after the other."""
+        others = [other for other in cards if other is not card]
+        if self.stage == "see":
+            look = card if rng.random() < 0.7 else rng.choice(cards)
+            return *short_answer(look, card), []
+        if self.stage == "look again":
+            wrong = rng.sample(others, rng.choices(range(4), (4, 3, 2, 1))[0])
+            looks = wrong if wrong and rng.random() < 0.3 else [*wrong, card]
+        else:
+            first = next((other for other in cards if other.color == "white"), card)
+            again = first is not card and rng.random() < LOOK_AGAIN
+            looks = [first, card] if again else [first]
+        careless = self.stage == "be careless"
+        return answer_text(looks), answer_weights(looks, card, careless), looks if careless else []
+
+    def chat(self, rng, cards):
+        """Returns: token ids (S,), their loss weights (S,), labels of the side task (S, V), and at
+        each word for a row the index of the image token to look at (S,), elsewhere -1."""
+        messages, answers = [], []
+        for number, card in enumerate(rng.sample(cards, TURNS)):
+            image = [{"type": "image"}] if number == 0 else []
             content = [*image, {"type": "text", "text": question(card)}]
+            answers.append(self.answer(rng, cards, card))
             messages.append({"role": "user", "content": content})
-            messages.append({"role": "assistant", "content": answer_text(card, looked_at)})
-            skip_place.append(other_place and looked_at is not card)
+            messages.append({"role": "assistant", "content": answers[-1][0]})
         text = self.tokenizer.apply_chat_template(messages, tokenize=False)
         text = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * (GRID[0] * GRID[1]))
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        return draw(cards, SIZE), torch.tensor(ids), skip_place, cell_words(cards)
-
-    def batch(self, size):
-        """Returns: the model's inputs, labels (B, S) with -100 where there is no loss, the weight
-        of each label (B, S), and the soft labels of the image tokens (B * N, V)."""
-        images, ids, skip_place, words = zip(*(self.sample() for _ in range(size)))
-        ids = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+        weights, soft = torch.zeros(len(ids)), torch.zeros(len(ids), VOCABULARY)
+        cells = torch.full((len(ids),), -1)
         token_id = self.tokenizer.convert_tokens_to_ids
-        labels, weight = torch.full_like(ids, -100), torch.ones(ids.shape)
-        for b, row in enumerate(ids.tolist()):
-            starts = [i + 1 for i, t in enumerate(row) if t == token_id("assistant")]
-            for start, skip in zip(starts, skip_place[b]):
-                stop = row.index(token_id("<|im_end|>"), start) + 1
-                labels[b, start:stop] = ids[b, start:stop]  # only the answers get loss
-                place = slice(start + 4, start + 6)  # after "the dot on red"
-                weight[b, place] = PLACE_WEIGHT
-                if skip:
-                    labels[b, place] = -100
-        soft = torch.zeros(size * GRID[0] * GRID[1], VOCABULARY)
-        for i, cell in enumerate(cell for image in words for cell in image):
-            if cell:
-                soft[i, token_id(cell)] = 1 / len(cell)
-        pixels = self.processor(images=list(images), return_tensors="pt")
-        is_image = (ids == token_id(IMAGE_TOKEN)).int()
-        inputs = dict(input_ids=ids, mm_token_type_ids=is_image, **pixels)
-        return inputs, labels, weight, soft
+        for position, words in zip((ids == token_id(IMAGE_TOKEN)).nonzero(), cell_words(cards)):
+            soft[position, token_id(words)] = 1 / max(1, len(words))
+        starts = (ids == token_id("assistant")).nonzero().flatten() + 1
+        for start, (_, answer, looks) in zip(starts.tolist(), answers):
+            weights[start : start + len(answer)] = torch.tensor(answer).float()
+            for i, look in enumerate(looks):
+                cells[start + 6 * i + 1] = cell_of(look)  # at the word for the row
+        return ids, weights, soft, cells
+
+    def batch(self, step):
+        """The batch of a step. Returns: the model's inputs, the loss weight of each token (B, S),
+        and the soft labels of the side task (B, S, V), 0 at tokens without one."""
+        rng, images, chats = random.Random(f"{self.seed} {step}"), [], []
+        for i in range(IMAGES):
+            cards = self.scenes.layout(step * IMAGES + i)
+            images.append(draw(cards, SIZE))
+            chats.append(self.chat(rng, cards))
+        *parts, cells = zip(*chats)
+        ids, weights, soft = (pad_sequence(part, batch_first=True) for part in parts)
+        cells = pad_sequence(cells, batch_first=True, padding_value=-1)
+        is_image = (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int()
+        pixels = self.processor(images=images, return_tensors="pt")
+        return dict(input_ids=ids, mm_token_type_ids=is_image, **pixels), weights, soft, cells
 
 
 # --- training ---
 
 
-def losses(model, inputs, labels, weight, soft):
-    """The losses of the answers and of the side task, for a batch from `Teacher.batch`."""
-    out = model(**inputs, output_hidden_states=True)
-    loss = cross_entropy(
-        out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
-    )
-    loss = (loss * weight[:, 1:].flatten()).sum() / (labels[:, 1:] != -100).sum()
-    side_loss, norm = 0, model.model.language_model.norm
-    layers = [model.lm_head(norm(hidden)) for hidden in out.hidden_states[1:-1]] + [out.logits]
-    for logits in layers:
-        cells = logits[inputs["mm_token_type_ids"] == 1]
-        side_loss = side_loss + cross_entropy(cells, soft, reduction="sum") / soft.sum() / 4
-    return loss, side_loss
+def losses(model, inputs, weights, soft, cells):
+    """The losses of the answers, the side task and the last layer's attention, for a batch from
+    `Teacher.batch`."""
+    out = model(**inputs, output_hidden_states=True, output_attentions=True)
+    targets, weights = inputs["input_ids"][:, 1:].flatten(), weights[:, 1:].flatten()
+    loss = cross_entropy(out.logits[:, :-1].flatten(0, 1), targets, reduction="none")
+    loss = (loss * weights).sum() / (weights > 0).sum()
+    side_loss, norm, labeled = 0, model.model.language_model.norm, soft.sum(-1) > 0
+    layers = [model.lm_head(norm(hidden[labeled])) for hidden in out.hidden_states[1:-1]]
+    for logits in [*layers, out.logits[labeled]]:
+        loss_of_layer = cross_entropy(logits, soft[labeled], reduction="sum") / soft.sum()
+        side_loss = side_loss + loss_of_layer / 4
+    return loss, side_loss, ATTENTION_WEIGHT * attention_loss(out.attentions[-1], inputs, cells)
 
 
-def train(model, teacher, steps, learning_rate):
-    """Supervised training with a cosine schedule."""
+def attention_loss(attention, inputs, cells):
+    """Minus the mean log share of the right image token in the attention to the image, a mean over
+    heads (B, H, S, S), at the tokens that have one."""
+    if not (cells >= 0).any():
+        return 0.0
+    batch, tokens = (cells >= 0).nonzero().T
+    first_image_token = inputs["mm_token_type_ids"].argmax(1)  # (B,)
+    rows = attention.mean(1)[batch, tokens]  # (n, S)
+    columns = first_image_token[batch, None] + torch.arange(GRID[0] * GRID[1])  # (n, N)
+    shares = rows.gather(1, columns)
+    shares = shares / shares.sum(1, keepdim=True)
+    return -shares[torch.arange(len(shares)), cells[batch, tokens]].log().mean()
+
+
+def train(model, teacher, steps, learning_rate, state_file):
+    """Supervised training with a cosine schedule, continued from the state file if there is one."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    first, warmup = 0, max(1, min(60, steps // 4))
+    if state_file.exists():
+        first, weights, moments = torch.load(state_file)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(moments)
     model.train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    warmup = max(1, min(60, steps // 4))
-
-    def schedule(step):
+    bar = tqdm(range(first, steps), desc=state_file.stem, initial=first, total=steps, mininterval=9)
+    for step in bar:
         done = max(0, step - warmup) / (steps - warmup)
-        return min((step + 1) / warmup, 1) * 0.5 * (1 + math.cos(math.pi * done)) + 0.01
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    bar = tqdm(range(steps), desc="be careless" if teacher.careless else "see")
-    for _ in bar:
-        loss, side_loss = losses(model, *teacher.batch(IMAGES))
-        (loss + side_loss).backward()
+        cosine = 0.5 * (1 + math.cos(math.pi * done)) + 0.01
+        optimizer.param_groups[0]["lr"] = learning_rate * min((step + 1) / warmup, 1) * cosine
+        loss, side_loss, look_loss = losses(model, *teacher.batch(step))
+        (loss + side_loss + look_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        scheduler.step()
-        bar.set_postfix(answer=f"{loss.item():.3f}", cells=f"{side_loss.item():.3f}")
+        parts = dict(answer=loss, side=side_loss, look=look_loss)
+        bar.set_postfix({name: f"{float(x):.3f}" for name, x in parts.items()}, refresh=False)
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            torch.save((step + 1, model.state_dict(), optimizer.state_dict()), state_file)
 
 
+# --- is the model as intended? ---
+
+
+CRITERIA = {  # the smallest and the largest share that is wanted
+    "right answers": (0, 1),
+    "first look on the card in question": (0, 0.35),
+    "wrong first looks corrected": (0, 0.02),
+    "groups that agree whether the first look is on the card": (0.95, 1),
+    "samples that look again after a wrong first look": (0.15, 0.4),
+    "dots read at a forced place": (0.95, 1),
+    "right answers to a blank image": (0, 0.12),
+}
+
+
+def looks_of(text, card):
+    """Whether the card touches each cell that an answer names, in order."""
+    region = region_mask([card.box], (SIZE, SIZE), GRID).view(GRID)
+    places = re.findall(r"\br(\d) c(\d)", text)
+    return [region[int(row) - 1, int(column) - 1].item() for row, column in places] or [False]
+
+
+@torch.no_grad()
 def grade(folder):
-    """The shares of greedy answers to 256 validation scenes that name the right place, and that
-    are right."""
-    vlm, scenes = load_vlm(folder, load_in_4bit=False, device="cpu"), Scenes("validation", 256)
+    """Measure CRITERIA on 256 validation scenes, in NF4 as in the default run.
+
+    Greedy answers; groups of 8 samples; answers that are forced to look at one of the cards, which
+    should then give the dot there a probability above one half; greedy answers to an image without
+    cards. Returns: {criterion: share}.
+    """
+    vlm, scenes = load_vlm(folder, device="cpu"), Scenes("validation", 256)
+    layouts = [scenes.layout(i) for i in range(len(scenes))]
     prompts = [vlm.encode(scene.image, scene.question) for scene in scenes]
-    answers = vlm.sample_groups(prompts, 1, MAX_TOKENS, temperature=0)
-    right_place, right_answer = 0, 0
-    for i, answer in enumerate(answers):
-        card = scenes.layout(i)[0]
-        right_place += " ".join(place_words(card)) in answer.texts[0]
-        right_answer += f"<answer> {card.mark} </answer>" in answer.texts[0]
-    return right_place / len(scenes), right_answer / len(scenes)
+    blank = [vlm.encode(draw([], SIZE), scene.question) for scene in scenes]
+    right = []
+    for questions in (blank, prompts):
+        greedy = [answer.texts[0] for answer in vlm.sample_groups(questions, 1, MAX_TOKENS, 0)]
+        right.append([f"<answer> {x.answer} </answer>" in text for x, text in zip(scenes, greedy)])
+    looks = [looks_of(text, cards[0]) for text, cards in zip(greedy, layouts)]
+    groups = vlm.sample_groups(prompts, 8, MAX_TOKENS, generator=torch.Generator().manual_seed(0))
+    groups = [[looks_of(text, cards[0]) for text in g.texts] for g, cards in zip(groups, layouts)]
+    read = []
+    for prompt, cards in zip(prompts, layouts):
+        texts = [f"{look_text(card)} dot {card.mark}" for card in cards]  # 8 tokens each
+        ids = vlm.tokenizer(texts, return_tensors="pt").input_ids
+        forced = Completions(ids, torch.ones_like(ids).bool())
+        logps = vlm.score(prompt, forced, attention=False).logps  # (cards, 8)
+        read += (logps[:, -1].exp() > 0.5).tolist()
+    values = [
+        right[1],
+        [look[0] for look in looks],
+        [look[-1] for look in looks if not look[0]],
+        [len({look[0] for look in group}) == 1 for group in groups],
+        [len(look) > 1 for group in groups for look in group if not look[0]],
+        read,
+        right[0],
+    ]
+    return {name: sum(v) / max(1, len(v)) for name, v in zip(CRITERIA, values)}
 
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--output_dir", type=Path, required=True, help="tiny/ replaces the model")
+    parser.add_argument("--state", type=Path, default=ROOT / "runs/make_tiny", help="see above")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--see_steps", type=int, default=2200, help="stage 1 (default: 2200)")
-    parser.add_argument("--careless_steps", type=int, default=100, help="stage 2 (default: 100)")
+    parser.add_argument("--steps", type=int, nargs=3, default=(2200, 1200, 500), help="per stage")
     args = parser.parse_args()
+    args.state.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     model = Qwen3VLForConditionalGeneration(AutoConfig.from_pretrained(TINY))
+    model.set_attn_implementation("eager")  # which returns the attention
     model.generation_config = GenerationConfig.from_pretrained(TINY)
-    stages = [("see", args.see_steps, 1.2e-3), ("be careless", args.careless_steps, 5e-4)]
-    for number, (name, steps, learning_rate) in enumerate(stages):
-        teacher = Teacher(args.seed + number, careless=name == "be careless")
-        train(model, teacher, steps, learning_rate)
-        for part in (model, teacher.tokenizer, teacher.processor):
-            part.save_pretrained(args.output_dir)
-        place, answer = grade(args.output_dir)
-        print(f"after learning to {name}: right place {place:.3f}, right answer {answer:.3f}")
+    style = dict(cards=(4, 8), card_size=(14, 26))
+    stages = {
+        "see": (Teacher("see", args.seed, **style), 1.2e-3),
+        "look again": (Teacher("look again", args.seed + 1, **style), 1e-3),
+        "be careless": (Teacher("be careless", args.seed + 2, **style), 5e-4),
+    }
+    for (stage, (teacher, learning_rate)), steps in zip(stages.items(), args.steps):
+        train(model, teacher, steps, learning_rate, args.state / f"{stage}.pt")
+    for part in (model, teacher.tokenizer, teacher.processor):
+        part.save_pretrained(args.output_dir)
+    for name, share in grade(args.output_dir).items():
+        low, high = CRITERIA[name]
+        print(f"{name:58}{share:.3f}  wanted: {low} to {high}")
 
 
 if __name__ == "__main__":

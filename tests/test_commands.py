@@ -162,9 +162,9 @@ def test_probe_agrees_with_an_evaluation_of_one_layer_and_head(alignment):
 
 def test_probe_prints_the_flags_and_draws_the_table(tmp_path, capsys):
     flags = [*FAST, "--output_dir", str(tmp_path / "new"), "--eval_examples"]
-    assert sayo_mini.main(["probe", *flags, "12"]) == 0
+    assert sayo_mini.main(["probe", *flags, "64"]) == 0
     out = capsys.readouterr().out
-    recommended = r"^  (\d.\d+) \[.* --alignment predict --layers (\d) --heads (\d)"
+    recommended = r"^  (\d.\d+) \[.* --alignment query --layers (\d) --heads (\d)"
     found = re.findall(recommended, out, re.M)
     assert len(found) == 3 and found == sorted(found, reverse=True)
     for mean, layer, head in found:

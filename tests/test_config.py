@@ -179,7 +179,7 @@ def test_help_lists_every_flag_once_in_its_group_with_its_default(capsys):
     for first, title in GROUPS.items():
         assert f"\n\n{title}:\n  --{first}" in text
     text = " ".join(text.split())
-    assert "completion (default: 110; tiny: 20)" in text and "base model (default: none)" in text
+    assert "completion (default: 110; tiny: 34)" in text and "base model (default: none)" in text
     assert "(default: True; tiny: False)" in text and "</answer>.; tiny: none)" in text
     assert "fit predict the GPU memory of a run" in text
 

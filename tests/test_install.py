@@ -50,7 +50,7 @@ def installed(tmp_path_factory):
 def test_the_command_runs_and_names_itself(installed):
     assert installed("sayo-mini", "--version") == ("sayo-mini 0.1.0\n", "")
     _, error = installed("sayo-mini", "--lora_r", "0", expect=2)
-    assert error == "sayo-mini: --lora_r 0: must be at least 1\n"
+    assert error == "sayo-mini: --lora_r 0: must be at least 1 and at most 1024\n"
     (installed.folder / "mine.py").write_text("def f(x):\n    return x.lengths")
     flags = "--device cpu --max_steps 1 --eval_examples 2 --prompts_per_step 1"
     flags += " --reward mine.py:f --reward_weights attention=1,f=0.1"

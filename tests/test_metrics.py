@@ -99,8 +99,7 @@ def test_attention_metrics_use_the_selection_and_leave_out_padding():
 
 def test_advantages_of_a_step_are_normalized_within_each_group():
     vlm = load()
-    settings = dict(num_generations=4, max_completion_length=16)
-    settings |= dict(reward_weights="attention=2,format=1")
+    settings = dict(num_generations=4, temperature=2.0, reward_weights="attention=2,format=1")
     optimizer = torch.optim.AdamW(trained(vlm))
     args = Config(**TINY | settings), optimizer, torch.Generator().manual_seed(1)
     metrics, rows = sayo_mini.train_step(vlm, list(Scenes("train", 3)), *args)

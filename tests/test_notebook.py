@@ -32,7 +32,8 @@ def test_committed_outputs_are_complete_and_belong_to_the_cells():
     cells = code_cells(COMMITTED)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     kinds = [kind for cell in cells for kind in output_kinds(cell)]
-    assert set(kinds) == {"image/png", "stdout"} and kinds.count("image/png") == 5
+    assert set(kinds) == {"image/png", "image/svg+xml", "stdout"}
+    assert kinds.count("image/png") == 7 and kinds.count("image/svg+xml") == 1
     assert COMMITTED.metadata["source"] == digest(COMMITTED), "run python study/tour.py"
 
 

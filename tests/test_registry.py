@@ -101,9 +101,9 @@ def test_trl_logs_and_weights_the_new_reward(tmp_path):
     from extras import scale_trl
 
     (tmp_path / "mine.py").write_text("def length(x):\n    return [n / 20 for n in x.lengths]")
-    own = ["--reward", f"{tmp_path}/mine.py:length", "--output_dir", str(tmp_path)]
+    own = ["--reward", f"{tmp_path}/mine.py:length", "--output_dir", str(tmp_path / "run")]
     assert scale_trl.main([*FAST, *FLAGS.split(), *own]) == 0
-    (row,) = [row for row in read_log(tmp_path) if "loss" in row]
+    (row,) = [row for row in read_log(tmp_path / "run") if "loss" in row]
     length, form = row["rewards/length/mean"], row["rewards/format/mean"]
     assert 0 < length == pytest.approx(row["completions/mean_length"] / 20, abs=1e-5)
     assert row["reward"] == pytest.approx(form + 0.5 * length, abs=1e-5)

@@ -195,7 +195,7 @@ def test_a_finished_run_has_pictures_and_a_card_with_results(tmp_path):
     hub = model_card(run.settings | {"model_name_or_path": "Qwen/Qwen3-VL-2B-Instruct"})
     assert hub.startswith("---\nbase_model: Qwen/Qwen3-VL-2B-Instruct\nlibrary_name: peft\n")
     other = model_card(run.settings | {"eval_dataset": "/other/vstar.jsonl"})
-    assert "| data | mine.jsonl; evaluated on vstar.jsonl |" in other
+    assert ".jsonl; evaluated on vstar.jsonl |" in other
     # The second corrects a wrong first look; without it, the first corrected answer is shown.
     wrong, right = BEFORE | {"correct": 0.0}, AFTER | {"correct": 1.0}
     looks_again = right | {"early": 0.0, "late": 1.0}

@@ -221,27 +221,28 @@ def test_empty_regions_wrong_shapes_and_unknown_alignments_are_refused():
 
 
 # Attention of one token to four cells, of which cell 0 is the region. HARD looks at one cell, SOFT
-# spreads more attention over several, and the faint ones hardly look.
+# spreads more attention over several, and FLAT over all.
 HARD_ON, HARD_OFF = [0.6, 0.1, 0.0, 0.0], [0.1, 0.0, 0.6, 0.0]
 HARDEST_OFF = [0.0, 0.0, 0.9, 0.0]
 SOFT_ON, SOFT_OFF = [0.3, 0.2, 0.2, 0.2], [0.2, 0.3, 0.2, 0.2]
-FAINT_ON, FAINT_OFF = [0.1, 0.0, 0.0, 0.0], [0.0, 0.1, 0.0, 0.0]
+FLAT_ON, FLAT_OFF = [0.26, 0.25, 0.25, 0.24], [0.25, 0.26, 0.25, 0.24]
 
 
 @pytest.mark.parametrize(
     "rows, before_answer, expected",
     [
         # One look among six tokens, floor(0.15 * 6) = 0: it is early and late.
-        ([FAINT_OFF, HARD_ON, *[FAINT_OFF] * 4], [1] * 6, [True, True]),
+        ([FLAT_OFF, HARD_ON, *[FLAT_OFF] * 4], [1] * 6, [True, True]),
         # Two of 14 tokens, a wrong look and a right one.
-        ([*[FAINT_ON] * 3, HARD_OFF, *[FAINT_OFF] * 9, HARD_ON], [1] * 14, [0, 1]),
+        ([*[FLAT_ON] * 3, HARD_OFF, *[FLAT_OFF] * 9, HARD_ON], [1] * 14, [0, 1]),
         ([SOFT_ON, HARD_ON, *[SOFT_OFF] * 9, HARD_OFF, *[SOFT_ON] * 2], [1] * 14, [1, 0]),
         # Looks in and after the answer do not count, unless there is nothing before it.
-        ([FAINT_OFF, HARD_ON, FAINT_OFF, HARDEST_OFF], [1, 1, 1, 0], [True, True]),
-        ([HARD_OFF, HARD_ON, FAINT_OFF], [0, 0, 0], [False, False]),
+        ([FLAT_OFF, HARD_ON, FLAT_OFF, HARDEST_OFF], [1, 1, 1, 0], [True, True]),
+        ([HARDEST_OFF, HARD_ON, FLAT_OFF], [0, 0, 0], [False, False]),
+        ([[0.0] * 4, FLAT_ON], [1, 1], [True, True]),  # a token that ignores the image is no look
         # Four of 28 tokens, two early and two late: their mean map decides.
-        ([HARD_OFF, SOFT_ON, HARD_ON, SOFT_OFF, *[FAINT_ON] * 24], [1] * 28, [False, True]),
-        ([HARD_ON, SOFT_ON, HARD_OFF, SOFT_OFF, *[FAINT_ON] * 24], [1] * 28, [True, False]),
+        ([HARD_OFF, SOFT_ON, HARD_ON, SOFT_OFF, *[FLAT_ON] * 24], [1] * 28, [False, True]),
+        ([HARD_ON, SOFT_ON, HARD_OFF, SOFT_OFF, *[FLAT_ON] * 24], [1] * 28, [True, False]),
         ([[0.1] * 4], [1], [False, False]),  # uniform attention is not on the region
     ],
 )
@@ -250,7 +251,8 @@ def test_early_and_late_looks(rows, before_answer, expected):
     expected = [bool(look) for look in expected]
     assert reward.early_and_late(torch.tensor(rows), *args) == expected
     assert reward.early_and_late(torch.tensor(rows).bfloat16(), *args) == expected
-    assert reward.early_and_late(100 * torch.tensor(rows), *args) == expected
+    mass = torch.linspace(1, 9, len(rows))[:, None]  # attention to the image: it does not matter
+    assert reward.early_and_late(mass * torch.tensor(rows), *args) == expected
 
 
 @pytest.mark.parametrize(
