@@ -21,9 +21,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from config import InputError, is_tiny
 
 MAX_ASPECT_RATIO = 200  # the image processors of Qwen-VL raise an error above it
-MAX_PIXELS = (
-    2**26
-)  # of an image, before it is decoded: a small file can hold gigabytes of one color
+MAX_PIXELS = 2**26  # of an image, before it is decoded: a small file can hold gigabytes
 IMAGE_FORMATS = "AVIF BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split()  # none starts a program
 OTHER_NAMES = {  # names of the keys in other formats; difflib finds misspellings
     "image": "img images path file file_path file_name filename image_path image_file".split(),

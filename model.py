@@ -426,8 +426,9 @@ class Vlm:
             layout = {"mm_token_type_ids": is_image.int(), "image_grid_thw": patches}
             positions = self.core.model.get_rope_index(ids, **layout)[0][:, 0]  # (3, P)
         where = is_image[0].nonzero()[:, 0]  # (N,)
-        ids, where, positions, *values = self._move(ids[0], where, positions, *pixels.values())
-        return Prompt(ids, where, dict(zip(pixels, values)), positions, grid)
+        image = dict(zip(pixels, self._move(*pixels.values())))
+        ids, where, positions = self._move(ids[0], where, positions)
+        return Prompt(ids, where, image, positions, grid)
 
     def _move(self, *tensors):
         """Copies on the model's device. The CPU does not wait until they have arrived."""

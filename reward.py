@@ -208,6 +208,9 @@ class RewardInputs:
 
 REWARDS = {  # name -> function from RewardInputs to G floats; flags, log and report use it
     "attention": lambda x: attention_reward(x.attention, x.region, x.selected),
-    "format": lambda x: [format_reward(*y, *x.format_lengths) for y in zip(x.texts, x.lengths)],
+    "format": lambda x: [
+        format_reward(text, n_tokens, *x.format_lengths)
+        for text, n_tokens in zip(x.texts, x.lengths)
+    ],
     "accuracy": lambda x: [accuracy_reward(text, x.answer) for text in x.texts],
 }

@@ -216,8 +216,9 @@ class RehearsedVlm(Vlm):
             size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
             pixels = {"pixel_values": torch.zeros(len(where) * merge**2, size)}
             pixels["image_grid_thw"] = torch.tensor([[1, rows * merge, cols * merge]])
-        ids, where, positions, *values = self._move(ids, where, positions, *pixels.values())
-        return Prompt(ids, where, dict(zip(pixels, values)), positions, self.grid)
+        image = dict(zip(pixels, self._move(*pixels.values())))
+        ids, where, positions = self._move(ids, where, positions)
+        return Prompt(ids, where, image, positions, self.grid)
 
     def _sample(self, prompts, G, max_tokens, *args):
         """Completions of full length, of which only the first tokens are decoded."""

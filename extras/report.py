@@ -13,6 +13,7 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 from statistics import fmean
 
+from config import is_tiny
 from data import answer_text
 from evaluate import LEVELS, pack_map, results_table, unpack_map, verdict
 from extras.model_card import model_card
@@ -88,6 +89,7 @@ def render_page(run, before, after, examples):
     settings, evaluations = run.settings, {"before": before, "after": after}
     evaluations = {name: rows for name, rows in evaluations.items() if rows}
     model, data_set = (Path(settings[name]).name for name in ("model_name_or_path", "dataset"))
+    tiny_world = is_tiny(settings["model_name_or_path"]) and data_set == "scenes"
     chosen = most_telling(before, after) if before and after else 0
     shown = [chosen, *(i for i in range(WITH_MAPS) if i != chosen)]
     shown = [i for i in shown[:WITH_MAPS] if i < len(before or [])]
@@ -102,7 +104,7 @@ def render_page(run, before, after, examples):
     parts = {
         "TITLE": f"{model} on {data_set}: {run.step} of {settings['max_steps']} steps",
         "SETTINGS": "\n".join(f"{name}: {value}" for name, value in settings.items()),
-        "STORY": TINY_STORY if [model, data_set] == ["tiny", "scenes"] else "",
+        "STORY": TINY_STORY if tiny_world else "",
         "VERDICT": verdict(before, after) if after else "The run is not finished.",
         "TABLE": results_table(before, after) if after else "",
         "REWARDED": f"layers {settings['layers']}, heads {settings['heads']}",
@@ -211,7 +213,8 @@ def line_chart(title, lines, x_label, highest=-math.inf):
         return ""
     width, height, left, right, top, bottom = 420, 190, 52, 408, 26, 156
     legend = 14 * len(lines) if len(lines) > 1 else 0
-    low, high = min(0.0, *values), max(highest, *values)
+    low = min(0.0, *values)
+    high = max(highest, *values)
     high = high if high > low else low + 1
     parts = [
         f'<svg class="chart" viewBox="0 0 {width} {height + legend}">',

@@ -184,7 +184,8 @@ class Teacher:
 def losses(model, inputs, weights, soft, cells):
     """The losses of the answers, the side task and the last layer's attention, for a batch from
     `Teacher.batch`."""
-    out = model(**inputs, output_hidden_states=True, output_attentions=True)
+    looks = (cells >= 0).any().item()  # only in the last stage
+    out = model(**inputs, output_hidden_states=True, output_attentions=looks)
     targets, weights = inputs["input_ids"][:, 1:].flatten(), weights[:, 1:].flatten()
     loss = cross_entropy(out.logits[:, :-1].flatten(0, 1), targets, reduction="none")
     loss = (loss * weights).sum() / (weights > 0).sum()
@@ -193,14 +194,13 @@ def losses(model, inputs, weights, soft, cells):
     for logits in [*layers, out.logits[labeled]]:
         loss_of_layer = cross_entropy(logits, soft[labeled], reduction="sum") / soft.sum()
         side_loss = side_loss + loss_of_layer / 4
-    return loss, side_loss, ATTENTION_WEIGHT * attention_loss(out.attentions[-1], inputs, cells)
+    look_loss = attention_loss(out.attentions[-1], inputs, cells) if looks else 0.0
+    return loss, side_loss, ATTENTION_WEIGHT * look_loss
 
 
 def attention_loss(attention, inputs, cells):
     """Minus the mean log share of the right image token in the attention to the image, a mean over
     heads (B, H, S, S), at the tokens that have one."""
-    if not (cells >= 0).any():
-        return 0.0
     batch, tokens = (cells >= 0).nonzero().T
     first_image_token = inputs["mm_token_type_ids"].argmax(1)  # (B,)
     rows = attention.mean(1)[batch, tokens]  # (n, S)
@@ -305,7 +305,6 @@ def main():
     args.state.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     model = Qwen3VLForConditionalGeneration(AutoConfig.from_pretrained(TINY))
-    model.set_attn_implementation("eager")  # which returns the attention
     model.generation_config = GenerationConfig.from_pretrained(TINY)
     style = dict(cards=(4, 8), card_size=(14, 26))
     stages = {
@@ -314,6 +313,8 @@ def main():
         "be careless": (Teacher("be careless", args.seed + 2, **style), 5e-4),
     }
     for (stage, (teacher, learning_rate)), steps in zip(stages.items(), args.steps):
+        if stage == "be careless":
+            model.set_attn_implementation("eager")  # which returns the attention, for its loss
         train(model, teacher, steps, learning_rate, args.state / f"{stage}.pt")
     for part in (model, teacher.tokenizer, teacher.processor):
         part.save_pretrained(args.output_dir)

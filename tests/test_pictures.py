@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from PIL import Image, ImageChops, ImageSequence
+from PIL import Image, ImageChops, ImageDraw, ImageSequence
 
 from data import Example
 from extras import pictures
@@ -79,6 +79,16 @@ def test_a_box_at_the_edge_stays_visible():
         picture = pictures.show_boxes(image, [box], (200, 100))
         outer, inner = (find_color(picture, color) for color in pictures.BOX_COLORS)
         assert outer == (x1, y1, x2, y2) and inner == (x1 + 2, y1 + 2, x2 - 2, y2 - 2)
+
+
+def test_the_note_explains_a_place_that_the_answer_names(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *args, **_: drawn.append(args[2]))
+    draw_row(make_example(), [make_answer(words=["look", " r6", " c2", " :"])])
+    assert any(text.endswith("; r6 c2: row 6, column 2") for text in drawn)
+    drawn.clear()
+    draw_row(make_example(), [make_answer()])
+    assert not any("column" in text for text in drawn)
 
 
 def test_words_stay_inside_the_lines_and_keep_their_spaces():

@@ -213,6 +213,12 @@ def test_results_of_an_earlier_end_are_not_shown(tmp_path):
     assert not (tmp_path / "look.png").exists() and not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.parametrize("dataset, told", [("scenes", True), ("mine.jsonl", False)])
+def test_only_the_page_of_the_tiny_world_tells_its_story(tmp_path, dataset, told):
+    run, _ = make_run(tmp_path, [], dataset=dataset)
+    assert ("the white card catches its eye" in report.render_page(run, None, None, [])) == told
+
+
 def test_the_page_of_a_long_run_stays_under_two_megabytes(tmp_path):
     """Noise images, long answers in Chinese, a thousand questions and ten thousand steps."""
     maps = [pack_map([(i * cell % 97) / 97 for cell in range(625)]) for i in range(110)]
