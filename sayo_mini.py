@@ -31,6 +31,7 @@ if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # cuDNN's attention, preferred on H100 and B200, plans for 20 to 500 ms at every new length.
 os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")  # each check waits for the GPU
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled; saves a second
 
 import torch
@@ -87,7 +88,7 @@ def train_step(vlm, examples, cfg, optimizer, generator, scaler=NO_LOSS_SCALE):
             if any(group.teaches for group in batch):
                 loss, stats = batch_loss(batch, scores, cfg, step_tokens)
                 # Plain loss.backward() except in fp16, where the scale has to be on this device.
-                scaler.scale(loss.to(vlm.device)).backward()
+                scaler.scale(loss.to(vlm.device, non_blocking=True)).backward()
                 losses += stats
         updates.append(update(optimizer, scaler, losses, cfg))
     return step_metrics(groups, updates), sample_rows(groups)

@@ -58,19 +58,23 @@ class MetaCounter(MetaMemory):
             )
             wait = name in WAIT or masks
         count["waits"] += bool(wait)
-        if name == "gemm_4bit" and not (self.fused and args[0].numel() // args[0].shape[-1] <= 32):
-            return super().__torch_dispatch__(
-                function, types, args, kwargs
-            )  # its parts are counted
-        out = super().__torch_dispatch__(function, types, args, kwargs)
+        few = name == "gemm_4bit" and inputs[0].numel() // inputs[0].shape[-1] <= 32
+        if few and self.fused:
+            features = args[2][0]  # rows of the weight
+            out, flops = inputs[0].new_empty(*inputs[0].shape[:-1], features), 2 * features
+            flops *= inputs[0].numel()
+        else:
+            out, flops = super().__torch_dispatch__(function, types, args, kwargs), 0
+            if name == "gemm_4bit":  # its parts are counted
+                return out
         returns = function._schema.returns
         alias = returns[0].alias_info if returns else None
         if name in FREE or (alias and not alias.is_write) or not (on_gpu or there == META):
             return out
         tensors = on_gpu + [x for x in leaves(out) if isinstance(x, torch.Tensor) and x.is_meta]
         size = sum(min(x.numel() * x.itemsize, x.untyped_storage().nbytes()) for x in tensors)
-        flops = flop_registry.get(function.overloadpacket)
-        flops = flops(*args, **kwargs, out_val=out) if flops else 0
+        if formula := flop_registry.get(function.overloadpacket):
+            flops = formula(*args, **kwargs, out_val=out)
         count.update(launches=1, bytes=size, flops=flops)
         for card, (peak, bandwidth) in CARDS.items():
             count[card] += max(flops / peak / 0.5, size / bandwidth / 0.8)
