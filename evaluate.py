@@ -63,15 +63,8 @@ def evaluate(vlm, examples, cfg, name, before=None):
                 fixed = trace_fixed_text(vlm, prompts, cfg, earlier)
             after_batch = examples[(len(results) + len(batch)) % len(examples)]
             following = [example for example, *_ in batch[1:]] + [after_batch]
-            for (example, prompt, _), next_example, trace, fixed_trace in zip(
-                batch, following, traces, fixed
-            ):
-                region = example_region(example, prompt.grid)
-                next_region = example_region(next_example, prompt.grid)
-                row = answer_fields(example, trace) | map_fields(vlm, prompt, region, trace)
-                row |= attention_fields(trace, fixed_trace, region, next_region)
-                row |= look_fields(row["words"], trace.attention, region, next_region)
-                results.append(row)
+            for (example, prompt, _), *parts in zip(batch, traces, fixed, following):
+                results.append(result_row(vlm, example, prompt, *parts))
                 bar.update()
     return results
 
@@ -108,10 +101,9 @@ def trace_answers(vlm, prompts, cfg, completions, selected=None):
             advice = "try --no-load_in_4bit, a different --adapter, or --device cpu (fp32)"
             raise InputError(f"the model's output is not finite (NaN or infinity): {advice}")
         mask, rows = completions[i].mask, (scores.attention, scores.prompt_attention)
+        chosen = reward.select_tokens(scores.entropy, mask, cfg.token_fraction)[0]
         if selected:
             chosen = selected[i]
-        else:
-            chosen = reward.select_tokens(scores.entropy, mask, cfg.token_fraction)[0]
         attention = reward.align_attention(*rows, cfg.alignment)[0]  # (C, N)
         traces.append(AttentionTrace(completions[i], attention, scores.entropy[0], chosen))
     return traces
@@ -127,8 +119,19 @@ def trace_fixed_text(vlm, prompts, cfg, results):
     return trace_answers(vlm, prompts, cfg, completions, selected)
 
 
-def answer_fields(example, trace):
-    text = trace.completion.texts[0]
+def result_row(vlm, example, prompt, trace, fixed, next_example):
+    """Args: fixed, the AttentionTrace of the fixed text. Returns: see `evaluate`."""
+    region, next_region = (example_region(x, prompt.grid) for x in (example, next_example))
+    attention, text = trace.attention, trace.completion.texts[0]  # (C, N)
+    words = written_words(vlm, trace.completion)
+    before_answer = tokens_before_answer(words)
+    early, late = reward.early_and_late(attention, region, before_answer)
+    permuted = reward.early_and_late(attention, next_region, before_answer)
+    side = max(1, math.isqrt(MAX_CELLS // len(words)))
+    grid = tuple(min(side, cells) for cells in prompt.grid)
+    maps = attention.unflatten(-1, prompt.grid)  # (C, rows, cols)
+    maps = torch.nn.functional.adaptive_avg_pool2d(maps, grid).flatten(1)
+    fixed_scores = reward.localization(fixed.map, region)
     return {
         "id": example.id,
         "question": example.question,
@@ -138,51 +141,28 @@ def answer_fields(example, trace):
         "ids": trace.completion.ids[0].tolist(),
         "selected": trace.selected.tolist(),
         "correct": reward.accuracy_reward(text, example.answer),
-        "length": len(trace.entropy),
-    }
-
-
-def attention_fields(trace, fixed, region, next_region):
-    """Args: the traces of the model's own answer and of the fixed text; two regions (N,)."""
-    fixed_scores = reward.localization(fixed.map, region)
-    return {
+        "length": len(words),
+        "to_region": [round(x, 4) for x in attention[:, region].sum(1).tolist()],
+        "to_image": [round(x, 4) for x in attention.sum(1).tolist()],
+        "words": words,
+        "grid": grid,
+        "maps": [pack_map(row) for row in maps.tolist()],
         "area": region.float().mean().item(),
         **reward.localization(trace.map, region),
         "permuted_auroc": reward.localization(trace.map, next_region)["auroc"],
         **{f"fixed_{name}": score for name, score in fixed_scores.items()},
+        "early": float(early),
+        "late": float(late),
+        "permuted_early": float(permuted[0]),
+        "permuted_late": float(permuted[1]),
     }
-
-
-def look_fields(words, attention, region, next_region):
-    """Args: words, from `written_words`; attention (C, N); two regions (N,)."""
-    before_answer = tokens_before_answer(words)
-    early, late = reward.early_and_late(attention, region, before_answer)
-    permuted_early, permuted_late = reward.early_and_late(attention, next_region, before_answer)
-    looks = dict(early=early, late=late, permuted_early=permuted_early, permuted_late=permuted_late)
-    return {name: float(look) for name, look in looks.items()}
 
 
 def tokens_before_answer(words):
     """The tokens that end before <answer>, (C,) bool; all if there is no <answer>.
     Args: words, from `written_words`. A real model's <answer> is several tokens."""
-    text = "".join(words)
-    start = text.find("<answer>") if "<answer>" in text else len(text)
+    start = len("".join(words).partition("<answer>")[0])
     return torch.tensor([len(word) for word in words]).cumsum(0) <= start
-
-
-def map_fields(vlm, prompt, region, trace):
-    side = max(1, math.isqrt(MAX_CELLS // len(trace.entropy)))
-    grid = tuple(min(side, cells) for cells in prompt.grid)
-    maps = trace.attention.unflatten(-1, prompt.grid)  # (C, rows, cols)
-    maps = torch.nn.functional.adaptive_avg_pool2d(maps, grid).flatten(1)
-    to_region, to_image = trace.attention[:, region].sum(1), trace.attention.sum(1)  # (C,)
-    return {
-        "to_region": [round(value, 4) for value in to_region.tolist()],
-        "to_image": [round(value, 4) for value in to_image.tolist()],
-        "words": written_words(vlm, trace.completion),
-        "grid": grid,
-        "maps": [pack_map(row) for row in maps.tolist()],
-    }
 
 
 def written_words(vlm, completion):
@@ -195,10 +175,8 @@ def written_words(vlm, completion):
 
 
 def pack_map(attention):
-    """Pack an attention map as [largest value, a string with one character of LEVELS per cell].
-
-    The level is the square root of the cell's fraction of the largest value, in 64 steps.
-    """
+    """Pack an attention map as [largest value, a string with one character of LEVELS per cell]: the
+    square root of its fraction of the largest value, in 64 steps."""
     largest = max(max(attention), 1e-12)
     levels = (round(63 * (max(0.0, a) / largest) ** 0.5) for a in attention)
     return [round(largest, 5), "".join(LEVELS[level] for level in levels)]
@@ -260,16 +238,20 @@ def opening_lines(train_set, eval_set, cfg):
     If answers about six images change, all in one direction, the sign test has p = 2 / 2^6 = 0.03.
     With five images, p is 0.06. So no change of the accuracy below 6 / questions is significant.
     """
-    questions, images = len(eval_set), len(image_keys(eval_set))
-    line = "training: none"
+
+    def size(dataset):
+        images = plural(len(image_keys(dataset)), "image")
+        return f"{plural(len(dataset), 'question')} about {images}"
+
+    images, line = len(image_keys(eval_set)), "training: none"
     if cfg.max_steps:
         epochs = cfg.max_steps * cfg.prompts_per_step / len(train_set)
-        size = plural(len(train_set), "question"), plural(len(image_keys(train_set)), "image")
-        line = f"training: {size[0]} about {size[1]} in {plural(cfg.max_steps, 'step')} "
+        line = f"training: {size(train_set)} in {plural(cfg.max_steps, 'step')} "
         line += f"(epochs: {epochs:.3g})"
-    line += f"; held out: {plural(questions, 'question')} about {plural(images, 'image')}"
+    line += f"; held out: {size(eval_set)}"
     if images >= FEWEST:
-        line += f": a change of accuracy below {FEWEST / questions:.3f} cannot be significant"
+        smallest = FEWEST / len(eval_set)
+        line += f": a change of accuracy below {smallest:.3f} cannot be significant"
     elif images:
         line += f": with fewer than {FEWEST}, no change of accuracy can be significant "
         line += "(add images, or use --eval_dataset)"
@@ -279,25 +261,26 @@ def opening_lines(train_set, eval_set, cfg):
     return line
 
 
-def standard_error(values, images):
-    """The standard error of the mean, clustered by image. There must be at least two images."""
+def paired_change(differences, images):
+    """The mean difference and its 95 % interval as text, e.g. "+0.22 [+0.19, +0.25]"."""
+    mean, half, count = estimate(differences, images)
+    if count < 2:
+        return f"{mean:+.2f}" if count else "-"
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def estimate(values, images):
+    """The mean of the values that are not NaN, half the width of its normal 95 % interval (1.96
+    standard errors, clustered by image; 0 for one image), and the number of their images."""
+    pairs = [(value, image) for value, image in zip(values, images) if not math.isnan(value)]
+    if not pairs:
+        return math.nan, 0.0, 0
+    values, images = zip(*pairs)
     mean = fmean(values)
     sums = sum_by_image([value - mean for value in values], images)
     count = len(sums)
-    return math.sqrt(sum(s * s for s in sums) * count / (count - 1)) / len(values)
-
-
-def paired_change(differences, images):
-    """The mean difference and its 95 % interval as text, e.g. "+0.22 [+0.19, +0.25]"."""
-    pairs = [(d, image) for d, image in zip(differences, images) if not math.isnan(d)]
-    if not pairs:
-        return "-"
-    differences, images = zip(*pairs)
-    mean = fmean(differences)
-    if len(set(images)) < 2:
-        return f"{mean:+.2f}"
-    half = 1.96 * standard_error(differences, images)
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+    variance = sum(s * s for s in sums) * count / max(1, count - 1)
+    return mean, 1.96 * math.sqrt(variance) / len(values), count
 
 
 def results_text(before, after):
@@ -309,17 +292,12 @@ def results_text(before, after):
 
 
 def results_table(before, after):
-    """The results before and after training as a text table: a line per metric with its mean, its
-    95 % confidence interval and its chance level; then first and last looks.
-
-    Args: before, after, lists of per-example results of `evaluate`.
-    """
-    rows = list(table_rows(before, after).values())
+    """The results of `evaluate` before and after training as a text table: a line per metric with
+    its mean, its 95 % confidence interval and its chance level; then first and last looks."""
+    rows = table_rows(before, after)
     header = f"held-out examples: {len(before)}", "before", "after", "chance"
     width = max(25, 2 + max(len(cell) for row in rows for cell in row[1:3]))
     lines = [f"{row[0]:32}{row[1]:>{width}}{row[2]:>{width}}{row[3]:>8}" for row in [header, *rows]]
-    if len({row["image"] for row in before}) == 1:
-        lines.append("no confidence intervals with one image: raise --eval_examples or add images")
     if any("-" in row for row in rows):
         lines.append("-: the AUROC is undefined if the region covers the whole image")
     lines += ["", f"{'first look, last look':32}{'before':>25}{'after':>25}"]
@@ -331,8 +309,8 @@ def results_table(before, after):
 
 
 def table_rows(before, after):
-    """The rows of the table. Returns: {metric: (title, before, after, chance)}, all text. Chance
-    for looks: how often they find the next example's region."""
+    """The rows of the table, (title, before, after, chance), all text. Chance for looks: how often
+    they find the next example's region."""
 
     def mean(key):
         return f"{fmean(row[key] for row in before):.3f}"
@@ -352,8 +330,7 @@ def table_rows(before, after):
         ("answer length, tokens", "length", ""),
     ]
     unbounded = "mass_over_area", "fixed_mass_over_area", "length"
-    images = [row["image"] for row in before]
-    rows = {}
+    images, rows = [row["image"] for row in before], []
     for title, key, chance in metrics:
         proportion = key in ("correct", "early", "late")
         largest = math.inf if key in unbounded else 1.0
@@ -361,7 +338,7 @@ def table_rows(before, after):
             confidence_interval([row[key] for row in results], images, proportion, largest)
             for results in (before, after)
         ]
-        rows[key] = title, *cells, chance
+        rows.append((title, *cells, chance))
     return rows
 
 
@@ -384,25 +361,19 @@ def count_corrected(results):
 def confidence_interval(values, images, proportion=False, largest=1.0):
     """The mean and its 95 % confidence interval as text, e.g. "0.523 [0.461, 0.584]".
 
-    The interval is normal, mean +- 1.96 standard errors, unless it reaches an end of the possible
-    range. Then it is Wilson's interval, which stays inside the range and has a nonzero width
-    even if all values are equal. It uses the variance mean * (1 - mean), the largest possible for
-    values in [0, 1], so it is never too narrow. Metrics without an upper bound are clipped at 0.
+    The interval is normal, see `estimate`, unless it reaches an end of the possible range. Then it
+    is Wilson's interval, which stays inside the range and has a nonzero width even if all values
+    are equal. It uses the variance mean * (1 - mean), the largest possible for values in [0, 1], so
+    it is never too narrow. Metrics without an upper bound are clipped at 0.
 
-    Args: values, floats from 0 to `largest`, which is 1 or infinity; NaNs are ignored; images, of
-    the values, which are the independent units; proportion, true if every value is 0 or 1, always
-    uses Wilson's interval.
+    Args: values, floats from 0 to `largest`, which is 1 or infinity; images, of the values, which
+    are the independent units; proportion, true if every value is 0 or 1, always uses Wilson's.
     Returns: text; only the mean for a single image, "-" for no values.
     """
-    pairs = [(value, image) for value, image in zip(values, images) if not math.isnan(value)]
-    if not pairs:
-        return "-"
-    values, images = zip(*pairs)
-    n, mean, z = len(set(images)), fmean(values), 1.96
+    mean, half, n = estimate(values, images)
     if n < 2:
-        return f"{mean:.3f}"
-    half = z * standard_error(values, images)
-    low, high = mean - half, mean + half
+        return f"{mean:.3f}" if n else "-"
+    low, high, z = mean - half, mean + half, 1.96
     if proportion or (largest == 1 and not 0 < low <= high < 1):
         p = min(max(mean, 0.0), 1.0)  # rounding can push a mean above 1
         center = (p + z * z / (2 * n)) / (1 + z * z / n)

@@ -128,7 +128,7 @@ class Alarms:
     def __init__(self, cfg, history):
         self.printed, self.skipped, self.best = set(), 0, 0.0
         self.save_steps, self.window, self.best_window = cfg.save_steps, [], -1.0
-        self.most_skipped = min(MAX_SKIPPED, max(1, cfg.max_steps))
+        self.most_skipped = min(MAX_SKIPPED, cfg.max_steps)
         self.shares = deque(maxlen=-(-RECENT_QUESTIONS // cfg.prompts_per_step))
         for row in history:
             self.printed |= self.find(row).keys()

@@ -56,12 +56,9 @@ CHECK_DONE = {"cuda": 8}  # tokens between checks whether all have ended; a chec
 Qwen2_5_VLForConditionalGeneration._keep_in_fp32_modules = ["visual"]
 # PEFT 0.21 uses a deprecated name of transformers 5.24.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-# bitsandbytes warns about a kernel that is not used here.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-# transformers prints a table of missing tensors; `load_pretrained` reports them in one line.
-logging.getLogger("transformers.modeling_utils").addFilter(
-    lambda record: "LOAD REPORT" not in record.getMessage()
-)
+# bitsandbytes warns about a kernel that is not used here, transformers lists missing tensors.
+for name in ("bitsandbytes", "transformers.modeling_utils"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 # --- loading: a frozen model in 4 bits, with LoRA ---
@@ -129,33 +126,27 @@ def choose_device(device=None, dtype=None):
     Args: dtype, by default bf16 on a card that supports it, fp16 on other cards, fp32 on a CPU.
     Returns: (torch.device, torch.dtype). Raises: InputError if CUDA cannot be used.
     """
-    cuda, automatic = torch.cuda.is_available(), device in (None, "auto")
-    if automatic:  # an empty CUDA_VISIBLE_DEVICES hides the cards
-        expected = shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") not in (
-            "",
-            "-1",
-        )
-    else:
-        expected = torch.device(device).type == "cuda"
-    if expected and not cuda:
+    cuda = torch.cuda.is_available()
+    if device in (None, "auto"):
+        # A card that PyTorch cannot use is an error, unless an empty CUDA_VISIBLE_DEVICES hides it.
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        device = "cuda" if cuda or shutil.which("nvidia-smi") and not hidden else "cpu"
+    device = torch.device(device)
+    if device.type == "cpu":
+        return device, dtype or torch.float32
+    if not cuda:
         version = f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}"
         page = "https://pytorch.org/get-started/locally/"
         advice = f"install the build for your driver and card from {page}, or use --device cpu"
         raise InputError(f"CUDA is not available ({version}): {advice}")
-    device = torch.device(("cuda" if cuda else "cpu") if automatic else device)
-    if device.type == "cpu":
-        return device, dtype or torch.float32
     # Before compute capability 8.0, bf16 is emulated and slow.
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return device, dtype or (torch.bfloat16 if bf16 else torch.float16)
 
 
 def load_pretrained(name, load_in_4bit, device, dtype, max_pixels=None):
-    """Load a model from the hub or a folder. With `load_in_4bit` the language model is quantized to
-    NF4; vision tower, embeddings and output head are not.
-
-    Returns: the transformers model, its tokenizer and its image processor. Raises: InputError.
-    """
+    """Returns: the transformers model, its tokenizer and its image processor. With `load_in_4bit`
+    the language model is quantized to NF4, but not its embeddings and output head."""
     disable_progress_bar()
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -216,10 +207,9 @@ def check_weights(name):
     """Raises: InputError if the list of weights names a pickle, which transformers would load."""
     index = "model.safetensors.index.json"
     path = cached_file(name, index, _raise_exceptions_for_missing_entries=False)
-    files = set(json.loads(Path(path).read_text("utf-8"))["weight_map"].values()) if path else ()
-    for file in files:
-        if not file.endswith(".safetensors"):
-            raise InputError(f"{name}: {index} names {file}: only .safetensors are loaded")
+    files = json.loads(Path(path).read_text("utf-8"))["weight_map"].values() if path else ()
+    if wrong := [file for file in files if not file.endswith(".safetensors")]:
+        raise InputError(f"{name}: {index} names {wrong[0]}: only .safetensors are loaded")
 
 
 def load_tokenizer(name, config):
@@ -231,8 +221,7 @@ def load_tokenizer(name, config):
             raise InputError(f"{name} has no chat template: use an Instruct model")
         tokenizer.chat_template = json.loads(Path(path).read_text("utf-8"))["chat_template"]
     if not tokenizer.convert_ids_to_tokens(config.image_token_id):
-        problem = f"{name} has no tokenizer, or that of a different model"
-        raise InputError(f"{problem}: download it again")
+        raise InputError(f"{name} has no tokenizer, or another model's: download it again")
     if tile_grid(config):  # its template has one token where its processor would write three
         placeholder = tokenizer.convert_ids_to_tokens(config.image_token_id)
         template = tokenizer.chat_template.replace("<image>", placeholder)  # in older checkpoints
@@ -281,8 +270,7 @@ def adapter_settings(folder, given):
     try:
         saved, plain = json.loads(path.read_text("utf-8")), LoraConfig().to_dict()
         for name, value in saved.items():  # a variant, also one that PEFT will add, is not plain
-            known = [plain.get(name), "gaussian" if name == "init_lora_weights" else None]
-            if value and name not in FREE and value not in known:
+            if value and name not in FREE and value not in (plain.get(name), "gaussian"):
                 problem = f"{path} has {name} {str(value)[:40]}"
                 raise InputError(f"{problem}: only plain LoRA can be loaded")
         settings = {"lora_r": int(saved["r"]), "lora_alpha": int(saved["lora_alpha"])}
@@ -298,13 +286,11 @@ def adapter_settings(folder, given):
 
 
 def resolve_indices(what, indices, count):
-    """Sorted, non-negative indices; all `count` of them if `indices` is None.
-    Raises: InputError if one is out of range."""
-    for i in indices or ():
-        if not -count <= i < count:
-            last = f"{what}s 0 to {count - 1}, or -1 for the last"
-            raise InputError(f"no {what} {i}: the model has {last}")
-    return sorted({i % count for i in indices}) if indices else list(range(count))
+    """Sorted, non-negative indices; all `count` of them if there are none. Raises: InputError."""
+    indices = indices or range(count)
+    if wrong := [i for i in indices if not -count <= i < count]:
+        raise InputError(f"no {what} {wrong[0]}: choose from 0 to {count - 1}, or -1 for the last")
+    return sorted({i % count for i in indices})
 
 
 # --- a question as a prompt, a group as completions and scores ---
@@ -372,12 +358,9 @@ class Vlm:
         if checkpointing:
             self.core.activation_checkpointing_enable({"use_reentrant": False})
         # Image placeholders are not text: they are neither sampled nor scored.
-        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        ids = [getattr(config, name, None) for name in names]
-        names = "start_image_token_id", "end_image_token_id", "video_token_id"  # of InternVL
-        ids += [getattr(tokenizer, name, None) for name in names]
-        ids = [id for id in ids if id is not None]
-        self.placeholders = torch.tensor(ids, device=self.device)
+        names = "image video vision_start vision_end start_image end_image".split()
+        ids = {getattr(x, f"{n}_token_id", None) for x in (config, tokenizer) for n in names}
+        self.placeholders = torch.tensor(sorted(ids - {None}), device=self.device)
         stop = self.core.generation_config.eos_token_id
         stop = tokenizer.eos_token_id if stop is None else stop
         stop = stop if isinstance(stop, list) else [stop]
@@ -406,10 +389,9 @@ class Vlm:
         """
         pixels = self.image_processor(images=[image.convert("RGB")], return_tensors="pt")
         pixels.pop("num_patches", None)  # InternVL's tiles: one
-        grid = tile_grid(self.core.config)
+        grid, patches = tile_grid(self.core.config), pixels.get("image_grid_thw")
         if not grid:
-            patches = pixels["image_grid_thw"][0, 1:] // self.image_processor.merge_size
-            grid = tuple(patches.tolist())
+            grid = tuple((patches[0, 1:] // self.image_processor.merge_size).tolist())
         content = [{"type": "image"}, {"type": "text", "text": question}]
         chat = [{"role": "user", "content": content}]
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -421,8 +403,7 @@ class Vlm:
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
         is_image = ids == image_id  # (1, P)
         positions = torch.arange(ids.shape[1])[None]
-        if "image_grid_thw" in pixels:  # M-RoPE
-            patches = pixels["image_grid_thw"]
+        if patches is not None:  # M-RoPE
             layout = {"mm_token_type_ids": is_image.int(), "image_grid_thw": patches}
             positions = self.core.model.get_rope_index(ids, **layout)[0][:, 0]  # (3, P)
         where = is_image[0].nonzero()[:, 0]  # (N,)
@@ -556,14 +537,15 @@ class Vlm:
         logps, entropy = self._token_scores(torch.cat(predictors), targets, temperature)
         logps, entropy = torch.stack([logps, entropy]).cpu()  # one wait for both
         sizes, scores, entropy = [x.numel() for x in ids], [], entropy.detach()
-        for x, group_logps, group_entropy in zip(ids, logps.split(sizes), entropy.split(sizes)):
-            scores.append(Scores(group_logps.view_as(x), group_entropy.view_as(x)))
-        if attention:
-            for number, group in enumerate(scores):
+        groups = zip(ids, logps.split(sizes), entropy.split(sizes))
+        for number, (x, group_logps, group_entropy) in enumerate(groups):
+            group = Scores(group_logps.view_as(x), group_entropy.view_as(x))
+            if attention:
                 maps = sum(layer[number] for layer in capture.maps.values()) / len(self.layers)
                 maps = maps.cpu()
                 group.prompt_attention = maps[0]
-                group.attention = maps[1:].view(*group.logps.shape, -1)  # (G, C, N)
+                group.attention = maps[1:].view(*x.shape, -1)  # (G, C, N)
+            scores.append(group)
         return scores
 
     def _packed_forward(self, prompts, ids, capture=None, **kwargs):
@@ -617,8 +599,7 @@ class Vlm:
 
 def split_by_tokens(items, length, limit=None):
     """Yield lists of consecutive items with at most `limit` tokens in total, by default
-    TOKENS_PER_FORWARD, or of one item. Args: items, an iterable; length, a function from an item to
-    its number of tokens."""
+    TOKENS_PER_FORWARD, or of one item. Args: length, a function from an item to its tokens."""
     batch, total, limit = [], 0, limit or TOKENS_PER_FORWARD
     for item in items:
         tokens = length(item)
@@ -632,16 +613,13 @@ def split_by_tokens(items, length, limit=None):
 
 
 def stack_prompts(caches):
-    """The keys and values of B prompts as a list of PromptCache, one per layer.
-
-    Args: caches, pairs of a transformers cache and the lengths of the prompts packed in it.
-    """
+    """The keys and values of B prompts as a list of PromptCache, one per layer. Args: caches, pairs
+    of a transformers cache and the lengths of the prompts packed in it."""
     lengths = [length for _, group in caches for length in group]
     padding = None
     if len(set(lengths)) > 1:
-        device = caches[0][0].layers[0].keys.device
-        lengths_column = torch.tensor(lengths, device=device)[:, None]
-        padding = torch.arange(max(lengths), device=device) >= lengths_column  # (B, P)
+        padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]  # (B, P)
+        padding = padding.to(caches[0][0].layers[0].keys.device)
 
     def stack(layer, name):
         parts = [getattr(c.layers[layer], name).split(group, 2) for c, group in caches]

@@ -5,8 +5,9 @@ Install this repository with `pip install git+` and its address, and start this 
 
 import torch
 from datasets import Dataset
-from sayo_mini.data import JsonLines, region_mask
+from sayo_mini.data import region_mask
 from sayo_mini.extras.scale_trl import TrlProcessor
+from sayo_mini.json_lines import JsonLines
 from sayo_mini.model import Completions, load_vlm
 from sayo_mini.reward import attention_reward, select_tokens
 from trl import GRPOConfig, GRPOTrainer

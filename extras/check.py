@@ -10,8 +10,9 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from config import InputError
-from data import JsonLines, answer_text, image_keys, region_mask
+from data import answer_text, image_keys, region_mask
 from extras.pictures import find_font, load_font, show_boxes
+from json_lines import JsonLines
 
 MAX_DRAWN, COLUMNS = 9, 3  # examples in the contact sheet, and in a row of it
 THUMBNAIL, CAPTION, GAP = 224, 72, 8  # pixels

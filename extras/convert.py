@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from PIL import Image
 
 from config import InputError, one_line
-from data import JsonLines, image_errors, stored_size
+from json_lines import JsonLines, image_errors, stored_size
 
 # GQA's files are large. These parts are not used, and are dropped during parsing to save memory.
 UNUSED = frozenset(

@@ -7,23 +7,19 @@ from PIL import Image
 import reward
 from checkpoint import load_settings
 from config import InputError, build_config
-from data import (
-    Example,
+from data import Example, encode_example, example_region, warn_tiny
+from evaluate import tokens_before_answer, trace_attention, written_words
+from extras.pictures import plot_animation, plot_answers
+from json_lines import (
     apply_exif_orientation,
+    check_boxes,
     clean_text,
     clip_box,
-    encode_example,
-    example_region,
     image_errors,
     is_turned,
     open_image,
-    region_errors,
     stored_size,
-    text_errors,
-    warn_tiny,
 )
-from evaluate import tokens_before_answer, trace_attention, written_words
-from extras.pictures import plot_animation, plot_answers
 from model import adapter_settings, load_model
 
 
@@ -78,18 +74,19 @@ def parse_box(text):
 def read_example(path, question, boxes):
     """The Example for an image file. Raises: InputError if the image cannot be read, the question
     is unusable, or a box is not on the image."""
-    question = clean_text("question", question)
-    for error in text_errors("question", question):
-        raise InputError(f"--question: {error}")
+    try:
+        question = clean_text("question", question)
+    except ValueError as error:
+        raise InputError(f"--question: {error}") from None
     with image_errors(path), open_image(path) as stored:
-        size = stored_size(stored)
-        errors = list(region_errors(boxes or [[0, 0, *size]], size, turned=is_turned(stored)))
-        if not errors:
-            boxes = [clip_box(box, size) for box in boxes]
-            image, boxes = apply_exif_orientation(stored, boxes)
-    if errors:
-        raise InputError(f"--box: {errors[0]}" if boxes else f"--image {path}: {errors[0]}")
-    return Example(image, question, "", boxes, f"--image {path}")
+        size, turned = stored_size(stored), is_turned(stored)
+        image, shown = apply_exif_orientation(stored, [clip_box(box, size) for box in boxes])
+    if boxes:
+        try:
+            check_boxes(boxes, size, turned=turned)
+        except ValueError as error:
+            raise InputError(f"--box: {error}") from None
+    return Example(image, question, "", shown, f"--image {path}")
 
 
 def describe_answer(vlm, example, cfg, caption):

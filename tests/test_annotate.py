@@ -1,11 +1,11 @@
-"""extras/annotate.html in a real browser: data.py reads its file, and the boxes are where they were
-drawn."""
+"""extras/annotate.html in a real browser: json_lines.py reads its file, and the boxes are where
+they were drawn."""
 
 import pytest
 from conftest import ROOT
 from PIL import Image
 
-from data import JsonLines
+from json_lines import JsonLines
 
 NAMES = [f"{orientation}.jpg" for orientation in range(1, 9)] + ["6.png", "plain.webp"]
 

@@ -12,11 +12,12 @@ import torch
 from conftest import TINY, error_line, load
 from PIL import Image, ImageStat
 
+import json_lines
 import reward
 import sayo_mini
 from config import ROOT, Config, parse_ints
 from config import TINY as PRESET
-from data import apply_exif_orientation, region_mask
+from data import region_mask
 from evaluate import evaluate, trace_attention
 from extras import pictures
 from extras.look import describe_answer, read_example
@@ -120,7 +121,7 @@ def test_look_without_a_box_scores_nothing_and_the_tiny_model_only_knows_cards(t
 
 MISTAKES = {  # what is wrong -> (flags after those of `photo`, a part of the message)
     "no such image": (["--image", "none.jpg"], "none.jpg"),
-    "not an image": (["--image", __file__], "not an image format"),
+    "not an image": (["--image", __file__], "cannot identify image file"),
     "a box of words": (["--box", "left"], "--box left"),
     "a second box of three": (["--box", "1,2,3,4", "--box", "1,2,3"], "--box 1,2,3"),
     "a box in shares": (["--box", "0.1,0.2,0.3,0.4"], "looks like fractions of the image"),
@@ -238,7 +239,7 @@ def test_check_names_every_problem_and_summarizes_the_valid_examples(tmp_path, c
     path = write_set(tmp_path, *rows)
     assert sayo_mini.main(["check", str(path)]) == 2
     out = capsys.readouterr().out
-    for start in (":1: question", ":1: boxes", ":2: cannot read the image 'half.png'"):
+    for start in (":1: question", ":1: box ", ":2: cannot read the image 'half.png'"):
         assert out.count(f"{path}{start}") == 1
     assert "2 valid examples;" in out and "\n3 problems\nwrote the first 2 examples" in out
     bins = re.findall(r"^ +(\w+ (?:to|or) \w+) +([1-9]\d*) ", out, re.MULTILINE)
@@ -260,7 +261,8 @@ def test_check_prints_its_findings_even_if_it_cannot_write_the_picture(tmp_path,
 def test_check_decodes_an_image_once_and_replaces_only_its_own_picture(tmp_path, capsys):
     path = write_set(tmp_path, *[{"question": f"What is {i}?"} for i in range(30)])
     picture, other = path.with_suffix(".check.png"), tmp_path / "other.png"
-    with patch("data.apply_exif_orientation", wraps=apply_exif_orientation) as decode:
+    decoder = json_lines.apply_exif_orientation
+    with patch("json_lines.apply_exif_orientation", wraps=decoder) as decode:
         assert sayo_mini.main(["check", str(path)]) == 0
     assert decode.call_count == 9 and "30 valid examples" in capsys.readouterr().out  # drawn
     assert sayo_mini.main(["check", str(path)]) == 0

@@ -7,8 +7,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from data import JsonLines
 from extras import convert
+from json_lines import JsonLines
 
 PIPE, WALL, DOOR = [6, 4, 18, 14], [0, 0, 60, 40], [30, 10, 40, 30]
 OBJECTS = {  # of every scene graph

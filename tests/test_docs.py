@@ -12,7 +12,8 @@ from conftest import load
 from PIL import Image
 
 from config import FIELDS, build_config, parse_command_line
-from data import JsonLines, load_datasets, step_examples
+from data import load_datasets, step_examples
+from json_lines import JsonLines
 from reward import accuracy_reward
 from sayo_mini import train_step
 

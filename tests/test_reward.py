@@ -286,34 +286,35 @@ def test_format_reward_of_a_length():
     assert reward.format_reward(text, 0, 0, 10) == 1.0  # no minimum length
 
 
-def test_accuracy_compares_the_whole_answer():
-    def accuracy(said, answer):
-        return reward.accuracy_reward(f"It is {answer}. <answer>{said}</answer>", answer)
-
-    # Letter case (not only of ASCII), spacing and punctuation at the end are ignored.
-    same = [("RED", "red"), ("red", " Red\n"), ("red?! ...,;:", "red"), ("red", "red .")]
-    for said, answer in [*same, ("light\n  blue", "light blue"), ("STRASSE", "straße")]:
-        value = accuracy(said, answer)
-        assert type(value) is float and value == 1
-    # A part of the answer is wrong, and so is more than the answer.
-    different = [("a", "a red card"), ("a red card", "a"), ("10", "1"), ("-5", "5"), ("3.5", "35")]
-    for said, answer in [*different, ("lightblue", "light blue")]:
-        assert accuracy(said, answer) == 0
-    # One of several accepted answers; variants of a letter and characters without a width.
-    for said, answer in (
-        ("Four", ("4", "four")),
-        ("ﬁve", ["x", "five"]),
+@pytest.mark.parametrize(
+    "said, answer",
+    [
+        ("RED", " Red\n"),  # case and spaces
+        ("red?! ...,;:", "red ."),  # punctuation at the end
+        ("light\n  blue", "light blue"),
+        ("STRASSE", "straße"),
+        ("Four", ("4", "four")),  # one of several accepted answers
+        ("ﬁve", ["x", "five"]),  # variants of a letter
         ("１０", "10"),
-        ("blue\u200b", "blue"),
+        ("blue\u200b", "blue"),  # a character without a width
         ("cafe\u0301", "CAFÉ"),
         ("\u0390", "\u03aa\u0301"),  # casefold decomposes the first one only
         ("!", "!"),
         ("猫。", "猫"),
-    ):
-        assert reward.accuracy_reward(f"<answer>{said}</answer>", answer) == 1
-    for said, answer in (("!", "?"), ("...", "."), ("five", ("4", "four")), ("4", ())):
-        assert reward.accuracy_reward(f"<answer>{said}</answer>", answer) == 0
-    for answer in ("", " .", None):  # a text without an answer is never right
+    ],
+)
+def test_answers_that_are_right(said, answer):
+    value = reward.accuracy_reward(f"<answer>{said}</answer>", answer)
+    assert type(value) is float and value == 1
+
+
+def test_answers_that_are_wrong():
+    """A part of the answer, or more than it; texts without an answer."""
+    pairs = [("a", "a red card"), ("a red card", "a"), ("10", "1"), ("-5", "5"), ("3.5", "35")]
+    pairs += [("lightblue", "light blue"), ("!", "?"), ("...", "."), ("five", ("4", "four"))]
+    for said, answer in [*pairs, ("4", ())]:
+        assert reward.accuracy_reward(f"It is {answer}. <answer>{said}</answer>", answer) == 0
+    for answer in ("", " .", None):
         assert reward.accuracy_reward("I do not know.", answer) == 0
 
 
