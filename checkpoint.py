@@ -4,6 +4,7 @@ Files other than logs are replaced atomically. After a kill, the logs may contai
 the checkpoint, and adapter/ may be missing. Resuming cuts the logs and writes adapter/ again."""
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -11,19 +12,16 @@ import signal
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from config import FIELDS, Config, InputError, build_config
 
 CHECKPOINTS = "checkpoint.safetensors", "checkpoint-previous.safetensors"  # newest first
 LOGS = "metrics.jsonl", "samples.jsonl"
-LIBRARIES = "torch", "transformers", "peft", "bitsandbytes"
 
 
 # --- settings of a new or resumed run ---
@@ -85,19 +83,19 @@ def check_folder(folder, started):
     for path in folder.glob("*"):
         if path.is_symlink():
             raise InputError(f"{path} is a link: replace it with the file, or choose a new folder")
-        if path.name not in LOGS or path.stat().st_size:
+        if path.name not in (*LOGS, "lock") or path.stat().st_size:
             names.add(path.name)
     config = folder / "config.json"
     ours = config.is_file() and b'"reward_weights"' in config.read_bytes()
     unstarted = {"config.json", "before.json", "traceback.txt"}
-    names = {name for name in names if not name.startswith("unfinished-")} - {"lock", "probe.png"}
+    names = {name for name in names if not name.startswith("unfinished-")} - {"probe.png"}
     if names and not (ours and (started or names <= unstarted)):
         what = "a run: --resume continues it, or" if ours else f"{min(names)}:"
         raise InputError(f"{folder} already contains {what} choose a new --output_dir")
 
 
-def resume_command(folder, program="python sayo_mini.py"):
-    return f"{program} {shlex.join(['--resume', '--output_dir', str(folder)])}"
+def resume_command(folder):
+    return f"python sayo_mini.py {shlex.join(['--resume', '--output_dir', str(folder)])}"
 
 
 # --- the folder ---
@@ -124,7 +122,7 @@ class RunDirectory:
         except Timeout:
             advice = "wait until it ends, or use a different --output_dir"
             raise InputError(f"another process runs in {self.folder}: {advice}") from None
-        self.inode = self.lock_inode()
+        self.inode = (self.folder / "lock").stat().st_ino
         if cfg.resume:
             self.restore()
         else:  # replace a run without a step
@@ -133,8 +131,7 @@ class RunDirectory:
                 (self.folder / name).write_bytes(b"")
         for name in LOGS:
             self.cut_log(name)
-        versions = {name: version(name) for name in LIBRARIES}
-        stored = {"data_checksum": getattr(data, "checksum", ""), "made_with": versions}
+        stored = {"data_checksum": getattr(data, "checksum", "")}
         stored |= {"threads": torch.get_num_threads()}
         self.write_json("config.json", self.settings | stored)
         self.tracker = open_tracker(cfg.report_to, self.folder, self.settings)
@@ -158,19 +155,14 @@ class RunDirectory:
             remove(unfinished)
             raise
 
-    def lock_inode(self):
-        path = self.folder / "lock"
-        return path.stat().st_ino if path.exists() else None
-
     def check_lock(self):
         """Raises: InputError if the lock file was removed, and another process made its own."""
-        if self.lock_inode() not in (None, self.inode):
+        path = self.folder / "lock"
+        if path.exists() and path.stat().st_ino != self.inode:
             raise InputError(f"another process continues the run in {self.folder}: this one ends")
 
     def write_text(self, name, text):
-        self.atomic_write(
-            name, lambda path: path.write_bytes(text.encode(errors="backslashreplace"))
-        )
+        self.atomic_write(name, lambda path: path.write_text(text, "utf-8", "backslashreplace"))
 
     def write_json(self, name, content):
         self.write_text(name, json.dumps(content))
@@ -247,12 +239,12 @@ class RunDirectory:
             tensors[f"{name}|value"] = p.detach().cpu()
         logged = {name: self.logged[name] for name in LOGS}
         state = {"step": self.step, "scaler": self.scaler.state_dict(), "logged": logged}
-        state |= {"checksum": checksum(tensors, state)}
-        metadata = {"state": json.dumps(state)}  # one key: safetensors does not keep their order
+        tensors["state"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        tensors["checksum"] = checksum(tensors)
         newest, previous = (self.folder / name for name in CHECKPOINTS)
 
         def write(path):
-            path.write_bytes(save(tensors, metadata))
+            path.write_bytes(save(tensors))
             sync(path)
             if newest.exists():
                 os.replace(newest, previous)
@@ -265,8 +257,7 @@ class RunDirectory:
     def restore(self):
         """Continue from the newest intact checkpoint."""
         if any(self.folder.glob("checkpoint-*/trainer_state.json")):
-            program = "extras/scale_trl.py"
-            raise InputError(f"{self.folder} contains a run of {program}: resume it there")
+            raise InputError(f"{self.folder} has a run of extras/scale_trl.py: resume it there")
         found = [self.folder / name for name in CHECKPOINTS if (self.folder / name).exists()]
         if not found:
             return print(f"no checkpoint in {self.folder} yet: starting from the beginning")
@@ -302,23 +293,19 @@ class RunDirectory:
 
 def load_checkpoint(path):
     """(state, tensors) of a checkpoint. Raises an exception of any type if the file is damaged."""
-    with safe_open(path, "pt") as saved:
-        metadata = saved.metadata()
-        # Copy, or the file stays mapped and Windows cannot replace it.
-        tensors = {name: saved.get_tensor(name).clone() for name in saved.keys()}
-    state = json.loads(metadata["state"])
-    if state.pop("checksum") != checksum(tensors, state):
+    tensors = load(path.read_bytes())
+    if tensors.pop("checksum") != checksum(tensors):
         raise ValueError("its checksum differs")
-    return state, tensors
+    return json.loads(bytes(tensors.pop("state").tolist())), tensors
 
 
-def checksum(tensors, state):
+def checksum(tensors):
     """CRC-32 of all data, names, shapes and types. safetensors itself only checks sizes."""
-    total = zlib.crc32(json.dumps(state).encode())
+    total = 0
     for name, tensor in sorted(tensors.items()):
         total = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), total)
         total = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), total)
-    return str(total)
+    return torch.tensor(total)
 
 
 def open_tracker(name, folder, settings):
@@ -339,10 +326,8 @@ def open_tracker(name, folder, settings):
 def finite(row):
     """The row with NaN and infinity replaced by None, because JSON has neither. They occur in steps
     whose update was skipped."""
-    return {
-        name: None if isinstance(value, float) and not abs(value) < torch.inf else value
-        for name, value in row.items()
-    }
+    bad = {name for name, x in row.items() if isinstance(x, float) and not math.isfinite(x)}
+    return row | dict.fromkeys(bad)
 
 
 def sync(path):
@@ -359,7 +344,7 @@ def sync(path):
 
 def remove(path):
     """Delete a file or folder, if it exists."""
-    if path.is_dir() and not path.is_symlink():
+    if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

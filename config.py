@@ -42,12 +42,8 @@ class Config:
 
     # data
     dataset: str = flag("scenes", "scenes (generated), or a .jsonl file, see docs/data.md")
-    skip_bad_examples: bool = flag(
-        False, "skip and count unusable examples instead of stopping", may_change=True
-    )
-    allow_absolute_paths: bool = flag(
-        False, "allow images outside the data set's folder", may_change=True
-    )
+    skip_bad_examples: bool = flag(False, "skip and count unusable examples", may_change=True)
+    allow_absolute_paths: bool = flag(False, "allow images in other folders", may_change=True)
     boxes: str = flag(
         "",
         "unit of the boxes; by default pixels, but refused if they look like another unit",
@@ -60,21 +56,16 @@ class Config:
     )
     # model
     model_name_or_path: str = flag(
-        "Qwen/Qwen3-VL-2B-Instruct",
-        "hub name or local folder of a Qwen2.5-VL, Qwen3-VL or InternVL3.5",
+        "Qwen/Qwen3-VL-2B-Instruct", "hub name or folder of a Qwen2.5-VL, Qwen3-VL or InternVL3.5"
     )
     load_in_4bit: bool = flag(True, "quantize the language model to NF4 with double quantization")
     lora_r: int = flag(16, "rank of the LoRA adapter", minimum=1, maximum=1024)
-    lora_alpha: int = flag(
-        32, "LoRA scale: the adapter's output is multiplied by alpha / r", minimum=1
-    )
+    lora_alpha: int = flag(32, "LoRA's output is multiplied by alpha / r", minimum=1)
     adapter: str = flag("", "start from this adapter; KL is still measured against the base model")
     gradient_checkpointing: bool = flag(
         True, "recompute activations in the backward pass to save memory", may_change=True
     )
-    max_pixels: int = flag(
-        2**18, "downscale larger images to this many pixels", minimum=1, maximum=2**24
-    )
+    max_pixels: int = flag(2**18, "downscale larger images to this area", minimum=1, maximum=2**24)
     device: str = flag(
         "auto", "auto: CUDA if found, else CPU", may_change=True, choices=["auto", "cuda", "cpu"]
     )
@@ -82,19 +73,12 @@ class Config:
     cuda_graph: bool = flag(False, "sample with a CUDA graph; untested on a GPU", may_change=True)
     # training
     max_steps: int = flag(200, "optimizer steps", may_change=True, minimum=0)
-    num_generations: int = flag(
-        8, "G, completions per question (official code: 16)", minimum=2, maximum=1024
-    )
+    num_generations: int = flag(8, "G, completions per question", minimum=2, maximum=1024)
     prompts_per_step: int = flag(4, "questions per optimizer step", minimum=1, maximum=1024)
     completions_per_forward: int = flag(
-        0,
-        "micro-batch: less than G saves memory, more than G packs several groups, 0 is G",
-        may_change=True,
-        minimum=0,
+        0, "below G saves memory, above G packs groups, 0 is G", may_change=True, minimum=0
     )
-    max_completion_length: int = flag(
-        110, "maximum tokens in a completion", minimum=1, maximum=2**14
-    )
+    max_completion_length: int = flag(110, "most tokens in a completion", minimum=1, maximum=2**14)
     temperature: float = flag(1.0, "used for sampling and scoring (no top-p)", minimum=0.01)
     learning_rate: float = flag(5e-6, "peak learning rate of AdamW", minimum=0)
     lr_scheduler_type: str = flag("cosine", "after the warm-up", choices=["cosine", "constant"])
@@ -102,18 +86,14 @@ class Config:
     weight_decay: float = flag(0.01, "weight decay of AdamW", minimum=0)
     max_grad_norm: float = flag(0.8, "clip the gradient to this norm; 0 or less disables clipping")
     beta: float = flag(0.001, "weight of the KL penalty; 0 saves a forward pass", minimum=0)
-    epsilon: float = flag(
-        0.2, "clip range of the ratio; only used if num_iterations > 1", above=0, below=1
-    )
+    epsilon: float = flag(0.2, "clip range of the ratio if num_iterations > 1", above=0, below=1)
     num_iterations: int = flag(1, "optimizer updates per batch of completions", minimum=1)
     seed: int = flag(0, "seed of all randomness", minimum=0, maximum=2**63 - 1)
     # reward
     reward_weights: str = flag(
         "attention=1,format=1,accuracy=0", "name=weight pairs; all rewards are logged"
     )
-    reward: str = flag(
-        "", "your own rewards: file.py:function or file.py:one,two, see docs/extending.md"
-    )
+    reward: str = flag("", "your own: file.py:function or file.py:one,two, see docs/extending.md")
     token_fraction: float = flag(
         0.3, "fraction of tokens that count, highest entropy first", above=0, maximum=1
     )
@@ -124,22 +104,17 @@ class Config:
     )
     region: str = flag(
         "boxes",
-        "what the attention reward rewards: the boxes, or as a placebo the boxes rolled by half "
-        "the image",
+        "what the attention reward rewards; rolled, a placebo, moves the boxes by half the image",
         choices=["boxes", "rolled"],
     )
     layers: str = flag("-1", "layers whose mean attention counts: all, 2,3 or --layers=-2,-1")
     heads: str = flag("all", "heads of those layers: all, or 0,3")
     format_lengths: str = flag("60,100", "min,max tokens that earn the full format reward")
     # evaluation
-    eval_examples: int = flag(
-        -1, "held-out questions of each evaluation; -1 is all, 0 skips it", minimum=-1
-    )
+    eval_examples: int = flag(-1, "held-out questions; -1 is all, 0 no evaluation", minimum=-1)
     eval_dataset: str = flag("", "evaluate on this .jsonl file, and train on all of --dataset")
     # run
-    output_dir: str = flag(
-        "runs/sayo", "folder for logs, checkpoints, adapter and report", may_change=True
-    )
+    output_dir: str = flag("runs/sayo", "folder of everything a run writes", may_change=True)
     save_steps: int = flag(20, "steps between checkpoints", may_change=True, minimum=1)
     keep_best: bool = flag(
         False, "end with the adapter of those save_steps steps whose samples were right most often"
@@ -164,7 +139,7 @@ class Config:
 FIELDS = {f.name: f for f in fields(Config)}
 
 # Defaults for the model in tiny/, which is small, already knows the format and learns fast. The
-# learning rate and the head were chosen on validation scenes, see docs/evidence.md.
+# learning rate was chosen on validation scenes, see docs/evidence.md.
 TINY = dict(
     model_name_or_path="tiny",
     gradient_checkpointing=False,
@@ -221,42 +196,13 @@ def parse_reward(text):
 
 
 def load_rewards(text):
-    """The functions that --reward names, as {name: function}. An error in the file, or in what a
-    function returns, becomes an InputError with the file and the line."""
+    """The functions that --reward names, as {name: function}. Raises: InputError."""
     path, names = parse_reward(text)
-
-    def fail(error, what):
-        lines = [x.lineno for x in traceback.extract_tb(error.__traceback__) if x.filename == path]
-        place = f", line {lines[-1]}" if lines else ""
-        raise InputError(f"--reward {what}{place}: {type(error).__name__}: {error}") from None
-
-    def checked(name):
-        def reward(inputs):
-            try:
-                result = functions[name](inputs)
-            except Exception as error:
-                fail(error, f"{path}:{name}")
-            try:
-                values = [float(value) for value in result]
-            except (TypeError, ValueError, RuntimeError):  # not a flat list of numbers
-                values = [math.nan]
-            if len(values) != len(inputs.texts) or not all(map(math.isfinite, values)):
-                shape = f"shape {tuple(result.shape)}: " if hasattr(result, "shape") else ""
-                wanted = f"{len(inputs.texts)} finite numbers, one per completion"
-                problem = f"{path}:{name} must return {wanted}, but returned"
-                raise InputError(f"--reward {problem} {shape}{str(result):.40}")
-            return values
-
-        return reward
-
-    try:
-        functions = runpy.run_path(path) if names else {}
-    except Exception as error:
-        fail(error, text)
+    functions = runpy.run_path(path) if names else {}
     for name in names:
         if not callable(functions.get(name)):
             raise InputError(f"--reward {text}: {path} has no function {name}")
-    return {name: checked(name) for name in names}
+    return {name: functions[name] for name in names}
 
 
 FORMS = {  # settings that are text with a form of its own: (parser, what it expects)
@@ -280,17 +226,12 @@ COMMANDS = {
     "check": "validate a .jsonl data set and draw its boxes; loads no model",
     "fit": "predict the GPU memory of a run, and which cards it fits on; needs no GPU",
 }
-OTHER_FLAGS = {  # what other programs call a flag -> what it is here
+OTHER_FLAGS = {  # flags of other programs that difflib would not find -> what they are here
     "lr": "--learning_rate",
     "num_train_epochs num_epochs epochs": "--max_steps (an epoch: questions / --prompts_per_step)",
-    "steps iters": "--max_steps",
     "per_device_train_batch_size batch_size": "--prompts_per_step",
-    "data data_path data_file dataset_name train_file": "--dataset",
-    "model model_name": "--model_name_or_path",
+    "model": "--model_name_or_path",
     "max_new_tokens": "--max_completion_length",
-    "group_size": "--num_generations",
-    "kl_coef": "--beta",
-    "lora_rank": "--lora_r",
     "resume_from_checkpoint": "--resume",
 }
 GROUPS = {  # the first flag of each group in --help -> its title
@@ -429,6 +370,9 @@ def one_line(error, folder=None):
     run if there is one."""
     if isinstance(error, InputError):
         return " ".join(str(error).split())
+    if type(error).__name__ == "OutOfMemoryError":  # of torch, which may not be loaded yet
+        flags = "--completions_per_forward, --num_generations or --max_pixels"
+        return f"out of GPU memory: lower {flags}, as `fit` advises"
     text = str(error).strip().split("\n")[0]
     if isinstance(error, OSError):  # a full disk, a missing file
         return text
@@ -452,12 +396,11 @@ def check_paths(given):
         if path not in (None, "scenes") and (Path(path).is_dir() or not Path(path).exists()):
             reason = "it is a folder" if Path(path).is_dir() else missing
             raise InputError(f"cannot read the {what} {path}: {reason}")
-    if adapter := given.get("adapter"):
-        file, path = "adapter_config.json", Path(adapter)
-        if not (path / file).is_file():
-            found = [p for p in (path / "adapter", path.parent) if (p / file).is_file()]
-            hint = f": did you mean --adapter {found[0]}?" if found else f": {file}: {missing}"
-            raise InputError(f"no adapter in {adapter}{hint}")
+    adapter, file = given.get("adapter"), "adapter_config.json"
+    if adapter and not Path(adapter, file).is_file():
+        inner = Path(adapter, "adapter")
+        hint = f"did you mean --adapter {inner}?" if inner.is_dir() else f"{file}: {missing}"
+        raise InputError(f"no adapter in {adapter}: {hint}")
     model = given.get("model_name_or_path", "tiny")
     if re.match(r"[./~]|.*\\|.*/.*/", model) and not Path(model).is_dir():
         raise InputError(f"cannot load {model}: {missing}")
@@ -476,8 +419,7 @@ def check_paths(given):
 
 
 def check_settings(settings):
-    """Args: settings, a dict of some or all settings. Raises: InputError that names the flag that
-    cannot work, and values that can."""
+    """Raises: InputError that names the first flag that cannot work, and values that can."""
     for name, value in settings.items():
         if name in FORMS:
             parse, form = FORMS[name]

@@ -23,7 +23,9 @@ class LoraLinears:
         for module in modules:
             base = getattr(module, "base_layer", module)
             self.layers.append(fast_linear(base, dtype, dequantize))
-            for name in () if getattr(module, "disable_adapters", True) else module.active_adapters:
+            if getattr(module, "disable_adapters", True):  # without LoRA, or switched off
+                continue
+            for name in module.active_adapters:
                 down.append(module.lora_A[name].weight)
                 up = module.lora_B[name].weight * module.scaling[name]
                 self.B.append(up.to(dtype).T)  # (r, out)

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 if sys.version_info < (3, 10):  # noqa: UP036
@@ -143,8 +144,15 @@ def compute_rewards(vlm, example, prompt, completions, scores, cfg):
         prompt=prompt,
         completions=completions,
     )
-    rewards = {name: function(inputs) for name, function in cfg.rewards.items()}
-    rewards = {name: torch.as_tensor(x, dtype=torch.float32) for name, x in rewards.items()}
+    rewards = {}
+    for name, function in cfg.rewards.items():
+        found = function(inputs)
+        values = torch.as_tensor(math.nan if found is None else found, dtype=torch.float32)
+        valid = values.shape == (len(inputs.texts),) and values.isfinite().all()
+        if name not in reward.REWARDS and not valid:
+            wanted = f"{len(inputs.texts)} finite numbers, one per completion"
+            raise InputError(f"--reward: {name} must return {wanted}, not {str(found):.40}")
+        rewards[name] = values.cpu()
     return rewards, inputs
 
 
@@ -216,11 +224,10 @@ def train(cfg):
     scaler = torch.amp.GradScaler(vlm.device.type, 2**10, enabled=vlm.dtype == torch.float16)
     run = RunDirectory(cfg, params, optimizer, generator, scaler, eval_set)
     before = run.read_json("before.json")
-    if before is None and cfg.adapter and not cfg.max_steps:  # compare an adapter with its base
-        with vlm.model.disable_adapter():
-            before = run.write_json("before.json", evaluate(vlm, eval_set, cfg, "before"))
     if before is None:
-        before = run.write_json("before.json", evaluate(vlm, eval_set, cfg, "before"))
+        compare = cfg.adapter and not cfg.max_steps  # an adapter with its base model
+        with vlm.model.disable_adapter() if compare else nullcontext():
+            before = run.write_json("before.json", evaluate(vlm, eval_set, cfg, "before"))
     alarms = Alarms(cfg, run.history())
     with stop_signals() as stop, tqdm(total=cfg.max_steps, initial=run.step, desc="train") as bar:
         while run.step < cfg.max_steps and not stop:
@@ -266,8 +273,7 @@ def learning_rate(cfg, step):
 
 
 def main(argv=None):
-    """The command line. Every error ends in one line and exit code 2, Ctrl-C in 130.
-    Returns the exit code."""
+    """The command line. Returns the exit code. Every error is one line and 2, Ctrl-C is 130."""
     argv = sys.argv[1:] if argv is None else argv
     folder = None
     try:
@@ -279,18 +285,13 @@ def main(argv=None):
         from extras.commands import run_command
 
         return run_command(command, given)
-    except InputError as error:
-        problem = one_line(error)
-    except torch.OutOfMemoryError:
-        problem = "out of GPU memory: lower --completions_per_forward, --num_generations or "
-        problem += f"--max_pixels, as `fit` advises{continue_hint(folder)}"
-    except Exception as error:  # a full disk, a lost GPU, a mistake in this program
-        problem = f"{one_line(error, folder)}{continue_hint(folder)}"
     except KeyboardInterrupt:  # outside training; files are replaced atomically
         print(f"stopped{continue_hint(folder)}")
         return 130
-    print(f"sayo_mini.py: {problem}", file=sys.stderr)
-    return 2
+    except Exception as error:  # also a full disk, a lost GPU, a mistake in this program
+        hint = "" if isinstance(error, InputError) else continue_hint(folder)
+        print(f"sayo_mini.py: {one_line(error, folder)}{hint}", file=sys.stderr)
+        return 2
 
 
 def continue_hint(folder):

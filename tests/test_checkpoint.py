@@ -2,9 +2,7 @@
 
 import json
 import os
-import pty
 import resource
-import select
 import shlex
 import shutil
 import signal
@@ -64,18 +62,6 @@ def whole(tmp_path_factory):
 # --- resuming ---
 
 
-@pytest.mark.parametrize("log", ["metrics.jsonl", "samples.jsonl"])
-def test_an_incomplete_last_line_of_a_log_is_dropped(tmp_path, whole, log):
-    """The line is dropped even if it looks complete because its last character is a brace."""
-    folder = tmp_path / "run"
-    run(folder, "--max_steps 4 --save_steps 3")
-    (folder / "checkpoint.safetensors").unlink()  # step 4; the previous one is from step 3
-    text = (folder / log).read_text()
-    (folder / log).write_text(text + '{"step": 5, "text": "{red}')
-    resume(folder)
-    assert not differences(whole, folder)
-
-
 @pytest.mark.parametrize("precision", ["", "--load_in_4bit"], ids=["fp32", "nf4"])
 def test_a_crash_between_checkpoints_repeats_the_lost_step(tmp_path, monkeypatch, capfd, precision):
     """The run ends in step 4, with the last checkpoint at step 2. Step 3 is logged again. An error
@@ -109,7 +95,6 @@ def test_a_run_can_grow_but_not_shrink_or_change(tmp_path, capfd, whole):
     assert logged_steps(folder) == [1, 2, 3, 4, 5] and checkpoint_step(folder) == 5
     config = json.loads((folder / "config.json").read_text())
     assert (config["max_steps"], config["resume"]) == (5, False)
-    assert set(config["made_with"]) == {"torch", "transformers", "peft", "bitsandbytes"}
 
 
 def test_a_run_is_not_overwritten_and_nothing_is_not_resumed(tmp_path, capfd, whole):
@@ -156,14 +141,13 @@ def flip_bit(path, fraction):
 
 
 def change_step(path):
-    path.write_bytes(path.read_bytes().replace(rb"\"step\": 4", rb"\"step\": 3"))
+    path.write_bytes(path.read_bytes().replace(b'"step": 4', b'"step": 3'))
 
 
 DAMAGE = {
     "empty": lambda path: path.write_bytes(b""),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "a bit of its header": lambda path: flip_bit(path, 0.001),
-    "a bit in the middle": lambda path: flip_bit(path, 0.5),
     "the last bit": lambda path: flip_bit(path, 1),
     "another step": change_step,
 }
@@ -192,11 +176,8 @@ def test_two_damaged_checkpoints_are_an_error_and_nothing_changes(tmp_path, capf
 
 EDITS = {  # what happened to a log
     "empty": lambda rows: [],
-    "the last row is missing": lambda rows: rows[:-1],
     "a row is missing": lambda rows: [rows[0], *rows[2:]],
-    "a row is doubled": lambda rows: [rows[0], *rows],
     "two rows are swapped": lambda rows: [rows[1], rows[0], *rows[2:]],
-    "a byte order mark": lambda rows: ["\ufeff", *rows],
 }
 PARTS = [(name, None) for name in ("before.json", *checkpoint.LOGS)]  # None: the file is missing
 PARTS += [(name, edit) for name in checkpoint.LOGS for edit in EDITS]
@@ -260,17 +241,14 @@ def test_signal_ends_the_run_after_the_current_step(
     assert not differences(whole, folder)
 
 
-@pytest.mark.parametrize("call, evaluation", [(1, "before"), (6, "after")])
-def test_ctrl_c_during_an_evaluation_stops_immediately(
-    tmp_path, capsys, monkeypatch, whole, call, evaluation
-):
+def test_ctrl_c_during_an_evaluation_stops_immediately(tmp_path, capsys, monkeypatch, whole):
     stop = partial(signal.raise_signal, signal.SIGINT)
-    do_after_call(monkeypatch, model.Vlm, "sample_groups", call, stop)
+    do_after_call(monkeypatch, model.Vlm, "sample_groups", 6, stop)
     folder = tmp_path / "run"
     run(folder, expect=130)
     command = f"python sayo_mini.py --resume --output_dir {folder}"
     assert f"stopped; continue with: {command}" in capsys.readouterr().out
-    assert not (folder / f"{evaluation}.json").exists()
+    assert not (folder / "after.json").exists()
     monkeypatch.undo()
     resume(folder)
     assert not differences(whole, folder)
@@ -291,7 +269,7 @@ def test_the_best_steps_had_the_highest_share_of_right_samples():
 # --- other files ---
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "adapter", "config.json", "notes.txt"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "adapter", "config.json", "lock", "notes.txt"])
 def test_a_new_run_never_writes_into_a_folder_with_other_files(tmp_path, name):
     checkpoint.check_folder(tmp_path, started=False)
     for file in ("metrics.jsonl", "lock"):  # of a run that ended before its first step
@@ -373,40 +351,17 @@ def test_nohup_survives_a_hangup(tmp_path, monkeypatch, whole):
 
 
 @pytest.mark.slow
-def test_a_lost_terminal_saves_the_run(tmp_path, whole):
-    """When an ssh connection drops, the kernel sends SIGHUP, and writing to the terminal fails."""
-    folder = tmp_path / "run"
-    argv = [*FAST, "--save_steps", "99", "--max_steps", "400", "--output_dir", str(folder)]
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(ROOT)
-        os.execv(sys.executable, [sys.executable, "sayo_mini.py", *argv])
-    log = folder / "metrics.jsonl"
-    while not log.exists() or log.read_bytes().count(b"\n") < 2:
-        if select.select([terminal], [], [], 0.05)[0]:
-            os.read(terminal, 4096)
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
-    assert checkpoint_step(folder) == len(logged_steps(folder)) >= 2
-    assert (folder / "report.html").exists()
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("stdout", ["head", "/dev/full"])
 def test_lost_output_does_not_stop_a_run(tmp_path, stdout):
     """The name of the data set cannot be shown in ASCII."""
-    data = write_dataset(tmp_path / "où").rename(tmp_path / "où" / "où.jsonl")
+    data = write_dataset(tmp_path / "set").rename(tmp_path / "set" / "où.jsonl")
     flags = [*FAST, *FLAGS.split(), "--dataset", str(data), "--output_dir", str(tmp_path / "run")]
-    command, env = (
-        [sys.executable, "sayo_mini.py", *flags],
-        os.environ | {"PYTHONIOENCODING": "ascii"},
-    )
-    with open("/dev/full", "w") as full:
-        output = subprocess.PIPE if stdout == "head" else full
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=env)
-        for stream in (process.stdout, process.stderr) if stdout == "head" else ():
-            stream.close()
-        assert process.wait() == 0
+    reader, pipe = os.pipe()
+    output = pipe if stdout == "head" else open("/dev/full", "w")
+    os.close(reader)  # nobody reads the pipe
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "sayo_mini.py", *flags]
+    assert not subprocess.call(command, cwd=ROOT, stdout=output, stderr=output, env=env)
     assert logged_steps(tmp_path / "run") == [1, 2, 3, 4]
     assert "où.jsonl" in (tmp_path / "run" / "report.html").read_text()
 
@@ -414,27 +369,11 @@ def test_lost_output_does_not_stop_a_run(tmp_path, stdout):
 # --- the lock ---
 
 
-def test_two_processes_do_not_share_a_folder(tmp_path, capfd, whole):
-    """The lock ends with its process, even if the process is killed."""
+def test_two_runs_do_not_share_a_folder(tmp_path, capfd, whole):
     folder = shutil.copytree(whole, tmp_path / "run")
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        lock = FileLock(folder / "lock")
-        lock.acquire()
-        os.write(writer, b"locked")
-        signal.pause()
-        os._exit(lock.is_locked)
-    os.read(reader, 6)
-    try:
+    with FileLock(folder / "lock"):
         resume(folder, expect=2)
-        line = error_line(capfd)
-        assert "another process runs" in line and str(folder) in line
-        with pytest.raises(InputError, match="another process"):  # if two start at the same time
-            checkpoint.RunDirectory(Config(output_dir=str(folder)), {}, None, None)
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+    assert f"another process runs in {folder}: wait" in error_line(capfd)
     resume(folder)
     assert not differences(whole, folder)
 
@@ -460,45 +399,32 @@ def test_a_run_ends_if_another_takes_over_after_the_lock_file_was_removed(
 # --- a full disk ---
 
 
-def fill_disk():
-    """Limit all files of this process to 100 bytes; longer writes fail, as on a full disk."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
-
-
-def run_in_fork(folder):
-    """Run the program in a forked process, so that the disk is full only there.
-    Returns: (its exit code, the last line of its output)."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(writer, 1), os.dup2(writer, 2)
-        streams = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
-        sys.stdout, sys.stderr = streams
-        os._exit(sayo_mini.main([*FAST, *FLAGS.split(), "--output_dir", str(folder)]))
-    os.close(writer)
-    with open(reader) as output:
-        lines = output.read().splitlines()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), lines[-1]
+def limit_files(size):
+    """Make writes beyond this size fail in this process, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 FULL_DISK = [  # owner, function, call after which the disk is full, checkpoint step
     (sayo_mini, "train_step", 3, 2),
-    (Alarms, "check", 3, 2),  # step 3 is logged, not saved
-    (checkpoint.RunDirectory, "save", 4, 4),  # safetensors raises its own exception
+    (checkpoint.RunDirectory, "save", 4, 4),
     (sayo_mini, "evaluate", 2, 4),
 ]
 
 
 @pytest.mark.parametrize("owner, name, call, last_step", FULL_DISK)
 def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
-    tmp_path, monkeypatch, whole, owner, name, call, last_step
+    tmp_path, monkeypatch, capsys, whole, owner, name, call, last_step
 ):
-    do_after_call(monkeypatch, owner, name, call, fill_disk)
+    do_after_call(monkeypatch, owner, name, call, partial(limit_files, 100))
     folder = tmp_path / "run"
-    code, line = run_in_fork(folder)
-    assert code == 2 and line.startswith("sayo_mini.py: ")
-    assert all(word in line for word in ("File too large", "--resume", str(folder)))
+    try:
+        run(folder, expect=2)
+    finally:
+        limit_files(resource.RLIM_INFINITY)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert all(
+        word in line for word in ("sayo_mini.py: ", "File too large", "--resume", str(folder))
+    )
     assert not list(folder.glob("unfinished-*"))
     assert checkpoint_step(folder) == last_step
     monkeypatch.undo()
@@ -509,46 +435,32 @@ def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
 # --- images ---
 
 
-def write_dataset(folder, count=8):
-    """Write scenes as PNGs and a .jsonl file; return the path of the .jsonl file."""
+def write_dataset(folder):
+    """Write eight scenes as PNGs and a .jsonl file; return the path of the .jsonl file."""
     folder.mkdir()
-    scenes, lines = Scenes("train", count), []
-    for i in range(count):
-        example = scenes[i]
-        example.image.save(folder / f"{i}.png")
-        row = {"image": f"{i}.png", "question": example.question, "answer": example.answer}
-        lines.append(json.dumps(row | {"boxes": example.boxes}))
+    lines = []
+    for example in Scenes("train", 8):
+        example.image.save(folder / f"{example.id}.png")
+        row = {"image": f"{example.id}.png", "question": example.question, "boxes": example.boxes}
+        lines.append(json.dumps(row | {"answer": ["nothing", example.answer]}))
     (folder / "set.jsonl").write_text("\n".join(lines))
     return folder / "set.jsonl"
 
 
 def test_data_that_changed_are_not_resumed_and_answers_may_be_lists(tmp_path, capfd):
     data, folder = write_dataset(tmp_path / "data"), tmp_path / "run"
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    lists = [row | {"answer": ["nothing", row["answer"]]} for row in rows]
-    text = "\n".join(map(json.dumps, lists))
-    data.write_text(text)
     run(folder, f"--dataset {data} --max_steps 1")
-    for name in ("before.json", "samples.jsonl"):
-        row = json.loads((folder / name).read_text().splitlines()[0])
-        row = row if isinstance(row, dict) else row[0]
-        assert row["answer"][0] == "nothing" and len(row["answer"]) == 2
+    (before, *_), samples = read_log(folder, "before.json")[0], read_log(folder, "samples.jsonl")
+    assert all(row["answer"][0] == "nothing" for row in (before, *samples))
     assert "nothing or " in (folder / "report.html").read_text()
-    image = data.parent / "3.png"
-    content = image.read_bytes()
-    for path, changed in (
-        (data, "\n".join(map(json.dumps, rows)).encode()),
-        (image, content + b"0"),
-    ):
+    for path in (data, data.parent / "train-0-3.png"):
         saved = path.read_bytes()
-        path.write_bytes(changed)
+        path.write_bytes(saved.replace(b"nothing", b"x", 1) + b"\n")
         resume(folder, "--max_steps 2", expect=2)
-        line = (
-            f"{data} or its images changed since the run in {folder} began: restore them, or start"
-        )
-        assert line in error_line(capfd)
+        problem = f"{data} or its images changed since the run in {folder} began: restore them"
+        assert problem in error_line(capfd)
         path.write_bytes(saved)
-    data.write_text(text.replace("\n", "\n\n"))  # the same rows
+    data.write_bytes(data.read_bytes().replace(b"\n", b"\n\n"))  # the same rows
     resume(folder, "--max_steps 2")
     assert logged_steps(folder) == [1, 2]
 
