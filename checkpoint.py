@@ -31,7 +31,7 @@ def run_config(given):
     """The Config of a new or resumed run, from the flags `given`. Raises: InputError if the folder
     contains other files, or if the run cannot be resumed with these flags."""
     folder = Path(given.get("output_dir", Config.output_dir))
-    for name in ("dataset", "adapter"):  # the run may be resumed from another folder
+    for name in ("dataset", "eval_dataset", "adapter", "reward"):  # --resume may run elsewhere
         if given.get(name) not in (None, getattr(Config, name)):
             given = given | {name: os.path.abspath(given[name])}
     resume = given.get("resume", False)

@@ -472,6 +472,15 @@ def sums(tensors):
     return sorted(tensor.sum().item() for tensor in tensors)
 
 
+def test_files_of_a_run_are_stored_by_their_whole_path(tmp_path, monkeypatch):
+    """So that it can be resumed from another folder."""
+    monkeypatch.chdir(tmp_path)
+    names = {"dataset": "a.jsonl", "eval_dataset": "b.jsonl", "reward": "mine.py:one"}
+    flags = {"model_name_or_path": "tiny", "output_dir": "run", "reward_weights": "one=1"}
+    cfg = checkpoint.run_config(names | flags)
+    assert all(getattr(cfg, name) == f"{tmp_path}/{value}" for name, value in names.items())
+
+
 def test_keep_best_ends_with_the_adapter_of_the_best_steps(tmp_path, monkeypatch):
     """After steps 2, 4 and 5, the latest steps are compared by their right samples."""
     shares, seen, train_step = [0.2, 0.4, 0.6, 0.5, 0.1], [], sayo_mini.train_step
