@@ -70,6 +70,12 @@ def continue_exactly(cfg, data):
     if saved.get("data_checksum", "") != getattr(data, "checksum", ""):
         problem = f"{cfg.dataset} or its images changed since the run in {cfg.output_dir} began"
         raise InputError(f"{problem}: restore them, or start again with a new --output_dir")
+    before = Path(cfg.output_dir) / "before.json"
+    if before.exists():  # results are compared by position
+        rows = [(row["image"], row["question"]) for row in json.loads(before.read_text("utf-8"))]
+        if rows != [(zlib.crc32(x.image.tobytes()), x.question) for x in data]:
+            problem = f"{before} is about other questions than this run's"
+            raise InputError(f"{problem}: restore it, or start again with a new --output_dir")
     torch.set_num_threads(saved["threads"])
 
 

@@ -197,19 +197,31 @@ def verdict(before, after):
     images, pairs = [row["image"] for row in before], list(zip(before, after))
     right = [sum(row["correct"] for row in rows) for rows in (before, after)]
     changes = [new["correct"] - old["correct"] for old, new in pairs]
-    auroc = paired_change([new["auroc"] - old["auroc"] for old, new in pairs], images)
-    fixed = paired_change([new["fixed_auroc"] - old["auroc"] for old, new in pairs], images)
     looks = [
         f"{sum(not row['early'] for row in rows)} {name}, {count_corrected(rows)} corrected"
         for name, rows in (("before", before), ("after", after))
     ]
+    own, own_low = paired_change([new["auroc"] - old["auroc"] for old, new in pairs], images)
+    fixed, fixed_low = paired_change(
+        [new["fixed_auroc"] - old["auroc"] for old, new in pairs], images
+    )
+    if own_low is None:
+        conclusion = "no interval, so no conclusion"
+    elif own_low <= 0:
+        conclusion = "nothing shows that the model looks at the region more than before"
+    elif fixed_low > 0:
+        conclusion = "the model looks differently at the same words"
+    else:
+        conclusion = "the model learned to write differently, and attention follows the text"
     return (
         f"Answers: {right[0]:.0f} right before, {right[1]:.0f} right after, of {len(before)}; "
         f"{changes.count(1)} fixed, {changes.count(-1)} broken (exact sign test, "
         f"{sign_test(sum_by_image(changes, images))}).\n"
-        f"Attention on the region: AUROC {auroc} while the model writes its own words, "
-        f"{fixed} while it reads the words from before training.\n"
-        f"First looks off the region: {looks[0]}; {looks[1]}."
+        f"First looks off the region (the box around what is asked about): {looks[0]}; "
+        f"{looks[1]}.\n"
+        f"Attention: {conclusion}. The probability that a cell in the region gets more attention "
+        f"than a cell outside (AUROC) changed by {own} while the model writes its own answers, and "
+        f"by {fixed} while it reads its answers from before training."
     )
 
 
@@ -262,11 +274,17 @@ def opening_lines(train_set, eval_set, cfg):
 
 
 def paired_change(differences, images):
-    """The mean difference and its 95 % interval as text, e.g. "+0.22 [+0.19, +0.25]"."""
+    """(the mean difference and its 95 % interval as text, e.g. "+0.22 [+0.19, +0.25]"; the lower
+    end of the interval as printed, or None if there is no interval)."""
+
+    def signed(value):
+        return f"{round(value, 2) + 0.0:+.2f}"  # never -0.00
+
     mean, half, count = estimate(differences, images)
     if count < 2:
-        return f"{mean:+.2f}" if count else "-"
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+        return signed(mean) if count else "-", None
+    low = round(mean - half, 2)
+    return f"{signed(mean)} [{signed(low)}, {signed(mean + half)}]", low
 
 
 def estimate(values, images):

@@ -9,7 +9,7 @@ from checkpoint import load_settings
 from config import InputError, build_config
 from data import Example, encode_example, example_region, warn_tiny
 from evaluate import tokens_before_answer, trace_attention, written_words
-from extras.pictures import plot_animation, plot_answers
+from extras.pictures import draw_row, plot_animation
 from json_lines import (
     apply_exif_orientation,
     check_boxes,
@@ -49,8 +49,10 @@ def run_look(given):
     if adapter:
         vlm.load_adapter(adapter)
         answers.append(describe_answer(vlm, example, cfg, "after training"))
-    plot = plot_animation if Path(output).suffix.lower() == ".gif" else plot_answers
-    plot(example, answers, output)
+    if Path(output).suffix.lower() == ".gif":
+        plot_animation(example, answers, output)
+    else:
+        draw_row(example, answers).save(output)
     print(f"wrote {output}")
     return 0
 
@@ -91,7 +93,7 @@ def read_example(path, question, boxes):
 
 def describe_answer(vlm, example, cfg, caption):
     """Answer greedily and print the answer, with scores if the example has a box.
-    Returns: a dict for `plot_answers` and `plot_animation`."""
+    Returns: a dict for `draw_row` and `plot_animation`."""
     prompt = encode_example(vlm, example, cfg)
     trace = trace_attention(vlm, prompt, cfg)
     print(f"{caption}: {trace.completion.texts[0]}")
@@ -111,6 +113,5 @@ def describe_answer(vlm, example, cfg, caption):
         "words": written_words(vlm, trace.completion),
         "maps": trace.attention.tolist(),
         "grid": prompt.grid,
-        "entropy": trace.entropy.tolist(),
         "selected": trace.selected.tolist(),
     }

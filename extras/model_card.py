@@ -22,7 +22,7 @@ with a reward for looking at the region of the image that contains the answer.
 | base model | {base}{quantized} |
 | data | {data} |
 | reward | {reward} |
-| attention reward | layers {layers}, heads {heads}, alignment {alignment}, the share \
+| attention reward | {attention}, alignment {alignment}, the share \
 {token_fraction:g} of tokens with the highest entropy |
 | training | {max_steps} steps of {prompts_per_step} questions with {num_generations} completions \
 each; learning rate {learning_rate:g}, {lr_scheduler_type}; seed {seed} |
@@ -73,10 +73,18 @@ def model_card(settings, before=None, after=None):
         "quantized": ", in 4 bits (NF4)" if settings["load_in_4bit"] else "",
         "data": plain(data),
         "reward": " + ".join(f"{weight:g} x {name}" for name, weight in weights.items() if weight),
+        "attention": attention_source(settings),
         "start": start,
         "results": results,
     }
     return CARD.format(**settings | parts)
+
+
+def attention_source(settings):
+    """The layers and heads whose attention counts, in words."""
+    layers, heads = settings["layers"], settings["heads"]
+    layers = {"-1": "last layer", "all": "all layers"}.get(layers, f"layers {layers}")
+    return f"{layers}, {'all heads' if heads == 'all' else f'heads {heads}'}"
 
 
 def plain(name):

@@ -8,7 +8,6 @@ dict:
 - `maps`, the attention of each token to the image (C lists of N floats)
 - `grid`, (rows, cols) of the maps
 - `selected`, whether the attention reward uses the token (C bools)
-- `entropy` before each token in nats (C floats), optional
 - `correct`, 0 or 1, only if the ground truth is known
 """
 
@@ -48,7 +47,7 @@ GIF_LINES = 4  # of a longer answer, the last lines are shown
 
 MAX_GIF_BYTES = 1_000_000
 # (most frames with words, colors): the first that keeps the file below MAX_GIF_BYTES is used.
-ATTEMPTS = (48, 256), (24, 64), (12, 64), (6, 32)
+ATTEMPTS = (48, 256), (24, 64), (6, 32)
 
 
 # --- a map over an image ---
@@ -63,16 +62,15 @@ def fit(image, size):
 def draw_boxes(picture, boxes, image_size):
     """Outline boxes on a picture, in place, just outside their edges. Args: boxes, in pixels of the
     original image; image_size, its (width, height)."""
-    draw, scales = ImageDraw.Draw(picture), [a / b for a, b in zip(picture.size, image_size)]
+    draw, (width, height) = ImageDraw.Draw(picture), picture.size
+    scales = [a / b for a, b in zip(picture.size, image_size)] * 2
     for box in boxes:
-        for inset, width, color in ((0, 2, BOX_COLORS[0]), (2, 3, BOX_COLORS[1])):
-            corners = []
-            for low, high, scale, side in zip(box[:2], box[2:], scales, picture.size):
-                # A box that reaches the edge of the image must stay visible.
-                end = min(round(high * scale) + 4, side - 1) - inset
-                corners.append((min(max(0, round(low * scale) - 5) + inset, end), end))
-            (x1, x2), (y1, y2) = corners
-            draw.rectangle((x1, y1, x2, y2), outline=color, width=width)
+        x1, y1, x2, y2 = (round(v * scale) for v, scale in zip(box, scales))
+        for margin, color in ((5, BOX_COLORS[0]), (3, BOX_COLORS[1])):
+            # A box that reaches the edge of the image must stay visible.
+            left, top = max(0, x1 - margin), max(0, y1 - margin)
+            right, bottom = min(x2 + margin, width) - 1, min(y2 + margin, height) - 1
+            draw.rectangle((left, top, right, bottom), outline=color, width=3)
 
 
 def show_boxes(image, boxes, size):
@@ -183,18 +181,17 @@ def lay_out(words, font, width):
     return placed
 
 
-def draw_words(draw, left, top, placed, lines, colors, underlined):
-    """Write the last `lines` lines of a text. Args: placed, see `lay_out`; colors, underlined, see
-    `Column`."""
-    font, first_line = load_font(FONT), max(0, placed[len(colors) - 1][0] - lines + 1)
-    for (line, x, word), color, line_below in zip(placed, colors, underlined):
+def draw_words(draw, left, top, placed, lines, styles):
+    """Write the last `lines` lines of a text. Args: placed, see `lay_out`; styles, see `Column`."""
+    font, first_line = load_font(FONT), max(0, placed[len(styles) - 1][0] - lines + 1)
+    for (line, x, word), style in zip(placed, styles):
         if not word or line < first_line:
             continue
         x, y = left + x, top + LINE * (line - first_line)
         right = x + font.getlength(word)
-        if color:
-            draw.rounded_rectangle((x - 2, y - 1, right + 2, y + LINE - 4), 4, color)
-        if line_below:
+        if style == "marked":
+            draw.rounded_rectangle((x - 2, y - 1, right + 2, y + LINE - 4), 4, MARKED)
+        if style == "underlined":
             draw.line((x, y + LINE - 3, right, y + LINE - 3), "black", 2)
         draw.text((x, y), word, "black", font)
 
@@ -215,8 +212,7 @@ class Column:
     title: str
     picture: Image.Image
     words: list  # the pieces of the text below
-    colors: list  # behind the words, a color or None each; the text ends where they end
-    underlined: list  # a bool for each of these words
+    styles: list  # of the words: "", "underlined" or "marked"; the text ends where they end
     band: tuple | None = None  # (text, color)
 
 
@@ -224,28 +220,23 @@ def question_column(example, size):
     """The question with the plain photo and its boxes."""
     words = [f" {word}" for word in example.question.split()]
     band = (f"ground truth: {answer_text(example.answer)}", NEUTRAL) if example.answer else None
-    picture, none = show_boxes(example.image, example.boxes, size), [None] * len(words)
-    return Column("question", picture, words, none, none, band)
+    picture = show_boxes(example.image, example.boxes, size)
+    return Column("question", picture, words, [""] * len(words), band)
 
 
-def answer_column(example, answer, size, highest):
-    """An answer with its mean map. The selected words are underlined. Higher entropy is bluer."""
-    attention, boxes = mean_map(answer), example.boxes
-    picture = overlay(example.image, attention, answer["grid"], boxes, size, highest)
-    shades = [round(255 * (1 - min(0.6, e / 2))) for e in answer.get("entropy", [])]
-    colors = [(shade, shade, 255) for shade in shades] or [None] * len(answer["words"])
+def answer_column(example, answer, size, highest, current):
+    """An answer with its mean map. The selected words are underlined. With an index `current`: the
+    answer up to this word, which is marked, with the word's map."""
     band = None
-    if "correct" in answer:
-        band = ("right", RIGHT) if answer["correct"] else ("wrong", WRONG)
-    return Column(answer["caption"], picture, answer["words"], colors, answer["selected"], band)
-
-
-def word_column(example, answer, size, highest, word):
-    """An answer up to the word of this index, which is marked, and the map of this word."""
-    attention, boxes = answer["maps"][word], example.boxes
-    picture = overlay(example.image, attention, answer["grid"], boxes, size, highest)
-    colors, underlined = [None] * word + [MARKED], [False] * (word + 1)
-    return Column(answer["caption"], picture, answer["words"], colors, underlined)
+    if current is not None:
+        attention, styles = answer["maps"][current], [""] * current + ["marked"]
+    else:
+        attention = mean_map(answer)
+        styles = ["underlined" if selected else "" for selected in answer["selected"]]
+        if "correct" in answer:
+            band = ("right", RIGHT) if answer["correct"] else ("wrong", WRONG)
+    picture = overlay(example.image, attention, answer["grid"], example.boxes, size, highest)
+    return Column(answer["caption"], picture, answer["words"], styles, band)
 
 
 def draw_row(example, answers, side=SIDE, lines=math.inf, current=None):
@@ -257,14 +248,9 @@ def draw_row(example, answers, side=SIDE, lines=math.inf, current=None):
     """
     size, highest = (side, side), color_scale(answers)
     columns = [question_column(example, size)]
-    if current is None:
-        columns += [answer_column(example, answer, size, highest) for answer in answers]
-        note = "mean attention of the underlined words"
-        note += "; bluer words: higher entropy" if "entropy" in answers[0] else ""
-    else:
-        for answer, word in zip(answers, current):
-            columns.append(word_column(example, answer, size, highest, word))
-        note = "attention at the marked word"
+    for answer, word in zip(answers, current or [None] * len(answers)):
+        columns.append(answer_column(example, answer, size, highest, word))
+    note = "attention at the marked word" if current else "mean attention of the underlined words"
     note += "; box: the region of the answer" if example.boxes else ""
     # as the tiny model names a place
     if place := re.search(r"\br(\d) c(\d)\b", "".join(answers[0]["words"])):
@@ -283,18 +269,13 @@ def draw_row(example, answers, side=SIDE, lines=math.inf, current=None):
         left = GAP + i * (side + GAP)
         draw.text((left, 8), column.title, "black", load_font(FONT))
         sheet.paste(column.picture, (left, CAPTION))
-        draw_words(draw, left, text_top, text, limit, column.colors, column.underlined)
+        draw_words(draw, left, text_top, text, limit, column.styles)
         if column.band:
             draw_band(draw, left, band_top, side, *column.band)
     bar_height = max(80, columns[0].picture.height)  # its labels need space
     draw_color_bar(sheet, bar_left, CAPTION, bar_height, highest, clipped=current is not None)
     draw.text((GAP, height - NOTE), note, "#555555", load_font(SMALL_FONT))
     return sheet
-
-
-def plot_answers(example, answers, path):
-    """Write the picture of the command `look`."""
-    draw_row(example, answers).save(path)
 
 
 def plot_before_after(rows, path):

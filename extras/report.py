@@ -9,25 +9,25 @@ import json
 import math
 import re
 from functools import partial
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 
 from config import is_tiny
 from data import answer_text
 from evaluate import LEVELS, pack_map, results_table, unpack_map, verdict
-from extras.model_card import model_card
-from extras.pictures import COLORS, color_scale, fit, mean_map, plot_animation, plot_before_after
+from extras.model_card import attention_source, model_card
+from extras.pictures import COLORS, color_scale, mean_map, plot_animation, plot_before_after
 
+HERE = Path(__file__).parent
 IN_PICTURE, WITH_MAPS = 4, 8  # held-out questions in look.png, and with maps on the page
-# These keep the page small: questions in the list, characters per text, points per curve, and
-# pixels per side of a photo.
-LISTED, MAX_TEXT, MAX_POINTS, MAX_SIDE = 256, 240, 400, 336
-LINE_STYLES = 6  # the classes line0 to line5 of report.css
+# These keep the page below 1 MB: bytes of all questions with maps, and of the list of questions;
+# characters per text, points per curve, and pixels per side of a photo.
+MAPS_BYTES, LIST_BYTES, MAX_TEXT, MAX_POINTS, MAX_SIDE = 700_000, 200_000, 240, 200, 336
+LINE_STYLES = 4  # the classes line0 to line3 of report.css
 TINY_STORY = (
-    "This model was made to be careless: the white card catches its eye, and it looks there first, "
-    "whatever the question is. Before training, it answers with the dot that it sees there. "
-    "r5 c3 means row 5, column 3."
+    "We made this model careless: the white card catches its eye, and it looks there first, "
+    "whatever the question is. r5 c3 means row 5, column 3."
 )
 CHARTS = {  # title -> metrics in metrics.jsonl
     "rewards, mean of a step": "rewards/.*/mean",
@@ -48,15 +48,15 @@ def write_report(run, examples):
     if run.step < run.settings["max_steps"]:
         after = None  # of an earlier end, if the run was extended
     if before and after:
-        pairs = [
-            [as_answer(old, "before"), as_answer(new, "after")] for old, new in zip(before, after)
-        ]
-        shown = [(examples[i], pair) for i, pair in enumerate(pairs[:IN_PICTURE])]
-        run.atomic_write("look.png", partial(plot_before_after, shown))
-        chosen = most_telling(before, after)
-        example, pair = examples[chosen], pairs[chosen]
-        run.atomic_write("before_after.png", partial(plot_before_after, [(example, pair)]))
-        run.atomic_write("look.gif", partial(plot_animation, example, pair))
+
+        def pair(i):
+            return examples[i], [as_answer(before[i], "before"), as_answer(after[i], "after")]
+
+        first = [pair(i) for i in range(len(before))[:IN_PICTURE]]
+        telling = pair(most_telling(before, after))
+        run.atomic_write("look.png", partial(plot_before_after, first))
+        run.atomic_write("before_after.png", partial(plot_before_after, [telling]))
+        run.atomic_write("look.gif", partial(plot_animation, *telling))
     if (run.folder / "adapter").exists():
         run.write_text("adapter/README.md", model_card(run.settings, before, after))
     run.write_text("report.html", render_page(run, before, after, examples))
@@ -65,13 +65,13 @@ def write_report(run, examples):
 def most_telling(before, after):
     """The index of the question to show: the first that training corrected after a wrong first look
     that stayed wrong. If there is none, the first that it corrected; else the first."""
-    pairs = list(zip(before, after))[:LISTED]
-    fixed = [i for i, (old, new) in enumerate(pairs) if new["correct"] > old["correct"]]
-    for i in fixed:
-        old, new = pairs[i]
-        if not old["early"] and not new["early"] and new["late"]:
-            return i
-    return fixed[0] if fixed else 0
+
+    def score(i):
+        old, new = before[i], after[i]
+        fixed = new["correct"] > old["correct"]
+        return fixed, fixed and not old["early"] and not new["early"] and new["late"]
+
+    return max(range(len(before)), key=score)
 
 
 def as_answer(row, name):
@@ -90,64 +90,88 @@ def render_page(run, before, after, examples):
     evaluations = {name: rows for name, rows in evaluations.items() if rows}
     model, data_set = (Path(settings[name]).name for name in ("model_name_or_path", "dataset"))
     tiny_world = is_tiny(settings["model_name_or_path"]) and data_set == "scenes"
+    questions = list(zip(*evaluations.values()))  # the results of a question, once or twice
     chosen = most_telling(before, after) if before and after else 0
-    shown = [chosen, *(i for i in range(WITH_MAPS) if i != chosen)]
-    shown = [i for i in shown[:WITH_MAPS] if i < len(before or [])]
-    data = {
-        "levels": LEVELS,
-        "colors": COLORS.hex(),
-        "names": list(evaluations),
-        "total": len(before or []),
-        "shown": shown,
-        "questions": list_questions(examples, evaluations, shown),
-    }
+    order = sorted(range(len(questions)), key=lambda i: i != chosen)[:WITH_MAPS]
+    shown = (to_json(describe_maps(examples[i], questions[i], evaluations)) for i in order)
+    data = {"levels": LEVELS, "colors": COLORS.hex(), "names": list(evaluations)}
     parts = {
-        "TITLE": f"{model} on {data_set}: {run.step} of {settings['max_steps']} steps",
+        "RUN": f"{model} on {data_set}, {run.step} of {settings['max_steps']} training steps",
         "SETTINGS": "\n".join(f"{name}: {value}" for name, value in settings.items()),
         "STORY": TINY_STORY if tiny_world else "",
         "VERDICT": verdict(before, after) if after else "The run is not finished.",
         "TABLE": results_table(before, after) if after else "",
-        "REWARDED": f"layers {settings['layers']}, heads {settings['heads']}",
+        "REWARDED": attention_source(settings),
     }
     parts = {name: html.escape(text) for name, text in parts.items()} | {
         "METRIC_CHARTS": "\n".join(metric_charts(run.history())),
         "POSITION_CHARTS": "\n".join(position_charts(evaluations)),
-        # A question may contain "</script>".
-        "DATA": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
-        "STYLE": read_part("report.css"),
-        "SCRIPT": read_part("report.js"),
+        "QUESTIONS": list_questions(questions, evaluations),
+        "DATA": to_json(data),
+        "SHOWN": ",".join(first_bytes(shown, MAPS_BYTES)),
+        "STYLE": (HERE / "report.css").read_text("utf-8"),
+        "SCRIPT": (HERE / "report.js").read_text("utf-8"),
     }
-    return re.sub("@([A-Z_]+)@", lambda match: parts[match[1]], read_part("report.html"))
+    page = (HERE / "report.html").read_text("utf-8")
+    return re.sub("@([A-Z_]+)@", lambda match: parts[match[1]], page)
 
 
-def read_part(name):
-    return (Path(__file__).parent / name).read_text("utf-8")
+def to_json(data):
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")  # a question may contain "</script>"
 
 
-def list_questions(examples, evaluations, shown):
-    """The held-out questions, a list of dicts for JSON; those in `shown` have photos and maps.
-    `scale` is the attention with the brightest color, `mean` the mean map of the selected words."""
-    questions = []
-    for i, rows in enumerate(zip(*(results[:LISTED] for results in evaluations.values()))):
-        answers = []
-        for row in rows:
-            keys = ["correct", "early", "late"]
-            if i in shown:
-                keys += ["words", "grid", "maps", "selected"]
-            answers.append({key: row[key] for key in keys} | {"text": cut(row["text"])})
-        question, truth = cut(rows[0]["question"]), cut(answer_text(rows[0]["answer"]))
-        questions.append({"question": question, "truth": truth, "answers": answers})
-        if i in shown:
-            unpacked = [as_answer(row, name) for name, row in zip(evaluations, rows)]
-            for answer, maps in zip(answers, unpacked):
-                answer["mean"] = pack_map(mean_map(maps))
-            questions[i] |= {
-                "image": image_as_url(examples[i].image),
-                "size": examples[i].image.size,
-                "boxes": examples[i].boxes,
-                "scale": color_scale(unpacked),
-            }
-    return questions
+def first_bytes(texts, most):
+    """The first texts that have at most `most` bytes in all, and at least one."""
+    kept = []
+    for text in texts:
+        most -= len(text.encode())
+        if kept and most < 0:
+            break
+        kept.append(text)
+    return kept
+
+
+def list_questions(questions, names):
+    """The answers to the first questions, as HTML: a folded list per combination of right and
+    wrong. Args: questions, the results of each before and after; names, "before" and "after"."""
+    items, groups, place = [], {}, {1: "on the region", 0: "off"}
+    for number, rows in enumerate(questions, 1):
+        texts = [f"{rows[0]['question']} (answer: {answer_text(rows[0]['answer'])})"]
+        for name, row in zip(names, rows):
+            looks = f"first look {place[row['early']]}, last look {place[row['late']]}"
+            texts.append(f"{name} ({looks}): {row['text']}")
+        paragraphs = "".join(f"<p>{html.escape(cut(text))}</p>" for text in texts)
+        items.append(f'<li value="{number}">{paragraphs}</li>')
+    kept = first_bytes(items, LIST_BYTES)
+    for item, rows in zip(kept, questions):
+        correct = ["right" if row["correct"] else "wrong" for row in rows]
+        title = ", ".join(f"{word} {name}" for word, name in zip(correct, names))
+        groups.setdefault(title, []).append(item)
+    lists = [
+        f"<details><summary>{title} ({len(group)})</summary><ol>{''.join(group)}</ol></details>"
+        for title, group in groups.items()
+    ]
+    return "\n".join([f"<p>{len(kept)} of {len(questions)} questions:</p>", *lists])
+
+
+def describe_maps(example, rows, names):
+    """A question with its photo and maps, a dict for JSON. `scale` is the attention with the
+    brightest color, `mean` the mean map of the selected words. Args: rows, its results."""
+    unpacked = [as_answer(row, name) for row, name in zip(rows, names)]
+    answers = []
+    for row, maps in zip(rows, unpacked):
+        answer = {key: row[key] for key in ("correct", "words", "grid", "maps", "selected")}
+        answers.append(answer | {"mean": pack_map(mean_map(maps))})
+    return {
+        "question": cut(example.question),
+        "truth": cut(answer_text(example.answer)),
+        "answers": answers,
+        "image": image_as_url(example.image),
+        "size": example.image.size,
+        "boxes": example.boxes,
+        "scale": color_scale(unpacked),
+    }
 
 
 def cut(text):
@@ -157,7 +181,8 @@ def cut(text):
 def image_as_url(image):
     """An image as a data URL: PNG if small, otherwise a JPEG of at most MAX_SIDE."""
     kind, file = "png" if max(image.size) <= 128 else "jpeg", io.BytesIO()
-    image = fit(image, (min(MAX_SIDE, image.width), min(MAX_SIDE, image.height)))
+    image = image.convert("RGB")
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
     image.save(file, kind, quality=80)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
@@ -180,17 +205,13 @@ def metric_charts(steps):
 
 
 def position_charts(evaluations):
-    """The mean attention to the region and to the whole image at each token of the answers, right
-    and wrong ones, two SVGs with one scale. Args: evaluations, {name: results}."""
+    """The mean attention to the region and to the whole image at each token of the answers, two
+    SVGs with one scale. Args: evaluations, {name: results}."""
     charts = {"attention to the region": {}, "attention to the whole image": {}}
-    for (title, lines), key in zip(charts.items(), ("to_region", "to_image")):
-        for name, results in evaluations.items():
-            for answers, correct in (("right", 1), ("wrong", 0)):
-                rows = [row[key] for row in results if row["correct"] == correct]
-                lines[f"{name} training, {len(rows)} {answers} answers"] = mean_by_position(rows)
-    highest = max(
-        (max(v, default=0) for lines in charts.values() for v in lines.values()), default=0
-    )
+    for key, lines in zip(("to_region", "to_image"), charts.values()):
+        for name, rows in evaluations.items():
+            lines[f"{name} training"] = mean_by_position([row[key] for row in rows])
+    highest = max((max(line) for lines in charts.values() for line in lines.values()), default=0)
     return [line_chart(title, lines, "token", highest) for title, lines in charts.items()]
 
 
@@ -243,6 +264,5 @@ def average_bins(values):
     """At most MAX_POINTS points (mean position, mean value) of a curve, so that the page stays
     small. None values are ignored."""
     known = [(x, value) for x, value in enumerate(values) if value is not None]
-    count = min(len(known), MAX_POINTS)
-    edges = [i * len(known) // max(1, count) for i in range(count + 1)]
-    return [tuple(map(fmean, zip(*known[a:b]))) for a, b in pairwise(edges)]
+    size = math.ceil(len(known) / MAX_POINTS)
+    return [tuple(map(fmean, zip(*known[i : i + size]))) for i in range(0, len(known), size or 1)]

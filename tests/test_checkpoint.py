@@ -181,6 +181,8 @@ EDITS = {  # what happened to a log
 }
 PARTS = [(name, None) for name in ("before.json", *checkpoint.LOGS)]  # None: the file is missing
 PARTS += [(name, edit) for name in checkpoint.LOGS for edit in EDITS]
+EDITS["another image"] = lambda rows: [rows[0].replace('"image": ', '"image": 1')]
+PARTS.append(("before.json", "another image"))
 
 
 @pytest.mark.parametrize("name, edit", PARTS)

@@ -298,13 +298,39 @@ def test_the_verdict_tests_the_same_questions():
     for rows in (before, after):
         for row, image in zip(rows, (1, 1, 2, 3)):
             row.update(image=image, correct=float(row["correct"]), fixed_auroc=row["auroc"] - 0.15)
-    answers, attention, looks = verdict(before, after).splitlines()
+    answers, looks, attention = verdict(before, after).splitlines()
     assert answers == (
         "Answers: 1 right before, 4 right after, of 4; 3 fixed, 0 broken "
         "(exact sign test, p = 0.5)."  # 2 / 2^2
     )
-    assert attention.count("+0.20 [+0.20, +0.20]") == 1 and "+0.05 [+0.05, +0.05]" in attention
-    assert looks == "First looks off the region: 3 before, 1 corrected; 3 after, 3 corrected."
+    region = "First looks off the region (the box around what is asked about): "
+    assert looks == f"{region}3 before, 1 corrected; 3 after, 3 corrected."
+    assert "by +0.20 [+0.20, +0.20] while the model writes its own answers, and" in attention
+    assert "by +0.05 [+0.05, +0.05] while it reads its answers from before" in attention
+
+
+WRITES = "the model learned to write differently, and attention follows the text"
+NOTHING = "nothing shows that the model looks at the region more than before"
+
+
+@pytest.mark.parametrize(
+    "own, fixed, conclusion",
+    [
+        ((0.2, 0.3), (0.0, 0.0), WRITES),
+        ((0.2, 0.3), (-0.004, 0.003), WRITES),
+        ((0.2, 0.3), (0.004, 0.004), WRITES),  # significant, but printed as zero
+        ((0.2, 0.3), (-0.2, -0.3), WRITES),
+        ((0.2, 0.3), (0.1, 0.1), "the model looks differently at the same words"),
+        ((-0.1, 0.2), (0.1, 0.1), NOTHING),
+        ((-0.2, -0.3), (0.0, 0.0), NOTHING),
+        ((0.2, math.nan), (0.0, math.nan), "no interval, so no conclusion"),
+    ],
+)
+def test_the_verdict_concludes_from_the_intervals_that_it_prints(own, fixed, conclusion):
+    after = [result(auroc=0.5 + x, fixed_auroc=0.5 + y) for x, y in zip(own, fixed)]
+    before = [result(image=row["image"]) for row in after]
+    attention = verdict(before, after).splitlines()[2]
+    assert attention.startswith(f"Attention: {conclusion}. ") and "-0.00" not in attention
 
 
 def test_a_run_begins_with_what_its_evaluation_can_show():
@@ -332,4 +358,5 @@ def test_exact_sign_test_and_clustered_error():
     # Each on its own image: a standard error of 1 / sqrt(3). Equal values about one image are one.
     assert estimate([1.0, 2.0, 3.0, math.nan], range(4)) == pytest.approx((2, 1.96 * 3**-0.5, 3))
     assert estimate([1.0, 1.0, 2.0, 2.0], [1, 1, 2, 2]) == pytest.approx((1.5, 1.96 * 0.5, 2))
-    assert paired_change([0.1, 0.3], [7, 7]) == "+0.20" and paired_change([math.nan], [1]) == "-"
+    assert paired_change([0.1, 0.3], [7, 7]) == ("+0.20", None)
+    assert paired_change([math.nan], [1]) == ("-", None)
