@@ -201,7 +201,7 @@ def load_rewards(text):
     functions = runpy.run_path(path) if names else {}
     for name in names:
         if not callable(functions.get(name)):
-            raise InputError(f"--reward {text}: {path} has no function {name}")
+            raise InputError(f"--reward: {path} has no function {name}")
     return {name: functions[name] for name in names}
 
 

@@ -1,8 +1,8 @@
 """`sayo_mini.py check mine.jsonl` validates a data set without loading a model."""
 
 import textwrap
-from bisect import bisect_right
 from pathlib import Path
+from statistics import median
 from unicodedata import east_asian_width
 
 from PIL import Image, ImageDraw
@@ -20,7 +20,7 @@ MADE_BY = "Software", "sayo-mini"  # in its file, so that only an earlier one is
 
 
 def check_dataset(dataset, allow_absolute_paths=False, boxes=""):
-    """Print counts, histograms and all problems of a data file, and draw its first examples.
+    """Print counts and all problems of a data file, and draw its first examples.
 
     Args: dataset, its path; allow_absolute_paths, whether images may be outside its folder; boxes,
     their unit.
@@ -55,8 +55,9 @@ def check_dataset(dataset, allow_absolute_paths=False, boxes=""):
     images = len(image_keys(data))
     count = sum(len(row["boxes"]) for row in data.rows)
     print(f"{dataset}: {len(areas)} valid examples; {images} images, {count} boxes")
-    print_histogram("area of the boxes, % of the image", areas, (0, 1, 2, 5, 10, 20, 50))
-    print_histogram("length of the question, words", words, (0, 5, 10, 15, 20, 40, 80))
+    for title, values in (("area of the boxes, %", areas), ("words of the question", words)):
+        if values:
+            print(f"{title}: {min(values):.3g} to {max(values):.3g}, median {median(values):.3g}")
     for note in data.notes():
         print(f"note: {note}")
     code = print_problems(problems)
@@ -77,17 +78,6 @@ def print_problems(problems):
     plural = "" if len(problems) == 1 else "s"
     print(f"{len(problems) or 'no'} problem{plural}")
     return 2 if problems else 0
-
-
-def print_histogram(title, values, edges):
-    """Print a line per bin [edge, next edge). The last bin is open."""
-    counts = [0] * len(edges)
-    for value in values:
-        counts[bisect_right(edges, value) - 1] += 1
-    names = [f"{low} to {high}" for low, high in zip(edges, edges[1:])] + [f"{edges[-1]} or more"]
-    print(title)
-    for name, count in zip(names, counts):
-        print(f"  {name:>12} {count:6} {'#' * round(40 * count / max(counts + [1]))}".rstrip())
 
 
 def draw_example(example):

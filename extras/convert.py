@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from PIL import Image
 
 from config import InputError, one_line
-from json_lines import JsonLines, image_errors, stored_size
+from json_lines import UNITS, JsonLines, image_errors, stored_size
 
 # GQA's files are large. These parts are not used, and are dropped during parsing to save memory.
 UNUSED = frozenset(
@@ -38,22 +38,21 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    for name, convert in (("gqa", convert_gqa), ("refocus", convert_refocus)):
-        command = commands.add_parser(name)
-        command.set_defaults(run=convert)
-        command.add_argument("folder", type=Path)
     for name, convert, arguments in (
-        ("coco", convert_coco, ("annotations", "images")),
-        ("yolo", convert_yolo, ("images", "labels", "classes")),
+        ("gqa", convert_gqa, ["folder"]),
+        ("refocus", convert_refocus, ["folder"]),
+        ("coco", convert_coco, ["annotations", "images"]),
+        ("yolo", convert_yolo, ["images", "labels", "classes"]),
+        ("mix", mix_files, ["output"]),
     ):
         command = commands.add_parser(name)
         command.set_defaults(run=convert)
         for argument in arguments:
             command.add_argument(argument, type=Path)
-    command = commands.add_parser("mix")
-    command.set_defaults(run=mix_files)
-    command.add_argument("output", type=Path, help="the .jsonl file to write")
     command.add_argument("sources", nargs="+", type=file_and_share, metavar="file.jsonl=share")
+    units = ["pixels", *UNITS]
+    unit_help = "the unit of each source's boxes (default: pixels); see docs/data.md"
+    command.add_argument("--boxes", nargs="+", choices=units, default=[], help=unit_help)
     command.add_argument("--count", type=int, default=20_000, help="rows to draw (default: 20000)")
     command.add_argument("--seed", type=int, default=0)
     given = vars(parser.parse_args(argv))
@@ -75,9 +74,11 @@ def file_and_share(text):
 
 
 def write_rows(path, rows):
-    """Write the rows of a data set. Raises: InputError if there are none."""
+    """Write the rows of a data set. Raises: InputError if there are none, or the file exists."""
     if not rows:
         raise InputError(f"no rows to write to {path}")
+    if path.exists():  # perhaps it was written by hand
+        raise InputError(f"{path} exists already: move or delete it")
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"wrote {path}: {len(rows)} rows; next: python sayo_mini.py check {path}")
 
@@ -90,24 +91,17 @@ def convert_gqa(folder):
     `train_sceneGraphs.json`; both files may be in subfolders."""
     if not (folder / "images").is_dir():
         raise InputError(f"{folder} has no folder images/")
-    questions, path = read_gqa(folder, "train_balanced_questions.json")
-    graphs, _ = read_gqa(folder, "train_sceneGraphs.json")
-    rows = []
-    for number, question in questions.items():
-        try:
-            row = gqa_row(number, question, graphs)
-        except (KeyError, TypeError, AttributeError) as error:
-            reason = f"not in GQA's format ({type(error).__name__}: {error})"
-            raise InputError(f"{path}: question {number}: {reason}") from None
-        if row["boxes"]:
-            rows.append(row)
+    questions = read_gqa(folder, "train_balanced_questions.json")
+    graphs = read_gqa(folder, "train_sceneGraphs.json")
+    rows = [gqa_row(number, question, graphs) for number, question in questions.items()]
+    rows = [row for row in rows if row["boxes"]]
     skipped = len(questions) - len(rows)
     print(f"GQA: skipped {skipped} of {len(questions)} questions: no annotated objects")
     write_rows(folder / "gqa.jsonl", rows)
 
 
 def read_gqa(folder, name):
-    """The content of a JSON file without the keys in UNUSED, and its path."""
+    """The content of a JSON file without the keys in UNUSED."""
     path = next(folder.rglob(name), None)
     if path is None:
         raise InputError(f"{folder} has no {name}")
@@ -116,7 +110,7 @@ def read_gqa(folder, name):
         return {key: value for key, value in pairs if key not in UNUSED}
 
     try:
-        return json.loads(path.read_bytes(), object_pairs_hook=drop_unused), path
+        return json.loads(path.read_bytes(), object_pairs_hook=drop_unused)
     except ValueError as error:
         raise InputError(f"{path}: not JSON in UTF-8 ({error})") from None
 
@@ -144,50 +138,24 @@ def gqa_row(number, question, graphs):
 
 
 def convert_refocus(folder):
-    """Write the training split of `ReFocus/ReFocus_Data` as `refocus.jsonl` and `images/`.
+    """Write the training split of `ReFocus/ReFocus_Data` as `refocus.jsonl` and `images/`. Rows
+    that share a chart share its file, which is named by a hash of its bytes."""
+    import datasets  # here, because nothing else needs it
 
-    Rows that share a chart share its file, so that the held-out split keeps them together.
-    """
-    table, rows = load_refocus(), []
+    table, rows = datasets.load_dataset("ReFocus/ReFocus_Data", split="train"), []
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    for number, row in enumerate(table):
-        where, areas = f"ReFocus row {number}", row["focus_areas_bbox"]
-        try:
-            # one list per side: [x1 of every box], [y1 of every box], ...
-            sides = [areas[side] for side in ("x1", "y1", "x2", "y2")] if areas else []
-            boxes = [list(box) for box in zip(*sides, strict=True)]
-        except (KeyError, TypeError, ValueError):
-            problem = "focus_areas_bbox needs four equally long lists x1, y1, x2, y2"
-            raise InputError(f"{where}: {problem}") from None
-        if boxes:
-            image = save_image(where, row["image"], folder)
+    for number, row in enumerate(table.cast_column("image", datasets.Image(decode=False))):
+        areas = row["focus_areas_bbox"]  # one list per side: [x1 of every box], ...
+        sides = [areas[side] for side in ("x1", "y1", "x2", "y2")] if areas else []
+        if boxes := [list(box) for box in zip(*sides, strict=True)]:
+            content = row["image"]["bytes"]
+            image = f"images/{hashlib.sha256(content).hexdigest()[:16]}.png"
+            with image_errors(f"ReFocus row {number}"):
+                Image.open(io.BytesIO(content)).save(folder / image)
             text = {"question": row["question"], "answer": row["answer"]}
             rows.append({"image": image, **text, "boxes": boxes, "id": f"refocus-{number}"})
     print(f"ReFocus: skipped {len(table) - len(rows)} of {len(table)} rows: no boxes")
     write_rows(folder / "refocus.jsonl", rows)
-
-
-def load_refocus():
-    """The training split, with images as encoded bytes."""
-    try:
-        import datasets
-    except ImportError:
-        raise InputError("this needs the datasets library: pip install datasets") from None
-    try:
-        table = datasets.load_dataset("ReFocus/ReFocus_Data", split="train")
-    except Exception as error:  # from the hub, the network, the disk or the parquet files
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"cannot load ReFocus/ReFocus_Data from the hub: {reason}") from None
-    return table.cast_column("image", datasets.Image(decode=False))
-
-
-def save_image(where, image, folder):
-    """Save an image as PNG, named by a hash of its bytes. Returns: its path relative to `folder`.
-    Raises: InputError that names the row, `where`."""
-    with image_errors(where):
-        name = f"images/{hashlib.sha256(image['bytes']).hexdigest()[:16]}.png"
-        Image.open(io.BytesIO(image["bytes"])).save(folder / name)
-    return name
 
 
 # --- COCO and YOLO: labeled boxes, about which the converter asks how many there are ---
@@ -250,18 +218,21 @@ def write_counts(images, found):
 # --- mixtures, such as the paper's: 80 % GQA, 20 % ReFocus ---
 
 
-def mix_files(output, sources, count, seed):
+def mix_files(output, sources, boxes, count, seed):
     """Draw `count` rows from several .jsonl files, without replacement and in random order.
 
     The id of a row becomes its file and line. Paths of images become relative to the folder of
-    `output`, or absolute if they lead outside.
-    Args: sources, pairs of a file and its share; shares are scaled to add up to 1.
+    `output`, or absolute if they lead outside. Boxes become pixels.
+    Args: sources, pairs of a file and its share; shares are scaled to add up to 1; boxes, the units
+    of the sources, or [].
     """
+    if boxes and len(boxes) != len(sources):
+        raise InputError(f"--boxes: give {len(sources)} units, one for each source, in their order")
     generator, folder = random.Random(seed), output.parent.resolve()
     mixed, outside, total = [], 0, sum(share for _, share in sources)
-    for path, share in sources:
+    for (path, share), unit in zip(sources, boxes or [""] * len(sources)):
         problems, wanted = [], round(count * share / total)
-        data = JsonLines(path, allow_absolute_paths=True, problems=problems)
+        data = JsonLines(path, allow_absolute_paths=True, problems=problems, unit=unit)
         if problems:
             print(f"{path}: skipped {data.rejected} rows; first problem: {problems[0]}")
         if wanted > len(data):

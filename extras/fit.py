@@ -115,8 +115,9 @@ def dequantized_size(model_config):
 def read_config(name, max_pixels=None):
     """The transformers configuration of a hub model or a folder."""
     if name in shapes.PUBLISHED:
-        return shapes.model_config(shapes.PUBLISHED[name])
-    config = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
+        config = shapes.PUBLISHED[name]()
+    else:
+        config = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
     check_architecture(name, config, max_pixels)
     return config
 

@@ -22,8 +22,7 @@ class MetaMemory(TorchDispatchMode):
     A program that reads values gets replacements, so it can continue:
     - Integers and masks that depend on nothing else are also computed on the CPU, so they are
       exact. Sampled tokens are token 0.
-    - Other tensors copied to the CPU contain random numbers, so that rewards differ; integers and
-      masks contain ones.
+    - Other tensors copied to the CPU contain random numbers, so that rewards differ.
     """
 
     def __init__(self):
@@ -55,8 +54,6 @@ class MetaMemory(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name, device = function._schema.name.partition("::")[2], kwargs.get("device")
-        if name in TAKE_CPU_INDICES:
-            args = (args[0], self.without_masks(args[1]), *args[2:])
         arguments = leaves((args, tuple(kwargs.items())))
         inputs = [x for x in arguments if isinstance(x, torch.Tensor)]
         if device != META and not any(x.is_meta for x in inputs):
@@ -96,11 +93,10 @@ class MetaMemory(TorchDispatchMode):
         return out
 
     def values(self, x):
-        """The data of a tensor. If it has none: random numbers, or ones."""
+        """The data of a tensor. If it has none: random numbers."""
         if not x.is_meta or x in self.known:
             return self.known.get(x, x)
-        new = torch.rand if x.is_floating_point() else torch.ones
-        return new(x.shape, dtype=x.dtype)
+        return torch.rand(x.shape, dtype=x.dtype)
 
     def to_meta(self, x):
         """A meta tensor for a known result."""
@@ -109,16 +105,6 @@ class MetaMemory(TorchDispatchMode):
         if not x.is_floating_point():
             self.known[out] = x
         return out
-
-    def without_masks(self, indices):
-        """Indices with every mask replaced by the positions where it is true."""
-        found = []
-        for index in indices:
-            if isinstance(index, torch.Tensor) and index.is_meta and index.dtype == torch.bool:
-                found += map(self.to_meta, self.values(index).nonzero(as_tuple=True))
-            else:
-                found.append(index)
-        return found
 
 
 def leaves(x):

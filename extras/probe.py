@@ -33,7 +33,11 @@ def run_probe(given):
     examples = [examples[i] for i in range(min(len(examples), count))]
     tables = measure_heads(load_model(cfg), examples, cfg)
     auroc, permuted = tables.nanmean(0)
-    print_table(auroc, f"AUROC of {len(examples)} questions, --alignment {cfg.alignment}")
+    columns = f"columns: head 0 to {auroc.shape[1] - 2}, all"
+    print(f"AUROC of {len(examples)} questions, --alignment {cfg.alignment}; {columns}")
+    for i, row in enumerate(auroc.tolist()):
+        name = "all" if i == len(auroc) - 1 else f"layer {i}"
+        print(f"{name:>8} " + " ".join(f"{value:.2f}" for value in row))
     print(f"chance: 0.50; control with the next example's box: {permuted.nanmean():.2f}")
     print_recommendation(tables, cfg.alignment)
     picture.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +68,11 @@ def measure_heads(vlm, examples, cfg):
     return torch.tensor(tables)
 
 
+def auroc_table(maps, region):
+    """The AUROC of maps (L + 1, H + 1, N), as nested lists."""
+    return [[reward.localization(map, region)["auroc"] for map in layer] for layer in maps]
+
+
 @torch.no_grad()
 def attention_maps(vlm, prompt, completion):
     """The attention of every layer and head to the image, for one answer of C tokens.
@@ -76,18 +85,6 @@ def attention_maps(vlm, prompt, completion):
     vlm._packed_forward([prompt], vlm._move(completion.ids), capture)
     maps = torch.stack([capture.maps[layer][0] for layer in layers])  # (L, H, 1 + C, N)
     return maps[:, :, 1:], maps[:, :, 0]
-
-
-def auroc_table(maps, region):
-    """The AUROC of maps (L + 1, H + 1, N), as nested lists."""
-    return [[reward.localization(map, region)["auroc"] for map in layer] for layer in maps]
-
-
-def print_table(auroc, title):
-    print(f"{title}; columns: head 0 to {auroc.shape[1] - 2}, all")
-    for i, row in enumerate(auroc.tolist()):
-        name = "all" if i == len(auroc) - 1 else f"layer {i}"
-        print(f"{name:>8} " + " ".join(f"{value:.2f}" for value in row))
 
 
 def heads_above_chance(tables):

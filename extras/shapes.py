@@ -1,6 +1,8 @@
-"""The shapes of the published Qwen3-VL models, from their config.json: `fit` needs no network."""
+"""The shapes of published models, from their config.json: `fit` needs no network."""
 
-from transformers import Qwen3VLConfig
+from functools import partial
+
+from transformers import InternVLConfig, Qwen3VLConfig
 
 TEXT_FIELDS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -25,7 +27,6 @@ VISION = {
     "4b": (1024, 4096, 24, 16, [5, 11, 17]),
     "8b": (1152, 4304, 27, 16, [8, 16, 24]),
 }
-PUBLISHED = {f"Qwen/Qwen3-VL-{size.upper()}-Instruct": size for size in ("2b", "4b", "8b")}
 
 
 def model_config(shape, text_ids=None, **ids):
@@ -46,3 +47,16 @@ def model_config(shape, text_ids=None, **ids):
     )
     tied = text["tie_word_embeddings"]
     return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
+
+
+def internvl_config():
+    """InternVL3.5-8B: Qwen3-8B, and a vision tower with the shape that is the default."""
+    text = dict(zip(TEXT_FIELDS, TEXT["8b"])) | {"model_type": "qwen3"}
+    vision = {"attention_bias": True}
+    return InternVLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+
+
+PUBLISHED = {  # name -> a function that makes its configuration
+    f"Qwen/Qwen3-VL-{size.upper()}-Instruct": partial(model_config, size)
+    for size in ("2b", "4b", "8b")
+} | {"OpenGVLab/InternVL3_5-8B-HF": internvl_config}

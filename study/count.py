@@ -2,7 +2,7 @@
 written, FLOPs, and how often the CPU waits for the GPU. Predicts seconds from these counts.
 
     python study/count.py                     # Qwen3-VL-2B, P 1,100, C 110, G 8, 4 questions
-    python study/count.py --name after        # also store the counts in study/results/count.json
+    python study/count.py --fused             # as on a T4
 
 An operation takes the longer of its bytes at 80 % of a card's bandwidth and its FLOPs at half of
 its peak; a phase takes at least its launches at 8 µs, except decoding, which a graph launches. On
@@ -10,7 +10,6 @@ meta tensors an RMSNorm is six operations, on CUDA one.
 """
 
 import argparse
-import json
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -25,7 +24,7 @@ from config import Config
 from extras import fit, shapes
 from extras.meta_memory import META, MetaMemory, leaves
 from model import CHECK_DONE
-from study.common import RESULTS, markdown_table, write_results
+from study.common import markdown_table
 from study.random_model import CELL, model_config
 from study.step_arms import LEARNING
 
@@ -131,26 +130,17 @@ def main():
     add = parser.add_argument
     add("--shape", default="2b", choices=shapes.TEXT, help="shape of the model (default: 2b)")
     add("--P", type=int, default=1100, help="prompt tokens (default: 1100)")
-    add("--questions", type=int, default=4, help="per step (default: 4)")
     add("--fused", action="store_true", help="bitsandbytes fuses products of few rows, as on a T4")
-    add("--name", help="store the counts under this name in study/results/count.json")
     args = parser.parse_args()
     settings = dict(max_pixels=(args.P - QUESTION) * CELL**2, eval_examples=0, **LEARNING)
-    cfg = Config(prompts_per_step=args.questions, **settings)
-    counts, rows = count_step(args.shape, cfg, args.fused), []
+    counts, rows = count_step(args.shape, Config(**settings), args.fused), []
     for phase, c in [*counts.items(), ("step", sum(counts.values(), Counter()))]:
         sizes = f"{c['launches']:,.0f}", f"{c['bytes'] / 1e9:,.0f}", f"{c['flops'] / 1e12:.1f}"
         rows.append([phase, *sizes, f"{c['waits']:.0f}"])
     print(markdown_table(["phase", "launches", "GB", "TFLOP", "waits"], rows))
-    found = {"phases": {phase: dict(count) for phase, count in counts.items()}}
     for card in CARDS:
-        found[card] = [round(seconds(counts, card, graph), 2) for graph in (False, True)]
-        print(f"{card}: {found[card][0]} s predicted, {found[card][1]} s with --cuda_graph")
-    if args.name:
-        path = RESULTS / "count.json"
-        results = json.loads(path.read_text()) if path.exists() else {}
-        found |= {"shape": args.shape, "P": args.P, "questions": args.questions}
-        write_results(path, results | {args.name: found})
+        eager, graph = (seconds(counts, card, graph) for graph in (False, True))
+        print(f"{card}: {eager:.2f} s predicted, {graph:.2f} s with --cuda_graph")
 
 
 if __name__ == "__main__":

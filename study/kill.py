@@ -26,11 +26,14 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import extras.report  # noqa: F401 (loaded before the fork)
+import sayo_mini
+from model import load_vlm
 from study.common import RESULTS, ROOT, machine, markdown_table, write_results
 
-FLAGS = ["--no-load_in_4bit", "--model_name_or_path", str(ROOT / "tiny"), "--max_steps", "2"]
-FLAGS += ["--save_steps", "1", "--prompts_per_step", "2", "--num_generations", "4"]
-FLAGS += ["--temperature", "2", "--eval_examples", "1", "--output_dir", "run"]
+FLAGS = ["--device", "cpu", "--no-load_in_4bit", "--model_name_or_path", str(ROOT / "tiny")]
+FLAGS += "--max_steps 2 --save_steps 1 --prompts_per_step 2 --num_generations 4".split()
+FLAGS += "--temperature 2 --eval_examples 1 --output_dir run".split()
 NOT_COMPARED = "timing.jsonl", "lock"
 KINDS = "before a write", "in the middle of a write", "at a random time"
 CHANGES = "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"
@@ -66,7 +69,7 @@ class Writes:
         Path("writes.json").write_text(json.dumps([self.count, self.last]))
 
 
-def start(folder, flags, kill_at=None):
+def start(folder, kill_at=None):
     """Start or resume the run in `folder`/run in a new process. Returns: its process id."""
     folder.mkdir(exist_ok=True)
     if pid := os.fork():
@@ -77,12 +80,10 @@ def start(folder, flags, kill_at=None):
         output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        import sayo_mini  # in the process, because CUDA does not survive a fork
-
         writes = Writes(kill_at)
         sys.addaudithook(writes)
         resume = ["--resume"] if Path("run/config.json").exists() else []
-        code = sayo_mini.main([*FLAGS, *flags, *resume])
+        code = sayo_mini.main([*FLAGS, *resume])
         writes.save()
     finally:
         os._exit(code)
@@ -91,9 +92,9 @@ def start(folder, flags, kill_at=None):
 # --- in the process that starts it ---
 
 
-def finish(folder, flags):
+def finish(folder):
     """Run or resume to the end. Returns: the number of writes. Raises: SystemExit if it fails."""
-    if wait(start(folder, flags)) != 0:
+    if wait(start(folder)) != 0:
         raise SystemExit(f"a run failed:\n{(folder / 'output.txt').read_text()}")
     return json.loads((folder / "writes.json").read_text())[0]
 
@@ -103,10 +104,10 @@ def wait(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def kill_at_write(work, number, flags):
+def kill_at_write(work, number):
     """Kill a new run at a write. Returns: the one or two folders that the kill may leave."""
     folder, cut = work / f"write{number}", work / f"write{number}-cut"
-    assert wait(start(folder, flags, kill_at=number)) == -signal.SIGKILL
+    assert wait(start(folder, kill_at=number)) == -signal.SIGKILL
     name, before = json.loads((folder / "writes.json").read_text())[1]
     if not (folder / "run" / name).is_file():  # it was renamed
         return [folder]
@@ -114,13 +115,6 @@ def kill_at_write(work, number, flags):
     path = cut / "run" / name
     os.truncate(path, (before + path.stat().st_size) // 2)
     return folder, cut
-
-
-def kill_after(folder, seconds, flags):
-    pid = start(folder, flags)
-    time.sleep(seconds)
-    os.kill(pid, signal.SIGKILL)
-    wait(pid)
 
 
 def differences(folder, other):
@@ -133,24 +127,27 @@ def differences(folder, other):
     return sorted(name for name in names if contents[0].get(name) != contents[1].get(name))
 
 
-def kill_and_resume(work, writes, random_times, flags=(), seed=0):
+def kill_and_resume(work, writes, random_times):
     """Kill runs in the folder `work`, resume them, and compare them with an uninterrupted run.
 
     Args: writes, how many of the writes to kill at, None for all; random_times, how many kills at
     random times. Yields: for each resumed run, the kind of its kill and the files that differ.
     """
     start_time, whole = time.monotonic(), work / "uninterrupted"
-    count = finish(whole, flags)
-    duration, rng = time.monotonic() - start_time, random.Random(seed)
+    count = finish(whole)
+    duration, rng = time.monotonic() - start_time, random.Random(0)
     for number in sorted(rng.sample(range(1, count + 1), count if writes is None else writes)):
-        for kind, folder in zip(KINDS, kill_at_write(work, number, flags)):
-            finish(folder, flags)
+        for kind, folder in zip(KINDS, kill_at_write(work, number)):
+            finish(folder)
             yield kind, differences(whole, folder)
             shutil.rmtree(folder)
     for number in range(random_times):
         folder = work / f"random{number}"
-        kill_after(folder, rng.uniform(0, duration), flags)
-        finish(folder, flags)
+        pid = start(folder)
+        time.sleep(rng.uniform(0, duration))
+        os.kill(pid, signal.SIGKILL)
+        wait(pid)
+        finish(folder)
         yield KINDS[2], differences(whole, folder)
         shutil.rmtree(folder)
 
@@ -158,20 +155,16 @@ def kill_and_resume(work, writes, random_times, flags=(), seed=0):
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    add = parser.add_argument
-    add("--writes", type=int, help="kill at this many of the writes (default: all)")
-    add("--random", type=int, default=20, help="kills at random times (default: 20)")
-    add("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
-    add("--results", type=Path, default=RESULTS / "kill.json", help="JSON file")
+    parser.add_argument("--writes", type=int, help="kill at so many of the writes (default: all)")
+    parser.add_argument("--random", type=int, default=20, help="kills at random times (default 20)")
+    parser.add_argument("--results", type=Path, default=RESULTS / "kill.json", help="JSON file")
     args = parser.parse_args()
-    flags = ["--device", args.device]
-    if args.device == "cuda":
-        flags.append("--deterministic")
-    else:
-        load_what_every_run_needs()
+    # The forked processes then have loaded everything as well.
+    torch.set_num_threads(1)
+    load_vlm(ROOT / "tiny", load_in_4bit=False, device="cpu")
     found = {kind: {"resumed runs": 0, "files that differ": []} for kind in KINDS}
     with tempfile.TemporaryDirectory() as work:
-        for kind, different in tqdm(kill_and_resume(Path(work), args.writes, args.random, flags)):
+        for kind, different in tqdm(kill_and_resume(Path(work), args.writes, args.random)):
             found[kind]["resumed runs"] += 1
             found[kind]["files that differ"] += different
     rows = []
@@ -181,16 +174,6 @@ def main():
     print(markdown_table(["killed", "resumed runs", "files that differ"], rows))
     write_results(args.results, {"machine": machine()} | found)
     return any(result["files that differ"] for result in found.values())
-
-
-def load_what_every_run_needs():
-    """The forked processes then have it as well."""
-    torch.set_num_threads(1)
-    import extras.report  # noqa: F401
-    import sayo_mini  # noqa: F401
-    from model import load_vlm
-
-    load_vlm(ROOT / "tiny", load_in_4bit=False, device="cpu")  # fills transformers' caches
 
 
 if __name__ == "__main__":

@@ -7,25 +7,9 @@ a color. Then it looks again, or it answers with the dot that it sees at the las
 
     look r5 c5 : white . look r1 c5 : orange . dot blue . <answer> blue </answer>
 
-There are three stages, with four questions per image:
-
-1. Learn to see, with answers of one look: `the dot on red r3 c5 is blue . <answer> blue </answer>`.
-   The place follows the color, so the token before the place names the card to look for. In 30 %
-   of the answers, place and dot are those of a random card. A wrong place gets no loss, but its dot
-   does. So the model learns to read the dot at the place that it has named. A side task shortens
-   the plateau at the start: at every image token, after every layer, the model also predicts what
-   the cell shows (card color, dot color, row and column, a quarter of the label each).
-2. Learn to look again, with up to three wrong looks before the right one. Wrong places get no loss.
-   What is there does, and so does the decision to look again. In 30 % of the answers with wrong
-   looks, the right look is missing and the answer is the dot on the last wrong card.
-3. Learn to be careless. The white card catches the eye: if there is one, the first look goes to it,
-   whatever the question is. If that is not the card in question, 25 % of the answers look again, at
-   the right card. The others answer with what they see. Without a white card, the first look is
-   right. All words get loss now. This is the error that SAYO's reward is meant to correct.
-   Another loss asks the last layer to look at the card that the answer names, at the word for the
-   row, so that attention tells where the model looks.
-
-Training is saved every 200 steps in the folder of --state, and the same command continues there.
+docs/tiny_world.md explains the three stages. All have four questions per image. In the side task
+of every stage, each image token also predicts, after every layer, what its cell shows: card color,
+dot color, row and column, a quarter of the label each.
 """
 
 import argparse
@@ -56,6 +40,7 @@ from study.common import ROOT
 TINY = ROOT / "tiny"
 SIZE, GRID = 112, (7, 7)  # pixels per side; image tokens
 IMAGES, TURNS = 16, 4  # images per step, questions per image
+WARMUP = 60  # steps
 MAX_TOKENS = 34  # of an answer; four looks have 31
 PLACE_WEIGHT = 2  # loss weight of the words for the place, because they are learned last
 ATTENTION_WEIGHT = 0.5  # loss weight of the attention at the words for the row
@@ -114,11 +99,11 @@ def cell_of(card):
 class Teacher:
     """Makes training batches of images, each with four questions and answers in one chat."""
 
-    def __init__(self, stage, seed, **style):
+    def __init__(self, stage, seed):
         self.stage, self.seed = stage, seed
         self.tokenizer = AutoTokenizer.from_pretrained(TINY)
         self.processor = AutoImageProcessor.from_pretrained(TINY, backend="pil")
-        self.scenes = Scenes("train", 10**9, seed=seed, **style)
+        self.scenes = Scenes("train", 10**9, seed=seed, cards=(4, 8), card_size=(14, 26))
 
     def answer(self, rng, cards, card):
         """An answer to the question about `card`. Returns: its text, the weights of its loss, and
@@ -210,20 +195,14 @@ def attention_loss(attention, inputs, cells):
     return -shares[torch.arange(len(shares)), cells[batch, tokens]].log().mean()
 
 
-def train(model, teacher, steps, learning_rate, state_file):
-    """Supervised training with a cosine schedule, continued from the state file if there is one."""
+def train(model, teacher, steps, learning_rate):
+    """Supervised training with a cosine schedule."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    first, warmup = 0, max(1, min(60, steps // 4))
-    if state_file.exists():
-        first, weights, moments = torch.load(state_file)
-        model.load_state_dict(weights)
-        optimizer.load_state_dict(moments)
     model.train()
-    bar = tqdm(range(first, steps), desc=state_file.stem, initial=first, total=steps, mininterval=9)
-    for step in bar:
-        done = max(0, step - warmup) / (steps - warmup)
+    for step in (bar := tqdm(range(steps), desc=teacher.stage, mininterval=9)):
+        done = max(0, step - WARMUP) / (steps - WARMUP)
         cosine = 0.5 * (1 + math.cos(math.pi * done)) + 0.01
-        optimizer.param_groups[0]["lr"] = learning_rate * min((step + 1) / warmup, 1) * cosine
+        optimizer.param_groups[0]["lr"] = learning_rate * min((step + 1) / WARMUP, 1) * cosine
         loss, side_loss, look_loss = losses(model, *teacher.batch(step))
         (loss + side_loss + look_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -231,15 +210,12 @@ def train(model, teacher, steps, learning_rate, state_file):
         optimizer.zero_grad()
         parts = dict(answer=loss, side=side_loss, look=look_loss)
         bar.set_postfix({name: f"{float(x):.3f}" for name, x in parts.items()}, refresh=False)
-        if (step + 1) % 200 == 0 or step + 1 == steps:
-            torch.save((step + 1, model.state_dict(), optimizer.state_dict()), state_file)
 
 
 # --- is the model as intended? ---
 
 
 CRITERIA = {  # the smallest and the largest share that is wanted
-    "right answers": (0, 1),
     "first look on the card in question": (0, 0.35),
     "wrong first looks corrected": (0, 0.02),
     "groups that agree whether the first look is on the card": (0.95, 1),
@@ -262,7 +238,7 @@ def grade(folder):
 
     Greedy answers; groups of 8 samples; answers that are forced to look at one of the cards, which
     should then give the dot there a probability above one half; greedy answers to an image without
-    cards. Returns: {criterion: share}.
+    cards. Returns: the share of right answers, and {criterion: share}.
     """
     vlm, scenes = load_vlm(folder, device="cpu"), Scenes("validation", 256)
     layouts = [scenes.layout(i) for i in range(len(scenes))]
@@ -283,7 +259,6 @@ def grade(folder):
         logps = vlm.score(prompt, forced, attention=False).logps  # (cards, 8)
         read += (logps[:, -1].exp() > 0.5).tolist()
     values = [
-        right[1],
         [look[0] for look in looks],
         [look[-1] for look in looks if not look[0]],
         [len({look[0] for look in group}) == 1 for group in groups],
@@ -291,34 +266,29 @@ def grade(folder):
         read,
         right[0],
     ]
-    return {name: sum(v) / max(1, len(v)) for name, v in zip(CRITERIA, values)}
+    shares = {name: sum(v) / max(1, len(v)) for name, v in zip(CRITERIA, values)}
+    return sum(right[1]) / len(scenes), shares
 
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--output_dir", type=Path, required=True, help="tiny/ replaces the model")
-    parser.add_argument("--state", type=Path, default=ROOT / "runs/make_tiny", help="see above")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs=3, default=(2200, 1200, 500), help="per stage")
-    args = parser.parse_args()
-    args.state.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
+    folder = parser.parse_args().output_dir
+    torch.manual_seed(0)
     model = Qwen3VLForConditionalGeneration(AutoConfig.from_pretrained(TINY))
     model.generation_config = GenerationConfig.from_pretrained(TINY)
-    style = dict(cards=(4, 8), card_size=(14, 26))
-    stages = {
-        "see": (Teacher("see", args.seed, **style), 1.2e-3),
-        "look again": (Teacher("look again", args.seed + 1, **style), 1e-3),
-        "be careless": (Teacher("be careless", args.seed + 2, **style), 5e-4),
-    }
-    for (stage, (teacher, learning_rate)), steps in zip(stages.items(), args.steps):
+    stages = ("see", 2200, 1.2e-3), ("look again", 1200, 1e-3), ("be careless", 500, 5e-4)
+    for seed, (stage, steps, learning_rate) in enumerate(stages):
+        teacher = Teacher(stage, seed)
         if stage == "be careless":
             model.set_attn_implementation("eager")  # which returns the attention, for its loss
-        train(model, teacher, steps, learning_rate, args.state / f"{stage}.pt")
+        train(model, teacher, steps, learning_rate)
     for part in (model, teacher.tokenizer, teacher.processor):
-        part.save_pretrained(args.output_dir)
-    for name, share in grade(args.output_dir).items():
+        part.save_pretrained(folder)
+    right, shares = grade(folder)
+    print(f"{'right answers':58}{right:.3f}")
+    for name, share in shares.items():
         low, high = CRITERIA[name]
         print(f"{name:58}{share:.3f}  wanted: {low} to {high}")
 

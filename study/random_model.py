@@ -36,7 +36,8 @@ def make_model(shape, models, device="cpu"):
     folder = Path(models, f"{shape}-{str(dtype).removeprefix('torch.')}").resolve()
     if not folder.exists():
         unfinished = folder.with_name(f"unfinished-{folder.name}")
-        model = AutoModelForImageTextToText.from_config(model_config(shape), dtype=dtype)
+        with torch.device(device):  # a GPU draws billions of weights faster
+            model = AutoModelForImageTextToText.from_config(model_config(shape), dtype=dtype)
         model.save_pretrained(unfinished, max_shard_size="2GB")
         AutoTokenizer.from_pretrained(TINY).save_pretrained(unfinished)
         size = dict(shortest_edge=CELL**2, longest_edge=4096 * CELL**2)
@@ -46,11 +47,10 @@ def make_model(shape, models, device="cpu"):
     return folder
 
 
-def make_question(vlm, tokens, image_tokens=None):
-    """An Example whose prompt has exactly `tokens` tokens. Its noise image takes most of them, or
-    exactly `image_tokens`."""
+def make_question(vlm, tokens):
+    """An Example whose prompt has exactly `tokens` tokens. Its noise image takes most of them."""
     template = len(vlm.encode(Image.new("RGB", (CELL, CELL)), "red").input_ids) - 2
-    room = image_tokens or tokens - template - 8
+    room = tokens - template - 8
     rows = int(room**0.5)
     cols = room // rows
     words = tokens - template - rows * cols

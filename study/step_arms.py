@@ -1,8 +1,5 @@
 """The three variants ("arms") of `step.py`: ours, ours without the shared prompt ("naive"), TRL.
-
-Each runs in its own process. It loads the model, runs one optimizer step on every request, and
-sends back the cost of the step.
-"""
+Each has its own process, makes one optimizer step on every request, and sends back its cost."""
 
 import ctypes
 import gc
@@ -33,22 +30,22 @@ LEARNING = dict(
 
 @contextmanager
 def peak_memory(device):
-    """Yields a dict with the memory in bytes: "before" the block, and its "peak" above that.
+    """Yields a dict that will have the "peak" memory of the block, in bytes above that before it.
 
     On CUDA this is `max_memory_allocated`, elsewhere the anonymous resident memory of the process
     (Linux only). On the CPU, large tensors get their own pages within the block, so that freed
     memory returns to the system immediately and earlier steps do not count.
     """
+    found = {}
     gc.collect()
     if device.type == "cuda":
-        found = {"before": torch.cuda.memory_allocated()}
+        found["peak"] = -torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         yield found
-        found["peak"] = torch.cuda.max_memory_allocated() - found["before"]
+        found["peak"] += torch.cuda.max_memory_allocated()
         return
     set_mmap_threshold(2**16)
     samples, done = [resident_memory()], Event()
-    found = {"before": samples[0]}
 
     def poll():
         while not done.wait(0.002):
@@ -60,7 +57,7 @@ def peak_memory(device):
     done.set()
     thread.join()
     set_mmap_threshold(2**25)
-    found["peak"] = max(samples) - found["before"]
+    found["peak"] = max(samples) - samples[0]
 
 
 def set_mmap_threshold(size):
@@ -125,7 +122,7 @@ def serve_steps(pipe, timer, model):
     with peak_memory(timer.device) as memory:
         yield
     pipe.send(memory)
-    while pipe.recv() == "step":
+    while pipe.recv():
         timer.seconds.clear()
         start = timer.now()
         yield
@@ -143,7 +140,6 @@ def run_ours(pipe, vlm_class, folder, point, options):
         load_in_4bit=options["load_in_4bit"],
         device=options["device"],
         gradient_checkpointing=options["gradient_checkpointing"],
-        layers=options.get("layers", (-1,)),
     )
     vlm.__class__ = vlm_class
     vlm.cuda_graph = options.get("cuda_graph", False)
@@ -158,7 +154,7 @@ def run_ours(pipe, vlm_class, folder, point, options):
     params = [p for p in vlm.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, cfg.learning_rate, weight_decay=cfg.weight_decay)
     generator = torch.Generator(vlm.device).manual_seed(0)
-    examples = [make_question(vlm, P, options.get("image_tokens"))]
+    examples = [make_question(vlm, P)]
     for _ in serve_steps(pipe, timer, vlm.model):
         metrics, _ = sayo_mini.train_step(vlm, examples, cfg, optimizer, generator)
         assert metrics["frac_reward_zero_std"] == 0 and metrics["num_tokens"] == G * C
@@ -194,40 +190,15 @@ class NaiveVlm(Vlm):
 
 
 def run_trl(pipe, folder, point, options):
-    P, C, G = point
-    vlm = load_vlm(folder, options["load_in_4bit"], device=options["device"])
-    timer, example = Timer(vlm.device), make_question(vlm, P)
-
-    class StepOnRequest(TrainerCallback):
-        """Stops the trainer's own loop between its steps."""
-
-        def on_train_begin(self, args, state, control, **kwargs):
-            self.steps = serve_steps(pipe, timer, trainer.model)
-            next(self.steps)
-
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = next(self.steps, "stop") == "stop"
-
-    checkpointing = options["gradient_checkpointing"]
-    trainer = make_trl_trainer(vlm, example, constant_rewards, C, G, checkpointing)
-    trainer.add_callback(StepOnRequest())
-    timer.wrap(trainer, "_generate", "sample")
-    timer.wrap(trainer, "_generate_and_score_completions", "sample and score")
-    trainer.train()
-
-
-def constant_rewards(prompts, **kwargs):
-    return [float(i % 2) for i in range(len(prompts))]
-
-
-def make_trl_trainer(vlm, example, reward_function, C, G, checkpointing):
-    """A GRPOTrainer that trains a new adapter of the same form on the model of `vlm`, with the same
-    tokens, image size and data types. `vlm` cannot be used afterwards."""
+    """The same tokens, image size and data types as ours, and a new adapter of the same form."""
     from datasets import Dataset  # here, because both are slow to import and take memory
     from trl import GRPOConfig, GRPOTrainer
 
     from extras.scale_trl import TrlProcessor, forbid_placeholders
 
+    P, C, G = point
+    vlm = load_vlm(folder, options["load_in_4bit"], device=options["device"])
+    timer, example = Timer(vlm.device), make_question(vlm, P)
     forbid_placeholders(vlm)
     lora, policy = vlm.model.peft_config["default"], vlm.model.unload()
     policy.set_attn_implementation("sdpa")
@@ -237,7 +208,7 @@ def make_trl_trainer(vlm, example, reward_function, C, G, checkpointing):
         num_generations=G,
         max_completion_length=C,
         max_steps=1000,
-        activation_checkpointing=checkpointing,
+        activation_checkpointing=options["gradient_checkpointing"],
         loss_type="dapo",  # the loss of reward.grpo_loss
         use_bias_correction_kl=False,
         use_cpu=vlm.device.type == "cpu",
@@ -254,6 +225,22 @@ def make_trl_trainer(vlm, example, reward_function, C, G, checkpointing):
     chat = [{"role": "user", "content": example.question}]
     data = Dataset.from_list([{"prompt": chat, "image": example.image}] * 8)
     processor = TrlProcessor(vlm.image_processor, vlm.tokenizer, vlm.core.config)
-    return GRPOTrainer(
-        policy, reward_function, args, data, processing_class=processor, peft_config=lora
-    )
+
+    def constant_rewards(prompts, **kwargs):
+        return [float(i % 2) for i in range(len(prompts))]
+
+    class StepOnRequest(TrainerCallback):
+        """Stops the trainer's own loop between its steps."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.steps = serve_steps(pipe, timer, trainer.model)
+            next(self.steps)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            next(self.steps)
+
+    settings = dict(processing_class=processor, peft_config=lora, callbacks=[StepOnRequest()])
+    trainer = GRPOTrainer(policy, constant_rewards, args, data, **settings)
+    timer.wrap(trainer, "_generate", "sample")
+    timer.wrap(trainer, "_generate_and_score_completions", "sample and score")
+    trainer.train()

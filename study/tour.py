@@ -42,11 +42,7 @@ def digest(notebook):
     return hashlib.sha256("\n".join(cells).encode()).hexdigest()[:16]
 
 
-def main():
+if __name__ == "__main__":
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     execute(notebook)
     nbformat.write(notebook, NOTEBOOK)
-
-
-if __name__ == "__main__":
-    main()

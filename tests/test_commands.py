@@ -120,7 +120,6 @@ def test_look_without_a_box_scores_nothing_and_the_tiny_model_only_knows_cards(t
 
 
 MISTAKES = {  # what is wrong -> (flags after those of `photo`, a part of the message)
-    "no such image": (["--image", "none.jpg"], "none.jpg"),
     "not an image": (["--image", __file__], "cannot identify image file"),
     "a box of words": (["--box", "left"], "--box left"),
     "a second box of three": (["--box", "1,2,3,4", "--box", "1,2,3"], "--box 1,2,3"),
@@ -128,10 +127,8 @@ MISTAKES = {  # what is wrong -> (flags after those of `photo`, a part of the me
     "a box outside": (["--box", "500,500,600,600"], "outside"),
     "a special token": (["--question", "a <|image_pad|>"], "--question"),
     "an image tag": (["--question", "a <image>"], "--question: question contains <image>"),
-    "no adapter": (["--adapter", str(TINY)], "no adapter in"),
     "a run as adapter": (["--adapter", "{run}"], "did you mean --adapter {run}/adapter?"),
     "an adapter of another rank": (["--adapter", "{run}/adapter", "--lora_r", "8"], "--lora_r"),
-    "no such folder": (["--output", "none/x.png"], "none"),
     "not an image name": (["--output", "x.txt"], "--output x.txt"),
     "the image as output": (["--image", "{run}/x.png", "--output", "{run}/x.png"], "would replace"),
 }
@@ -221,8 +218,8 @@ def test_the_shipped_example_is_valid_and_in_the_docs(capsys, tmp_path):
     out, docs = capsys.readouterr().out, (ROOT / "docs" / "data.md").read_text()
     assert "3 valid examples; 3 images, 4 boxes" in out and "no problems" in out
     assert Image.open(tmp_path / "example.check.png").size == (704, 312)
-    shown = docs.split("check example/example.jsonl\n")[1].split("\n```")[0].splitlines()
-    assert set(shown) - {"..."} <= set(out.replace(str(tmp_path), "example").splitlines())
+    shown = docs.split("check example/example.jsonl\n")[1].split("\n```")[0]
+    assert shown == out.replace(str(tmp_path), "example").strip()
     assert (ROOT / "example" / "example.jsonl").read_text() in docs
 
 
@@ -233,7 +230,7 @@ def test_check_names_every_problem_and_summarizes_the_valid_examples(tmp_path, c
     rows = [
         {"question": "", "boxes": [[3, 2, 1, 4]]},
         {"image": "half.png"},  # its header is intact
-        {"boxes": [[0, 0, 64, 48]], "question": "one two three four five six"},
+        {"boxes": [[0, 0, 65, 48]], "question": "one two three four five six"},
         {"boxes": [[0, 0, 8, 6], [4, 0, 16, 6]]},  # the union is 96 of 3072 pixels, 3.1 %
     ]
     path = write_set(tmp_path, *rows)
@@ -242,20 +239,11 @@ def test_check_names_every_problem_and_summarizes_the_valid_examples(tmp_path, c
     for start in (":1: question", ":1: box ", ":2: cannot read the image 'half.png'"):
         assert out.count(f"{path}{start}") == 1
     assert "2 valid examples;" in out and "\n3 problems\nwrote the first 2 examples" in out
-    bins = re.findall(r"^ +(\w+ (?:to|or) \w+) +([1-9]\d*) ", out, re.MULTILINE)
-    assert bins == [("2 to 5", "1"), ("50 or more", "1"), ("0 to 5", "1"), ("5 to 10", "1")]
+    assert "area of the boxes, %: 3.12 to 100, median 51.6\n" in out
+    assert "words of the question: 1 to 6, median 3.5\n" in out
+    assert "note: 1 of 4 boxes extend beyond their image and are clipped\n" in out
     first = Image.open(path.with_suffix(".check.png")).convert("L").crop((8, 8, 232, 176))
     assert ImageStat.Stat(first).stddev[0] > 30  # a photo
-
-
-def test_check_prints_its_findings_even_if_it_cannot_write_the_picture(tmp_path, capsys):
-    path = write_set(tmp_path, {}, {}, {"question": ""}, {"boxes": [[1, 2, 65, 20]]})
-    path.with_suffix(".check.png").mkdir()
-    assert sayo_mini.main(["check", str(path)]) == 2
-    out = capsys.readouterr().out
-    assert "note: 1 of 3 boxes extend beyond their image and are clipped\n" in out
-    assert "note: 1 of 3 examples repeat an earlier one: same image, text and boxes\n" in out
-    assert f"{path}:3: question is empty\n1 problem\nnote: cannot write" in out
 
 
 def test_check_decodes_an_image_once_and_replaces_only_its_own_picture(tmp_path, capsys):
@@ -297,24 +285,11 @@ def test_captions_in_any_letters_are_drawn_or_replaced_by_the_id(tmp_path, capsy
     assert sayo_mini.main(["check", str(path)]) == 0
     out = capsys.readouterr().out
     for line in (1, 2, 3):
-        note = (
-            f"note: no font has all letters of {path}:{line}: its picture shows this name instead"
-        )
-        assert out.count(note) == 1
-    tiles = [
-        Image.open(path.with_suffix(".check.png")).crop((x, 170, x + 220, 250)) for x in (8, 240)
-    ]
-    assert tiles[0].tobytes() != tiles[1].tobytes()  # set.jsonl:1 and set.jsonl:2
+        assert out.count(f"note: no font has all letters of {path}:{line}: its picture") == 1
+    with Image.open(path.with_suffix(".check.png")) as sheet:
+        one, two = (sheet.crop((x, 170, x + 220, 250)).tobytes() for x in (8, 240))
+    assert one != two  # set.jsonl:1 and set.jsonl:2
     monkeypatch.undo()
     pictures.find_font.cache_clear()
     assert pictures.find_font(12, "plain English?") is pictures.load_font(12)
     assert pictures.find_font(12, "\U0010fffe") is None
-
-
-def test_check_allows_images_outside_the_folder_with_the_flag(tmp_path, capsys):
-    (tmp_path / "data").mkdir()
-    path = write_set(tmp_path / "data", {"image": "../photo.png"})
-    (tmp_path / "data" / "photo.png").rename(tmp_path / "photo.png")
-    assert sayo_mini.main(["check", str(path)]) == 2
-    assert "--allow_absolute_paths" in capsys.readouterr().out
-    assert sayo_mini.main(["check", str(path), "--allow_absolute_paths"]) == 0

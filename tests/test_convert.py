@@ -28,42 +28,32 @@ def run(*arguments):
     return convert.main(list(map(str, arguments)))
 
 
-@pytest.fixture
-def gqa(tmp_path):
-    """A folder with the files of GQA's three archives."""
-    for name in ("images", "questions"):
-        (tmp_path / name).mkdir()
+def error(capsys, *arguments):
+    """Run a command that fails. Returns: its one line on stderr."""
+    assert run(*arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line.removeprefix("convert.py: ")
+
+
+def test_gqa_takes_the_objects_of_the_answer_or_the_full_answer_or_the_question(tmp_path, capsys):
+    questions = tmp_path / "questions" / "train_balanced_questions.json"
+    assert "has no folder images/" in error(capsys, "gqa", tmp_path)
+    for folder in (tmp_path / "images", questions.parent):
+        folder.mkdir()
     Image.new("RGB", (60, 40)).save(tmp_path / "images" / "17.jpg")
     same = {"question": "What is on the wall?", "imageId": "17", "answer": "pipe", "semantic": []}
-    questions = {number: same | {"annotations": spans} for number, spans in ANNOTATIONS.items()}
-    (tmp_path / "questions" / "train_balanced_questions.json").write_text(json.dumps(questions))
+    rows = {number: same | {"annotations": spans} for number, spans in ANNOTATIONS.items()}
+    questions.write_text(json.dumps(rows))
+    assert "has no train_sceneGraphs.json" in error(capsys, "gqa", tmp_path)
     (tmp_path / "train_sceneGraphs.json").write_text(json.dumps({"17": {"objects": OBJECTS}}))
-    return tmp_path
-
-
-def test_gqa_takes_the_objects_of_the_answer_or_the_full_answer_or_the_question(gqa, capsys):
-    assert run("gqa", gqa) == 0
+    assert run("gqa", tmp_path) == 0
     assert "skipped 1 of 4 questions: no annotated objects" in capsys.readouterr().out
-    data = JsonLines(gqa / "gqa.jsonl")
+    data = JsonLines(tmp_path / "gqa.jsonl")
     boxes = {example.id: example.boxes for example in data}
     assert boxes == {"q0": [PIPE], "q1": [PIPE, DOOR], "q2": [WALL]}
     assert (data[0].question, data[0].answer) == ("What is on the wall?", "pipe")
-
-
-@pytest.mark.parametrize(
-    "change", [{"annotations": None}, {"annotations": {"answer": {"0": "roof"}}}, {"imageId": "7"}]
-)
-def test_a_bad_question_or_a_missing_file_of_gqa_is_one_line_that_names_it(gqa, capsys, change):
-    path = gqa / "questions" / "train_balanced_questions.json"
-    questions = json.loads(path.read_text())
-    questions["q1"] |= change
-    path.write_text(json.dumps(questions))
-    assert run("gqa", gqa) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"convert.py: {path}: question q1: ") and error.count("\n") == 1
-    assert not (gqa / "gqa.jsonl").exists()
-    (gqa / "train_sceneGraphs.json").unlink()
-    assert run("gqa", gqa) == 2 and "no train_sceneGraphs.json" in capsys.readouterr().err
+    questions.write_text("{")
+    assert f"{questions}: not JSON" in error(capsys, "gqa", tmp_path)
 
 
 def chart(color, *boxes, **change):
@@ -93,16 +83,11 @@ def test_refocus_stores_every_chart_once_with_all_boxes(tmp_path, monkeypatch, c
     files = [row["image"] for row in data.rows]  # the held-out split is by file
     assert files[0] == files[1] != files[2] and files[0].endswith(".png")
     assert data[0].image.getpixel((30, 20)) == pytest.approx((254, 0, 0), abs=2)
-
-
-def test_a_bad_row_of_refocus_is_named(tmp_path, monkeypatch, capsys):
+    fake_hub(monkeypatch, charts[0], chart("blue", PIPE, image={"bytes": b"no", "path": None}))
+    assert "ReFocus row 1" in error(capsys, "refocus", tmp_path)
     uneven = {"x1": [1, 2], "y1": [1], "x2": [9], "y2": [9]}
-    no_image = {"bytes": b"not an image", "path": None}
-    for change in ({"focus_areas_bbox": uneven}, {"image": no_image}):
-        fake_hub(monkeypatch, chart("red", PIPE), chart("blue", PIPE, **change))
-        assert run("refocus", tmp_path) == 2
-        error = capsys.readouterr().err
-        assert "ReFocus row 1" in error and error.count("\n") == 1
+    fake_hub(monkeypatch, chart("red", focus_areas_bbox=uneven))
+    assert "ValueError" in error(capsys, "refocus", tmp_path)
 
 
 @pytest.fixture
@@ -143,11 +128,11 @@ def test_coco_becomes_questions_that_count(photos, capsys):
     assert run("coco", path, photos / "photos") == 0
     assert read_counts(photos / "photos.jsonl") == COUNTS
     assert len(JsonLines(photos / "photos.jsonl")) == 3
+    assert "photos.jsonl exists already" in error(capsys, "coco", path, photos / "photos")
     for change in ({"images": []}, {"annotations": [{}]}, {"categories": 7}):
         path.write_text(json.dumps(coco | change))
-        assert run("coco", path, photos / "photos") == 2
-        error = capsys.readouterr().err
-        assert f"{path} is not in COCO's format" in error and error.count("\n") == 1
+        line = error(capsys, "coco", path, photos / "photos")
+        assert f"{path} is not in COCO's format" in line
 
 
 def test_yolo_becomes_questions_that_count(photos, capsys):
@@ -165,16 +150,14 @@ def test_yolo_becomes_questions_that_count(photos, capsys):
     assert read_counts(photos / "photos.jsonl") == COUNTS
     for text in ("2 0.5 0.5 0.1 0.1", "0 0.5 0.5 0.1", "cat 0.5 0.5 0.1 0.1"):
         (labels / "a.txt").write_text(f"{line(0, *PIPE)}{text}")
-        assert run(*command) == 2
-        error = capsys.readouterr().err
-        assert f"{labels / 'a.txt'}:2: expected" in error and error.count("\n") == 1
+        assert f"{labels / 'a.txt'}:2: expected" in error(capsys, *command)
 
 
-def write_set(folder, count):
+def write_set(folder, count, boxes=(PIPE,)):
     """A .jsonl file whose answers are "<folder> <number>"."""
     folder.mkdir()
     Image.new("RGB", (60, 40)).save(folder / "image.png")
-    row = {"image": "image.png", "question": "What?", "boxes": [PIPE]}
+    row = {"image": "image.png", "question": "What?", "boxes": boxes}
     rows = [row | {"id": i, "answer": f"{folder.name} {i}"} for i in range(count)]
     (folder / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder / "set.jsonl"
@@ -182,19 +165,29 @@ def write_set(folder, count):
 
 def test_a_mixture_has_its_shares_and_no_row_twice(tmp_path, capsys):
     a, b = write_set(tmp_path / "a", 40), write_set(tmp_path / "b", 8)
-    output = tmp_path / "a" / "mixed.jsonl"
 
-    def mix(seed, count=30, code=0):
-        command = ["mix", output, f"{a}=4", f"{b}=1", "--count", count, "--seed", seed]
-        assert run(*command) == code
+    def mix(seed):
+        output = tmp_path / "a" / f"mixed{seed}.jsonl"
+        assert run("mix", output, f"{a}=4", f"{b}=1", "--count", 30, "--seed", seed) == 0
         return JsonLines(output, allow_absolute_paths=True)
 
-    data, answers = mix(0), [example.answer for example in mix(0)]
-    assert answers == [example.answer for example in data] != [x.answer for x in mix(1)]
+    data, others = mix(0), mix(1)
+    answers = [example.answer for example in data]
     assert len(set(answers)) == len(answers) == 30
+    assert answers != [example.answer for example in others]
     assert sum(answer.startswith("b") for answer in answers) == 6
     assert {answer[0] for answer in answers[:20]} == {"a", "b"}  # shuffled
     assert {row["image"] for row in data.rows} == {"image.png", str(tmp_path / "b" / "image.png")}
     assert "6 rows have images outside" in capsys.readouterr().out
-    mix(0, count=43, code=2)
-    assert "has 8 rows, not 9: use --count 40" in capsys.readouterr().err
+    command = "mix", tmp_path / "new.jsonl", f"{a}=4", f"{b}=1", "--count", 43
+    assert "has 8 rows, not 9: use --count 40" in error(capsys, *command)
+
+
+def test_a_mixture_is_in_pixels_whatever_its_sources_are_in(tmp_path, capsys):
+    a, b = write_set(tmp_path / "a", 4), write_set(tmp_path / "b", 4, [[100, 100, 300, 900]])
+    command = "mix", tmp_path / "mixed.jsonl", f"{a}=1", f"{b}=1", "--count", 8
+    assert f"{b}: the boxes look like thousandths" in error(capsys, *command)
+    assert "give 2 units" in error(capsys, *command, "--boxes", "0-1000")
+    assert run(*command, "--boxes", "pixels", "0-1000") == 0
+    boxes = [row["boxes"] for row in JsonLines(command[1], allow_absolute_paths=True).rows]
+    assert sorted(boxes) == [[[6, 4, 18, 14]]] * 4 + [[[6, 4, 18, 36]]] * 4
