@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, ImageOps
 from config import InputError
 from data import Example, first, image_keys, region_mask
 
+MAX_ASPECT_RATIO = 200  # the image processors of Qwen-VL raise an error above it
 MAX_PIXELS = 2**26  # of an image, before it is decoded: a small file can hold gigabytes
 IMAGE_FORMATS = "AVIF BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split()  # none starts a program
 KEYS = "image", "question", "answer", "boxes"  # of a row, and optionally id
@@ -352,6 +353,8 @@ def open_image(path):
     image = Image.open(path, formats=IMAGE_FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"it has {image.width} x {image.height} pixels: at most {MAX_PIXELS}")
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise ValueError(f"one side is more than {MAX_ASPECT_RATIO} times the other: crop it")
     if image.mode in ("I", "F"):  # their range is unknown
         raise ValueError("its pixels are 32-bit numbers: convert them to 8 or 16 bits")
     return image

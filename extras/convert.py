@@ -21,10 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from PIL import Image
 
 from config import InputError, one_line
-from json_lines import UNITS, JsonLines, image_errors, stored_size
+from json_lines import UNITS, JsonLines, image_errors, open_image, stored_size
 
 # GQA's files are large. These parts are not used, and are dropped during parsing to save memory.
 UNUSED = frozenset(
@@ -151,7 +150,7 @@ def convert_refocus(folder):
             content = row["image"]["bytes"]
             image = f"images/{hashlib.sha256(content).hexdigest()[:16]}.png"
             with image_errors(f"ReFocus row {number}"):
-                Image.open(io.BytesIO(content)).save(folder / image)
+                open_image(io.BytesIO(content)).save(folder / image)
             text = {"question": row["question"], "answer": row["answer"]}
             rows.append({"image": image, **text, "boxes": boxes, "id": f"refocus-{number}"})
     print(f"ReFocus: skipped {len(table) - len(rows)} of {len(table)} rows: no boxes")
@@ -187,7 +186,7 @@ def convert_yolo(images, labels, classes):
         label = labels / path.relative_to(images).with_suffix(".txt")
         if not label.exists():
             continue
-        with image_errors(path), Image.open(path) as image:
+        with image_errors(path), open_image(path) as image:
             size, file = stored_size(image), path.relative_to(images).as_posix()
         for number, line in enumerate(label.read_text("utf-8").splitlines(), 1):
             try:

@@ -105,6 +105,7 @@ def folder(tmp_path_factory):
     noise.save(folder / "photo.png")
     noise.save(folder / "../outside.png")
     Image.new("L", (40, 30)).save(folder / "more" / "gray.png")
+    Image.new("L", (1, 201)).save(folder / "thin.png")
     Image.new("F", (9, 9), 0.5).save(folder / "float.tif")
     Image.new("I", (9, 9), 70000).save(folder / "int.tif")
     (folder / "bomb.png").write_bytes(b"P5 13000 13000 255 ")
@@ -170,6 +171,7 @@ UNREADABLE = {  # image -> what is wrong
     "text.png": "cannot identify image file '{folder}/text.png'",
     "bomb.png": "it has 13000 x 13000 pixels: at most 67108864",
     "program.png": "cannot identify image file '{folder}/program.png'",  # or Ghostscript starts
+    "thin.png": "one side is more than 200 times the other: crop it",
     "float.tif": "its pixels are 32-bit numbers: convert them to 8 or 16 bits",
     "int.tif": "its pixels are 32-bit numbers: convert them to 8 or 16 bits",
     "../outside.png": MOVE,
