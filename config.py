@@ -198,6 +198,8 @@ def parse_reward(text):
 def load_rewards(text):
     """The functions that --reward names, as {name: function}. Raises: InputError."""
     path, names = parse_reward(text)
+    if names:
+        sys.path.append(str(Path(path).resolve().parent))  # for modules next to the file
     functions = runpy.run_path(path) if names else {}
     for name in names:
         if not callable(functions.get(name)):

@@ -265,9 +265,12 @@ def opening_lines(train_set, eval_set, cfg):
         smallest = FEWEST / len(eval_set)
         line += f": a change of accuracy below {smallest:.3f} cannot be significant"
     elif images:
-        line += f": with fewer than {FEWEST}, no change of accuracy can be significant "
-        line += "(add images, or use --eval_dataset)"
-    if cfg.max_steps and not (cfg.keep_best or parse_weights(cfg.reward_weights).get("accuracy")):
+        line += f": with fewer than {FEWEST} images, no change of accuracy can be significant"
+    if cfg.region == "rolled":
+        line += "\nplacebo: the attention reward uses the boxes rolled by half the image"
+    weights = parse_weights(cfg.reward_weights)
+    own = cfg.keep_best or cfg.reward or weights.get("accuracy") or not weights.get("attention")
+    if cfg.max_steps and not own:
         line += "\nright answers are logged but not rewarded, as in the paper; --reward_weights "
         line += "attention=1,format=1,accuracy=1 rewards them, --keep_best keeps the best adapter"
     return line

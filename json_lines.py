@@ -269,7 +269,7 @@ def check_boxes(boxes, size, unit="", turned=False):
     """Raises: ValueError that says what is wrong with the boxes on an image. Args: size, its width
     and height; unit, if the user named it; turned, whether EXIF turns the image on its side."""
     if not are_boxes(boxes):
-        form = "a list of [x1, y1, x2, y2], four numbers below 10^9"
+        form = "a list of boxes, [[x1, y1, x2, y2], ...], of numbers below 10^9"
         raise ValueError(f"boxes must be {form}, but are {boxes!r:.60}")
     width, height = size
     for box in boxes:

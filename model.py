@@ -56,9 +56,12 @@ CHECK_DONE = {"cuda": 8}  # tokens between checks whether all have ended; a chec
 Qwen2_5_VLForConditionalGeneration._keep_in_fp32_modules = ["visual"]
 # PEFT 0.21 uses a deprecated name of transformers 5.24.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-# bitsandbytes warns about a kernel that is not used here, transformers lists missing tensors.
-for name in ("bitsandbytes", "transformers.modeling_utils"):
-    logging.getLogger(name).setLevel(logging.ERROR)
+# bitsandbytes warns about a kernel that is not used here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# transformers prints a table of missing tensors; `load_pretrained` reports them in one line.
+logging.getLogger("transformers.modeling_utils").addFilter(
+    lambda record: "LOAD REPORT" not in record.getMessage()
+)
 
 
 # --- loading: a frozen model in 4 bits, with LoRA ---

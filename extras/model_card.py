@@ -14,16 +14,17 @@ pipeline_tag: image-text-to-text
 ---
 # LoRA adapter for {base}
 
-Trained with sayo-mini, a reference implementation of [SAYO](https://arxiv.org/abs/2602.08241): GRPO
-with a reward for looking at the region of the image that contains the answer.
+From sayo-mini, a reference implementation of [SAYO](https://arxiv.org/abs/2602.08241): GRPO with a
+reward for looking at a region of the image.
 
 | | |
 |---|---|
 | base model | {base}{quantized} |
 | data | {data} |
 | reward | {reward} |
-| attention reward | {attention}, alignment {alignment}, the share \
+| attention | {attention}, alignment {alignment}, the share \
 {token_fraction:g} of tokens with the highest entropy |
+| region | {where} |
 | training | {max_steps} steps of {prompts_per_step} questions with {num_generations} completions \
 each; learning rate {learning_rate:g}, {lr_scheduler_type}; seed {seed} |
 {start}
@@ -49,6 +50,9 @@ merge the adapter into the base model. The license of the base model, {base}, ap
 """
 
 
+PLACEBO = "a placebo: the boxes, rolled by half the image"
+
+
 def model_card(settings, before=None, after=None):
     """The text of adapter/README.md. A resumed run writes the same card.
 
@@ -59,7 +63,7 @@ def model_card(settings, before=None, after=None):
     base = plain(Path(model).resolve().name) if Path(model).exists() else model
     weights = parse_weights(settings["reward_weights"])
     start, results = "", "This run was not evaluated."
-    data = Path(settings["dataset"]).name
+    data = Path(settings["dataset"]).name if settings["max_steps"] else "none, only evaluated"
     if settings["eval_dataset"]:
         data += f"; evaluated on {Path(settings['eval_dataset']).name}"
     if settings["adapter"]:
@@ -74,6 +78,7 @@ def model_card(settings, before=None, after=None):
         "data": plain(data),
         "reward": " + ".join(f"{weight:g} x {name}" for name, weight in weights.items() if weight),
         "attention": attention_source(settings),
+        "where": PLACEBO if settings["region"] == "rolled" else "the boxes of the data",
         "start": start,
         "results": results,
     }

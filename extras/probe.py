@@ -110,7 +110,7 @@ def heads_above_chance(tables):
 
 def print_recommendation(tables, alignment):
     """Print the best single heads with their intervals, and the flags that select them."""
-    more = "use more questions (--eval_examples)"
+    more = "use more questions (--eval_examples; a data set keeps some held out)"
     if len(tables) < MIN_QUESTIONS:
         return print(f"no recommendation from fewer than {MIN_QUESTIONS} questions: {more}")
     found = heads_above_chance(tables)

@@ -16,7 +16,7 @@ from statistics import fmean
 from config import is_tiny
 from data import answer_text
 from evaluate import LEVELS, pack_map, results_table, unpack_map, verdict
-from extras.model_card import attention_source, model_card
+from extras.model_card import PLACEBO, attention_source, model_card
 from extras.pictures import COLORS, color_scale, mean_map, plot_animation, plot_before_after
 
 HERE = Path(__file__).parent
@@ -89,6 +89,8 @@ def render_page(run, before, after, examples):
     settings, evaluations = run.settings, {"before": before, "after": after}
     evaluations = {name: rows for name, rows in evaluations.items() if rows}
     model, data_set = (Path(settings[name]).name for name in ("model_name_or_path", "dataset"))
+    steps = f"{run.step} of {settings['max_steps']} training steps"
+    steps += f"; region: {PLACEBO}" if settings["region"] == "rolled" else ""
     tiny_world = is_tiny(settings["model_name_or_path"]) and data_set == "scenes"
     questions = list(zip(*evaluations.values()))  # the results of a question, once or twice
     chosen = most_telling(before, after) if before and after else 0
@@ -96,7 +98,7 @@ def render_page(run, before, after, examples):
     shown = (to_json(describe_maps(examples[i], questions[i], evaluations)) for i in order)
     data = {"levels": LEVELS, "colors": COLORS.hex(), "names": list(evaluations)}
     parts = {
-        "RUN": f"{model} on {data_set}, {run.step} of {settings['max_steps']} training steps",
+        "RUN": f"{model} on {data_set}, {steps}",
         "SETTINGS": "\n".join(f"{name}: {value}" for name, value in settings.items()),
         "STORY": TINY_STORY if tiny_world else "",
         "VERDICT": verdict(before, after) if after else "The run is not finished.",

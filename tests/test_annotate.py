@@ -67,7 +67,7 @@ def test_boxes_are_where_they_were_drawn_however_the_photo_is_stored(page, photo
     with page.expect_download() as download:
         page.get_by_role("button", name="Save").click()
     download.value.save_as(photos / download.value.suggested_filename)
-    data = JsonLines(photos / "annotations.jsonl")
+    data = JsonLines(photos / "mine.jsonl")
     assert [(row["image"], row["answer"]) for row in data.rows] == [(name, name) for name in NAMES]
     assert data.notes() == []  # no box had to be clipped
     for example in data:

@@ -156,7 +156,7 @@ def test_rows_become_examples(folder, monkeypatch):
 
 ADVICE = " (use --skip_bad_examples to skip unusable examples)"
 OBJECT = "not a JSON object with image, question, answer and boxes"
-NUMBERS = "boxes must be a list of [x1, y1, x2, y2], four numbers below 10^9, but are"
+NUMBERS = "boxes must be a list of boxes, [[x1, y1, x2, y2], ...], of numbers below 10^9, but are"
 MOVE = "it is outside the data set's folder: move it, or use --allow_absolute_paths"
 NO_PATH = "give the path of a file, not a URL or base64 data"
 UNREADABLE = {  # image -> what is wrong
