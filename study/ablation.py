@@ -44,7 +44,7 @@ EVERY = 20  # steps per point of a curve
 RATES = 1e-4, 2e-4, 4e-4, 8e-4
 SELECTION_SEEDS = (100,)  # of the runs that choose the rates
 NOISE = 0.1  # standard deviation, added to a reward that would otherwise rest
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for a mean over n seeds
+T_95 = {3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for a mean over n seeds
 
 
 # --- rewards and controls ---
@@ -325,11 +325,13 @@ def run_all(runs, jobs, old_model):
 
 
 def spread(values):
-    """The mean over seeds ± half of its 95 % interval, or (lowest to highest) if that is wide."""
-    mean = fmean(values)
-    if len(values) < 2:
+    """The mean over seeds ± half of its 95 % interval; for one or two seeds, or if the interval is
+    wide, the mean (lowest to highest)."""
+    mean, half = fmean(values), math.inf
+    if len(values) == 1:
         return f"{mean:.3f}"
-    half = T_95[len(values)] * stdev(values) / math.sqrt(len(values))
+    if len(values) in T_95:
+        half = T_95[len(values)] * stdev(values) / math.sqrt(len(values))
     if half > 0.1:
         return f"{mean:.3f} ({min(values):.3f} to {max(values):.3f})"
     return f"{mean:.3f} ± {half:.3f}"

@@ -341,10 +341,9 @@ def refused(capfd, folder, flags=""):
 def test_what_cannot_work_is_refused(capfd, tmp_path, monkeypatch):
     mini = tmp_path / "mini"
     mini.mkdir()
-    settings = json.dumps(vars(make_config(mini)))  # of a run of sayo_mini.py
-    (mini / "checkpoint.safetensors").touch()
-    assert "already contains checkpoint.safetensors" in refused(capfd, mini)
-    (mini / "config.json").write_text(settings)
+    (mini / "config.json").write_text(json.dumps(vars(make_config(mini))))
+    (mini / "checkpoint.safetensors").touch()  # a run of sayo_mini.py
+    assert "already contains a run" in refused(capfd, mini)
     assert "no checkpoint of scale_trl.py" in refused(capfd, mini, "--resume")
     assert "nowhere" in refused(capfd, mini / "run", f"--adapter {tmp_path / 'nowhere'}")
     assert "--max_steps" in refused(capfd, tmp_path / "run", "--max_steps 0")
