@@ -80,9 +80,7 @@ def run_fit(given):
         size = dequantized_size(model_config) / GB
         print(f"{'optional':>12} {size:6.2f} GB  dequantized weights, while sampling, if they fit")
     if needed() > CARDS[0]:
-        print(
-            "looking for flags with which it fits; each card takes a minute or more", flush=True
-        )
+        print("looking for flags with which it fits; each card takes a minute or more", flush=True)
     for card in CARDS:
         print(f"{card:>12} GB card: {verdict(card, cfg, needed)}", flush=True)
     return 0

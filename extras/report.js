@@ -15,7 +15,7 @@ function addMaps(parent, question) {
   const section = addElement(parent, "section", "", "question");
   const title = addElement(section, "p", `${question.question} (answer: ${question.truth}) `);
   const percent = Number((100 * question.scale).toPrecision(2));
-  addElement(title, "span", `brightest: ${percent} % of attention or more`, "note");
+  addElement(title, "span", `brightest color: ${percent} % of the attention or more`, "note");
   const figures = addElement(section, "div", "", "figures");
   addFigure(figures, question, "photo").className = "plain";
   question.answers.forEach((answer, n) => addAnswer(figures, question, answer, data.names[n]));

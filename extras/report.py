@@ -15,7 +15,7 @@ from statistics import fmean
 
 from config import is_tiny
 from data import answer_text
-from evaluate import LEVELS, pack_map, results_table, unpack_map, verdict
+from evaluate import LEVELS, count_corrected, pack_map, results_table, unpack_map, verdict
 from extras.model_card import PLACEBO, attention_source, model_card
 from extras.pictures import COLORS, color_scale, mean_map, plot_animation, plot_before_after
 
@@ -26,9 +26,9 @@ IN_PICTURE, WITH_MAPS = 4, 8  # held-out questions in look.png, and with maps on
 MAPS_BYTES, LIST_BYTES, MAX_TEXT, MAX_POINTS, MAX_SIDE = 700_000, 200_000, 240, 200, 336
 LINE_STYLES = 4  # the classes line0 to line3 of report.css
 TINY_STORY = (
-    "We made this model careless: the white card catches its eye, and it looks there first, "
-    "whatever the question is. r5 c3 means row 5, column 3."
+    "We made this model careless: the white card catches its eye first, whatever the question is."
 )
+TINY_WORDS = "r5 c3 means row 5, column 3."
 CHARTS = {  # title -> metrics in metrics.jsonl
     "rewards, mean of a step": "rewards/.*/mean",
     "rewards, standard deviation within a group": "rewards/.*/std",
@@ -60,6 +60,17 @@ def write_report(run, examples):
     if (run.folder / "adapter").exists():
         run.write_text("adapter/README.md", model_card(run.settings, before, after))
     run.write_text("report.html", render_page(run, before, after, examples))
+
+
+def lead(before, after):
+    """What changed, in two sentences without statistics."""
+    right = [sum(row["correct"] for row in rows) for rows in (before, after)]
+    wrong, wrong_after = (sum(not row["early"] for row in rows) for rows in (before, after))
+    return (
+        f"Right answers: {right[0]:.0f} of {len(before)} before, {right[1]:.0f} after training. "
+        f"Wrong first looks corrected: {count_corrected(before)} of {wrong} before, "
+        f"{count_corrected(after)} of {wrong_after} after."
+    )
 
 
 def most_telling(before, after):
@@ -101,6 +112,8 @@ def render_page(run, before, after, examples):
         "RUN": f"{model} on {data_set}, {steps}",
         "SETTINGS": "\n".join(f"{name}: {value}" for name, value in settings.items()),
         "STORY": TINY_STORY if tiny_world else "",
+        "WORDS": TINY_WORDS if tiny_world else "",
+        "LEAD": lead(before, after) if after else "",
         "VERDICT": verdict(before, after) if after else "The run is not finished.",
         "TABLE": results_table(before, after) if after else "",
         "REWARDED": attention_source(settings),

@@ -1,12 +1,13 @@
 """Kill a small run at every write and at random times, resume it, and compare every file.
 
-    python study/kill.py                          # every write, then 20 random times
-    python study/kill.py --writes 10 --random 5   # ten of the writes, then five random times
+    python study/kill.py                                      # every write, then random times
+    python study/kill.py --writes 10 --random 5 --signals 5   # fewer of them
 
 The run trains the model in tiny/ for two steps with a checkpoint after each. A *write* opens a
 file of the run to write to it, or makes, renames or deletes a file or folder. The run is killed
 right before the write, and resumed. If the file of the last write still has its name, the run is
 also resumed with half of that write missing, as a kill in the middle of it would leave the file.
+Then runs are killed, and stopped by Ctrl-C, SIGTERM or SIGHUP, at random times.
 Every file of the resumed run must equal that of an uninterrupted run bit for bit. Needs Linux or
 macOS.
 """
@@ -35,7 +36,8 @@ FLAGS = ["--device", "cpu", "--no-load_in_4bit", "--model_name_or_path", str(ROO
 FLAGS += "--max_steps 2 --save_steps 1 --prompts_per_step 2 --num_generations 4".split()
 FLAGS += "--temperature 2 --eval_examples 1 --output_dir run".split()
 NOT_COMPARED = "timing.jsonl", "lock"
-KINDS = "before a write", "in the middle of a write", "at a random time"
+KINDS = "before a write", "in the middle of a write", "at a random time", "by another signal"
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 CHANGES = "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"
 
 
@@ -127,11 +129,12 @@ def differences(folder, other):
     return sorted(name for name in names if contents[0].get(name) != contents[1].get(name))
 
 
-def kill_and_resume(work, writes, random_times):
+def kill_and_resume(work, writes, random_times, signals):
     """Kill runs in the folder `work`, resume them, and compare them with an uninterrupted run.
 
     Args: writes, how many of the writes to kill at, None for all; random_times, how many kills at
-    random times. Yields: for each resumed run, the kind of its kill and the files that differ.
+    random times; signals, how many of SIGNALS at random times.
+    Yields: for each resumed run, the kind of its end and the files that differ.
     """
     start_time, whole = time.monotonic(), work / "uninterrupted"
     count = finish(whole)
@@ -141,14 +144,14 @@ def kill_and_resume(work, writes, random_times):
             finish(folder)
             yield kind, differences(whole, folder)
             shutil.rmtree(folder)
-    for number in range(random_times):
+    for number in range(random_times + signals):
         folder = work / f"random{number}"
         pid = start(folder)
         time.sleep(rng.uniform(0, duration))
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL if number < random_times else rng.choice(SIGNALS))
         wait(pid)
         finish(folder)
-        yield KINDS[2], differences(whole, folder)
+        yield KINDS[2 if number < random_times else 3], differences(whole, folder)
         shutil.rmtree(folder)
 
 
@@ -157,6 +160,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--writes", type=int, help="kill at so many of the writes (default: all)")
     parser.add_argument("--random", type=int, default=20, help="kills at random times (default 20)")
+    parser.add_argument("--signals", type=int, default=20, help="other signals (default 20)")
     parser.add_argument("--results", type=Path, default=RESULTS / "kill.json", help="JSON file")
     args = parser.parse_args()
     # The forked processes then have loaded everything as well.
@@ -164,7 +168,9 @@ def main():
     load_vlm(ROOT / "tiny", load_in_4bit=False, device="cpu")
     found = {kind: {"resumed runs": 0, "files that differ": []} for kind in KINDS}
     with tempfile.TemporaryDirectory() as work:
-        for kind, different in tqdm(kill_and_resume(Path(work), args.writes, args.random)):
+        for kind, different in tqdm(
+            kill_and_resume(Path(work), args.writes, args.random, args.signals)
+        ):
             found[kind]["resumed runs"] += 1
             found[kind]["files that differ"] += different
     rows = []

@@ -345,9 +345,15 @@ def test_a_run_begins_with_what_its_evaluation_can_show():
     assert "not rewarded, as in the paper" in answers and "--keep_best" in answers
     parse_command_line([answers.split("; ")[1].split(" rewards")[0].replace(" ", "=", 1)])
     assert sign_test([1] * 6) < "p = 0.05" < sign_test([1] * 5)
-    assert "about 5 images: with fewer than 6, no change" in lines(5, keep_best=True)
-    for settings in ({"keep_best": True}, {"reward_weights": "accuracy=1"}, {"max_steps": 0}):
+    assert "about 5 images: with fewer than 6 images, no change" in lines(5, keep_best=True)
+    weights = ("attention=1,accuracy=1", "format=1")
+    for settings in (
+        {"keep_best": True},
+        {"max_steps": 0},
+        *({"reward_weights": w} for w in weights),
+    ):
         assert "\n" not in lines(60, **settings)
+    assert "placebo: the attention reward uses the boxes rolled" in lines(60, region="rolled")
     assert lines(1, max_steps=0).startswith("training: none; held out: 1 question about 1 image: ")
     assert lines(0, max_steps=0) == "training: none; held out: 0 questions about 0 images"
 

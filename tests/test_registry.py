@@ -44,7 +44,8 @@ def test_an_unknown_reward_is_refused_and_the_known_ones_are_listed(tmp_path, ca
 
 
 def test_the_rewards_of_the_docs(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text(CODE)
+    (tmp_path / "my_rewards.py").write_text("import neighbor_of_rewards\n" + CODE)
+    (tmp_path / "neighbor_of_rewards.py").touch()  # can be imported
     monkeypatch.chdir(tmp_path)
     run_program("run", f"{COMMAND} --layers 2 --max_steps 1 --eval_examples 0 --output_dir run")
     (row,), samples = read_log(tmp_path / "run"), read_log(tmp_path / "run", "samples.jsonl")

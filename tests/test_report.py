@@ -113,7 +113,7 @@ def test_the_colors_are_linear_and_the_same_before_and_after(page):
         light = zip(DARK, COLORS[3 * level :][:3])
         expected = [255 - (255 - dark) * (255 - v) / 255 for dark, v in light]
         assert lit(page, answer)[cell] == pytest.approx(expected, abs=4)
-    assert "brightest: 40 % of attention" in page.locator(".question").first.inner_text()
+    assert "brightest color: 40 % of the attention" in page.locator(".question").first.inner_text()
 
 
 def test_a_phone_shows_two_maps_on_its_first_screen(page):
@@ -132,6 +132,8 @@ def test_the_texts_of_the_page(page):
     assert page.locator("#verdict").inner_text() == verdict(BEFORES, AFTERS)
     text = page.inner_text("body")
     assert "the white card catches its eye" in text and "(last layer, all heads)" in text
+    assert "Right answers: 2 of 3 before, 1 after training." in text
+    assert "Wrong first looks corrected: 2 of 2 before, 0 of 0 after." in text
     titles = page.locator("figcaption").all_inner_texts()
     assert titles[:3] == ["photo", "before training: wrong", "after training: right"]
     groups = page.locator("section details")
@@ -177,6 +179,9 @@ def test_a_finished_run_has_pictures_and_a_card_with_results(tmp_path):
     assert hub.startswith("---\nbase_model: Qwen/Qwen3-VL-2B-Instruct\nlibrary_name: peft\n")
     other = model_card(run.settings | {"eval_dataset": "/other/vstar.jsonl", "heads": "0,3"})
     assert ".jsonl; evaluated on vstar.jsonl |" in other and "last layer, heads 0,3" in other
+    placebo = model_card(run.settings | {"region": "rolled", "max_steps": 0})
+    assert "| region | a placebo: the boxes, rolled by half the image |" in placebo
+    assert "| data | none, only evaluated |" in placebo
 
 
 def test_the_question_to_show_corrects_a_wrong_first_look():
