@@ -137,8 +137,8 @@ class RunDirectory:
                 (self.folder / name).write_bytes(b"")
         for name in LOGS:
             self.cut_log(name)
-        stored = {"data_checksum": getattr(data, "checksum", "")}
-        stored |= {"threads": torch.get_num_threads()}
+        data_checksum = getattr(data, "checksum", "")
+        stored = {"data_checksum": data_checksum, "threads": torch.get_num_threads()}
         self.write_json("config.json", self.settings | stored)
         self.tracker = open_tracker(cfg.report_to, self.folder, self.settings)
 

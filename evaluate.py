@@ -101,9 +101,10 @@ def trace_answers(vlm, prompts, cfg, completions, selected=None):
             advice = "try --no-load_in_4bit, a different --adapter, or --device cpu (fp32)"
             raise InputError(f"the model's output is not finite (NaN or infinity): {advice}")
         mask, rows = completions[i].mask, (scores.attention, scores.prompt_attention)
-        chosen = reward.select_tokens(scores.entropy, mask, cfg.token_fraction)[0]
         if selected:
             chosen = selected[i]
+        else:
+            chosen = reward.select_tokens(scores.entropy, mask, cfg.token_fraction)[0]
         attention = reward.align_attention(*rows, cfg.alignment)[0]  # (C, N)
         traces.append(AttentionTrace(completions[i], attention, scores.entropy[0], chosen))
     return traces
@@ -269,8 +270,8 @@ def opening_lines(train_set, eval_set, cfg):
     if cfg.region == "rolled":
         line += "\nplacebo: the attention reward uses the boxes rolled by half the image"
     weights = parse_weights(cfg.reward_weights)
-    own = cfg.keep_best or cfg.reward or weights.get("accuracy") or not weights.get("attention")
-    if cfg.max_steps and not own:
+    as_in_paper = weights.get("attention") and not weights.get("accuracy") and not cfg.reward
+    if cfg.max_steps and as_in_paper and not cfg.keep_best:
         line += "\nright answers are logged but not rewarded, as in the paper; --reward_weights "
         line += "attention=1,format=1,accuracy=1 rewards them, --keep_best keeps the best adapter"
     return line

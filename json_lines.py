@@ -251,8 +251,8 @@ def clean_text(name, value):
     """A row's image, question or answer without what evidently does not belong to it.
     Raises: ValueError that says what is wrong with it."""
     if name == "answer" and isinstance(value, list) and value:
-        first, *others = (clean_text(name, answer) for answer in value)
-        return (first, *others) if others else first
+        answers = tuple(clean_text(name, answer) for answer in value)
+        return answers if len(answers) > 1 else answers[0]
     if not isinstance(value, str):
         raise ValueError(f"{name} must be text, in quotes, but is {value!r:.60}")
     text = re.sub(AROUND[name], "", value, flags=re.IGNORECASE) if name in AROUND else value

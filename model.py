@@ -655,7 +655,7 @@ def image_features(model, prompts):
         out = model.get_image_features(**images)
         levels = out.pooler_output, *(getattr(out, "deepstack_features", None) or ())
         for prompt, *features in zip(new, *levels):
-            prompt.features = features
+            prompt.features = features  # one tensor per level
     first, *deepstack = zip(*(prompt.features for prompt in prompts))
     first = torch.stack(first) if tile_grid(model.config) else first  # InternVL's are stacked
     return SimpleNamespace(pooler_output=first, deepstack_features=deepstack)

@@ -43,7 +43,7 @@ QUESTIONS = 256  # of each evaluation
 EVERY = 20  # steps per point of a curve
 RATES = 1e-4, 2e-4, 4e-4, 8e-4
 SELECTION_SEEDS = (100,)  # of the runs that choose the rates
-NOISE = 0.1  # standard deviation, added to a reward that would otherwise rest
+NOISE = 0.1  # standard deviation, so that rewards are never equal in a whole group
 T_95 = {3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for a mean over n seeds
 
 
@@ -204,7 +204,7 @@ def stage_runs(stage):
         return [Run(name, rates[name], 60, seed) for seed in range(5) for name in short]
     if stage == "long":
         return [Run(name, rates[name], 300, seed) for seed in range(5) for name in OWN_RATE]
-    return [  # "rest": does a reward that never rests explain a collapse?
+    return [  # "rest": does it matter whether rewards can be equal in a group?
         Run(name, rate, 300, seed, world=world)
         for seed in range(3)
         for world, chosen in (("old", OLD), ("tiny", {n: rates[n] for n in (BINARY, NOISY)}))
