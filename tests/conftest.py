@@ -61,13 +61,24 @@ def browser():
 @pytest.fixture(scope="session")
 def qwen2_5(tmp_path_factory):
     """A folder with a random two-layer Qwen2.5-VL and the tokenizer of tiny/."""
-    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+    from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2VLImageProcessorPil
     from transformers import Qwen2_5_VLForConditionalGeneration as Model
 
     folder = tmp_path_factory.mktemp("qwen2_5")
     tokenizer = AutoTokenizer.from_pretrained(TINY)
+    ids = tokenizer.convert_tokens_to_ids
+    text = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    text |= dict(num_attention_heads=4, num_key_value_heads=2)
+    text |= dict(rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3]))
+    text |= dict(eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"))
+    vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=8)
+    vision |= dict(out_hidden_size=64, window_size=32, fullatt_block_indexes=[1])
+    names = "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"
+    tokens = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
+    special = dict(zip(names, map(ids, tokens)))
     torch.manual_seed(0)
-    Model(qwen2_5_config(tokenizer)).save_pretrained(folder)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special)
+    Model(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     size = {"shortest_edge": 64, "longest_edge": 112 * 112}  # areas, despite the names
     Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size=size).save_pretrained(folder)
@@ -111,20 +122,10 @@ INTERNVL_TEMPLATE = """{% for message in messages %}{{'<|im_start|>' + message['
 ' }}{% endif %}"""
 
 
-def qwen2_5_config(tokenizer):
-    from transformers import Qwen2_5_VLConfig
-
-    ids = tokenizer.convert_tokens_to_ids
-    text = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
-    text |= dict(num_attention_heads=4, num_key_value_heads=2)
-    text |= dict(rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3]))
-    text |= dict(eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"))
-    vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=8)
-    vision |= dict(out_hidden_size=64, window_size=32, fullatt_block_indexes=[1])
-    names = "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"
-    tokens = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
-    special = dict(zip(names, map(ids, tokens)))
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special)
+@pytest.fixture(params=["qwen3", "qwen2_5", "internvl"])
+def any_model(request):
+    """The folder of a small model, one of each family."""
+    return TINY if request.param == "qwen3" else request.getfixturevalue(request.param)
 
 
 def run_program(folder, flags="", expect=0):

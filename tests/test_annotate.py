@@ -26,9 +26,8 @@ def photos(tmp_path):
     for name in NAMES:
         exif = Image.Exif()
         exif[0x0112] = int(name[0]) if name[0].isdigit() else 1
-        Image.new("RGB", (800, 600) if name[0] in "5678" else (600, 800)).save(
-            tmp_path / name, exif=exif
-        )
+        size = (800, 600) if name[0] in "5678" else (600, 800)
+        Image.new("RGB", size).save(tmp_path / name, exif=exif)
     return tmp_path
 
 
@@ -59,11 +58,6 @@ def test_boxes_are_where_they_were_drawn_however_the_photo_is_stored(page, photo
         draw_box(page, 0.1, 0.1, 0.3, 0.2)
         draw_box(page, 0.6, 0.5, 0.5, 1.1)  # to the left, and beyond the photo
         assert add(page, "Where?", name) == ""
-    script = "d = new DataTransfer(); d.items.add(new File(['x'], 'x.png')); d"
-    page.dispatch_event("body", "drop", {"dataTransfer": page.evaluate_handle(script)})
-    page.get_by_role("button", name="x.png").click()
-    page.get_by_text("this browser cannot show x.png").wait_for()
-    assert page.locator("#form").is_hidden()
     with page.expect_download() as download:
         page.get_by_role("button", name="Save").click()
     download.value.save_as(photos / download.value.suggested_filename)

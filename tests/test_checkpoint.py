@@ -18,8 +18,8 @@ from filelock import FileLock
 import checkpoint
 import model
 import sayo_mini
-from config import Config, InputError
-from metrics import ALARMS, Alarms
+from config import InputError
+from metrics import Alarms
 from scenes import Scenes
 
 # One group per forward, as for large models.
@@ -97,16 +97,12 @@ def test_a_run_can_grow_but_not_shrink_or_change(tmp_path, capfd, whole):
     assert (config["max_steps"], config["resume"]) == (5, False)
 
 
-def test_a_run_is_not_overwritten_and_nothing_is_not_resumed(tmp_path, capfd, whole):
+def test_a_run_is_not_overwritten_and_no_other_run_is_resumed(tmp_path, capfd, whole):
     folder = shutil.copytree(whole, tmp_path / "run")
     capfd.readouterr()
     run(folder, expect=2)
     assert "already contains a run: --resume continues it" in error_line(capfd)
     assert not differences(whole, folder)
-    resume(tmp_path / "none", expect=2)
-    assert "no run in" in error_line(capfd) and not (tmp_path / "none").exists()
-    run(folder / "config.json", expect=2)
-    assert "it is a file, not a folder" in error_line(capfd)
     for text in ("{", "{}", "[" * 100_000):
         (folder / "config.json").write_text(text)
         resume(folder, expect=2)
@@ -145,7 +141,6 @@ def change_step(path):
 
 
 DAMAGE = {
-    "empty": lambda path: path.write_bytes(b""),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "a bit of its header": lambda path: flip_bit(path, 0.001),
     "the last bit": lambda path: flip_bit(path, 1),
@@ -170,25 +165,25 @@ def test_two_damaged_checkpoints_are_an_error_and_nothing_changes(tmp_path, capf
     for name in checkpoint.CHECKPOINTS:
         flip_bit(folder / name, 0.5)
     resume(folder, expect=2)
-    assert str(folder) in error_line(capfd)
+    assert f"no checkpoint in {folder} is intact" in error_line(capfd)
     assert logged_steps(folder) == [1, 2, 3, 4]
 
 
-EDITS = {  # what happened to a log
+EDITS = {  # what happened to a file -> its lines; None: it is missing
+    "missing": None,
     "empty": lambda rows: [],
     "a row is missing": lambda rows: [rows[0], *rows[2:]],
     "two rows are swapped": lambda rows: [rows[1], rows[0], *rows[2:]],
+    "another image": lambda rows: [rows[0].replace('"image": ', '"image": 1')],
 }
-PARTS = [(name, None) for name in ("before.json", *checkpoint.LOGS)]  # None: the file is missing
-PARTS += [(name, edit) for name in checkpoint.LOGS for edit in EDITS]
-EDITS["another image"] = lambda rows: [rows[0].replace('"image": ', '"image": 1')]
-PARTS.append(("before.json", "another image"))
+PARTS = [(name, edit) for name in checkpoint.LOGS for edit in EDITS if edit != "another image"]
+PARTS += [("before.json", "missing"), ("before.json", "another image")]
 
 
 @pytest.mark.parametrize("name, edit", PARTS)
 def test_missing_parts_of_a_run_are_detected(tmp_path, capfd, whole, name, edit):
     folder = shutil.copytree(whole, tmp_path / "run")
-    if edit is None:
+    if EDITS[edit] is None:
         (folder / name).unlink()
     else:
         lines = (folder / name).read_text().splitlines(True)
@@ -204,8 +199,7 @@ def test_missing_parts_of_a_run_are_detected(tmp_path, capfd, whole, name, edit)
 
 
 def do_after_call(monkeypatch, owner, name, count, action):
-    """Do `action` after the `count`-th call of `owner.name`.
-    Returns: a list that grows with each call."""
+    """Do `action` after the `count`-th call of `owner.name`."""
     original, calls = getattr(owner, name), []
 
     def wrapped(*args, **kwargs):
@@ -216,7 +210,6 @@ def do_after_call(monkeypatch, owner, name, count, action):
         return out
 
     monkeypatch.setattr(owner, name, wrapped)
-    return calls
 
 
 @pytest.mark.parametrize(
@@ -243,29 +236,29 @@ def test_signal_ends_the_run_after_the_current_step(
     assert not differences(whole, folder)
 
 
-def test_ctrl_c_during_an_evaluation_stops_immediately(tmp_path, capsys, monkeypatch, whole):
-    stop = partial(signal.raise_signal, signal.SIGINT)
-    do_after_call(monkeypatch, model.Vlm, "sample_groups", 6, stop)
+@pytest.mark.parametrize(
+    "owner, name, call, presses, last_step",
+    [
+        (model.Vlm, "sample_groups", 6, 1, 4),  # in the last evaluation
+        (sayo_mini, "score_and_reward", 5, 2, 2),  # twice in step 3, which is lost
+    ],
+)
+def test_ctrl_c_in_an_evaluation_or_twice_stops_immediately(
+    tmp_path, capsys, monkeypatch, whole, owner, name, call, presses, last_step
+):
+    def press():
+        for _ in range(presses):
+            signal.raise_signal(signal.SIGINT)
+
+    do_after_call(monkeypatch, owner, name, call, press)
     folder = tmp_path / "run"
-    run(folder, expect=130)
+    run(folder, "--save_steps 2", expect=130)
     command = f"python sayo_mini.py --resume --output_dir {folder}"
     assert f"stopped; continue with: {command}" in capsys.readouterr().out
-    assert not (folder / "after.json").exists()
+    assert checkpoint_step(folder) == last_step and not (folder / "after.json").exists()
     monkeypatch.undo()
     resume(folder)
     assert not differences(whole, folder)
-
-
-def test_the_best_steps_had_the_highest_share_of_right_samples():
-    def is_best(*shares):  # of one step each; a window has two
-        other = dict.fromkeys([*ALARMS, "skipped_updates"], 0.0)
-        history = [other | {"rewards/accuracy/mean": share} for share in shares]
-        return Alarms(Config(save_steps=2), history).is_best()
-
-    assert is_best(0.25, 0.5) and is_best(0.25, 0.5, 0.125, 1.0)
-    assert not is_best(0.25, 0.5, 0.375, 0.375)  # equal is not better
-    assert not is_best(0.9, 0.1, 0.1, 0.8)  # 0.5, then 0.45
-    assert not is_best(0.8, 0.8, 0.1, 0.1, 0.5, 0.5)  # better than the second, not than the first
 
 
 # --- other files ---
@@ -324,23 +317,6 @@ def test_a_resumed_run_uses_as_many_threads_as_before(tmp_path, whole):
         torch.set_num_threads(1)
 
 
-def test_a_second_ctrl_c_stops_immediately_and_keeps_the_checkpoint(
-    tmp_path, capsys, monkeypatch, whole
-):
-    def press_twice():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-
-    calls = do_after_call(monkeypatch, sayo_mini, "score_and_reward", 5, press_twice)
-    folder = tmp_path / "run"
-    run(folder, "--save_steps 2", expect=130)
-    assert len(calls) == 5 and checkpoint_step(folder) == 2  # step 3 is lost
-    assert "stopped; continue with: python sayo_mini.py --resume" in capsys.readouterr().out
-    monkeypatch.undo()
-    resume(folder)
-    assert not differences(whole, folder)
-
-
 def test_nohup_survives_a_hangup(tmp_path, monkeypatch, whole):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -366,9 +342,6 @@ def test_lost_output_does_not_stop_a_run(tmp_path, stdout):
     assert not subprocess.call(command, cwd=ROOT, stdout=output, stderr=output, env=env)
     assert logged_steps(tmp_path / "run") == [1, 2, 3, 4]
     assert "où.jsonl" in (tmp_path / "run" / "report.html").read_text()
-
-
-# --- the lock ---
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, capfd, whole):
@@ -398,9 +371,6 @@ def test_a_run_ends_if_another_takes_over_after_the_lock_file_was_removed(
     assert not differences(whole, folder)
 
 
-# --- a full disk ---
-
-
 def limit_files(size):
     """Make writes beyond this size fail in this process, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -424,17 +394,13 @@ def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     finally:
         limit_files(resource.RLIM_INFINITY)
     line = capsys.readouterr().err.splitlines()[-1]
-    assert all(
-        word in line for word in ("sayo_mini.py: ", "File too large", "--resume", str(folder))
-    )
+    for word in ("sayo_mini.py: ", "File too large", f"--resume --output_dir {folder}"):
+        assert word in line
     assert not list(folder.glob("unfinished-*"))
     assert checkpoint_step(folder) == last_step
     monkeypatch.undo()
     resume(folder)
     assert not differences(whole, folder)
-
-
-# --- images ---
 
 
 def write_dataset(folder):
@@ -484,8 +450,10 @@ def test_files_of_a_run_are_stored_by_their_whole_path(tmp_path, monkeypatch):
 
 
 def test_keep_best_ends_with_the_adapter_of_the_best_steps(tmp_path, monkeypatch):
-    """After steps 2, 4 and 5, the latest steps are compared by their right samples."""
-    shares, seen, train_step = [0.2, 0.4, 0.6, 0.5, 0.1], [], sayo_mini.train_step
+    """After steps 2, 4, 6 and 7, the latest steps are compared by their right samples. On average
+    0.2, 0.6, 0.5 and 0.6 of them are right. The first of the best wins."""
+    shares = [0.1, 0.3, 0.6, 0.6, 0.9, 0.1, 0.6]
+    seen, train_step = [], sayo_mini.train_step
 
     def step_and_remember(vlm, examples, cfg, optimizer, *args):
         metrics, samples = train_step(vlm, examples, cfg, optimizer, *args)
@@ -494,12 +462,12 @@ def test_keep_best_ends_with_the_adapter_of_the_best_steps(tmp_path, monkeypatch
         return metrics, samples
 
     monkeypatch.setattr(sayo_mini, "train_step", step_and_remember)
-    flags = "--max_steps 5 --save_steps 2 --learning_rate 1e-3 --warmup_steps 0"
-    for name, keep, step in (("best", "--keep_best", 4), ("last", "", 5)):
+    flags = "--max_steps 7 --save_steps 2 --learning_rate 1e-3 --warmup_steps 0"
+    for name, keep, step in (("best", "--keep_best", 4), ("last", "", 7)):
         seen.clear()
         run(tmp_path / name, f"{flags} {keep}")
         assert seen[step - 1] == sums(adapter_weights(tmp_path / name).values())
-        assert seen[3] != seen[4]
+        assert len(set(map(tuple, seen))) == 7
 
 
 def test_the_best_adapter_survives_an_interruption(tmp_path):

@@ -20,7 +20,6 @@ from config import TINY as PRESET
 from data import region_mask
 from evaluate import evaluate, trace_attention
 from extras import pictures
-from extras.look import describe_answer, read_example
 from extras.probe import heads_above_chance, measure_heads, print_recommendation
 from scenes import Scenes
 
@@ -97,18 +96,6 @@ def test_look_with_an_adapter_compares_before_and_after(tmp_path, capsys, photo,
     assert Image.open(output).is_animated
 
 
-def test_all_boxes_count_and_may_extend_beyond_the_image(capsys, photo):
-    vlm, path, question = load(), photo[0][2], photo[0][4]
-
-    def r_v(*boxes):
-        describe_answer(vlm, read_example(path, question, list(boxes)), CFG, "answer")
-        return capsys.readouterr().out.split("r_v ")[1].split(",")[0]
-
-    left, right, all = [-10, -10, 32, 112], [80, 0, 120, 112], [0, 0, 112, 112]
-    assert r_v(all) == "0.000" == r_v(left, right, [32, 0, 80, 112])
-    assert len({r_v(left), r_v(right), r_v(left, right)}) == 3
-
-
 def test_look_without_a_box_scores_nothing_and_the_tiny_model_only_knows_cards(tmp_path, capsys):
     path = tmp_path / "photo.png"
     Image.new("RGB", (64, 48), "gray").save(path)
@@ -122,10 +109,8 @@ def test_look_without_a_box_scores_nothing_and_the_tiny_model_only_knows_cards(t
 MISTAKES = {  # what is wrong -> (flags after those of `photo`, a part of the message)
     "not an image": (["--image", __file__], "cannot identify image file"),
     "a box of words": (["--box", "left"], "--box left"),
-    "a second box of three": (["--box", "1,2,3,4", "--box", "1,2,3"], "--box 1,2,3"),
     "a box in shares": (["--box", "0.1,0.2,0.3,0.4"], "looks like fractions of the image"),
     "a box outside": (["--box", "500,500,600,600"], "outside"),
-    "a special token": (["--question", "a <|image_pad|>"], "--question"),
     "an image tag": (["--question", "a <image>"], "--question: question contains <image>"),
     "a run as adapter": (["--adapter", "{run}"], "did you mean --adapter {run}/adapter?"),
     "an adapter of another rank": (["--adapter", "{run}/adapter", "--lora_r", "8"], "--lora_r"),
@@ -194,10 +179,9 @@ def test_probe_recommends_single_heads_that_are_above_chance_and_above_the_contr
 
 
 def test_probe_recommends_nothing_if_no_head_is_above_chance(capsys):
-    for auroc, spread in ((0.48, 0.01), (0.55, 0.4)):
-        print_recommendation(tables_of([[auroc] * 2] * 2, [[0.5] * 2] * 2, spread), "query")
-        out = capsys.readouterr().out
-        assert "no head is above chance" in out and "--layers" not in out
+    print_recommendation(tables_of([[0.55] * 2] * 2, [[0.5] * 2] * 2, spread=0.4), "query")
+    out = capsys.readouterr().out
+    assert "no head is above chance" in out and "--layers" not in out
 
 
 # --- check ---
@@ -265,16 +249,13 @@ def test_check_decodes_an_image_once_and_replaces_only_its_own_picture(tmp_path,
         assert other.read_bytes() == picture.read_bytes() == before
 
 
-@pytest.mark.parametrize("command", ["check", "--dataset"])
-def test_boxes_in_another_unit_are_refused_unless_it_is_named(tmp_path, capfd, command):
+def test_boxes_in_another_unit_are_refused_unless_it_is_named(tmp_path, capfd):
     path = write_set(tmp_path, *[{"boxes": [[0.1, 0.2, 0.5, i]]} for i in (0.6, 0.7)])
-    flags = [command, path, "--output_dir", tmp_path / "run"][: 2 if command == "check" else 4]
-    assert fails(capfd, flags).endswith(
-        f"{path}: the boxes look like fractions of the image: use --boxes 0-1, or --boxes pixels "
-        "if they are in pixels"
-    )
-    if command == "check":
-        assert sayo_mini.main([*map(str, flags), "--boxes", "0-1"]) == 0
+    message = f"{path}: the boxes look like fractions of the image: use --boxes 0-1, or --boxes "
+    message += "pixels if they are in pixels"
+    for flags in (["check", path], ["--dataset", path, "--output_dir", tmp_path / "run"]):
+        assert fails(capfd, flags).endswith(message)
+    assert sayo_mini.main(["check", str(path), "--boxes", "0-1"]) == 0
 
 
 def test_captions_in_any_letters_are_drawn_or_replaced_by_the_id(tmp_path, capsys, monkeypatch):
@@ -291,5 +272,3 @@ def test_captions_in_any_letters_are_drawn_or_replaced_by_the_id(tmp_path, capsy
     assert one != two  # set.jsonl:1 and set.jsonl:2
     monkeypatch.undo()
     pictures.find_font.cache_clear()
-    assert pictures.find_font(12, "plain English?") is pictures.load_font(12)
-    assert pictures.find_font(12, "\U0010fffe") is None

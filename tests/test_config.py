@@ -1,4 +1,5 @@
-"""Every setting is a flag: ranges, messages, help, presets, and where each value comes from."""
+"""Every setting is a flag: ranges, messages, help, presets, and where each value comes from. A
+reward of your own needs only a function in a file."""
 
 import ast
 import re
@@ -6,15 +7,16 @@ import shlex
 import subprocess
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, error_line, read_log, run_program
 
 import config
 import model
 import sayo_mini
-from config import FIELDS, GROUPS, Config, InputError, build_config, is_tiny, parse_command_line
+from config import FIELDS, GROUPS, Config, InputError, build_config, parse_command_line
 from config import TINY as PRESET
 from extras.commands import EXAMPLES, USED
 
@@ -22,9 +24,6 @@ from extras.commands import EXAMPLES, USED
 def parse(flags):
     """The flags of a training run, as a dict of values."""
     return parse_command_line(shlex.split(flags))[1]
-
-
-# --- libraries ---
 
 
 LIBRARIES = {  # library and version -> what is said; "" if it is accepted
@@ -39,14 +38,11 @@ LIBRARIES = {  # library and version -> what is said; "" if it is accepted
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_libraries_outside_their_range_are_refused(monkeypatch, library):
     name, _, found = library.partition(" ")
-    installed = {library: low for library, (low, _) in config.REQUIRED.items()} | {name: found}
-    if not found:
-        del installed[name]
 
-    def version(library):
-        if library not in installed:
+    def version(asked):
+        if asked == name and not found:
             raise config.PackageNotFoundError
-        return installed[library]
+        return found if asked == name else config.REQUIRED[asked][0]
 
     monkeypatch.setattr(config, "version", version)
     wrong = LIBRARIES[library]
@@ -175,7 +171,6 @@ def test_help_lists_every_flag_once_in_its_group_with_its_default(capsys):
         assert f"\n\n{title}:\n  --{first}" in text
     text = " ".join(text.split())
     assert "completion (default: 110; tiny: 34)" in text and "base model (default: none)" in text
-    assert "(default: True; tiny: False)" in text and "</answer>.; tiny: none)" in text
     assert "fit predict the GPU memory of a run" in text
 
 
@@ -189,14 +184,6 @@ def test_help_of_a_command_lists_what_it_uses_and_its_example_parses(command, ca
     assert parse_command_line(shlex.split(example))[0] == command
 
 
-def test_python_m_from_the_parent_folder_answers_help_without_torch(tmp_path):
-    (tmp_path / "sayo").symlink_to(ROOT)
-    code = "import runpy, sys; sys.modules['torch'] = None; sys.argv[1:] = ['--help']; "
-    code += "runpy.run_module('sayo.sayo_mini', run_name='__main__')"
-    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
-    assert process.returncode == 0 and process.stdout.startswith(b"usage: "), process.stderr
-
-
 def test_an_older_python_is_refused_in_one_line():
     ast.parse((ROOT / "sayo_mini.py").read_text(), feature_version=(3, 7))  # it can say so
     code = "import runpy, sys; sys.version_info = 3, 9; runpy.run_path('sayo_mini.py')"
@@ -206,7 +193,6 @@ def test_an_older_python_is_refused_in_one_line():
 
 
 PATHS = {  # flags -> what is wrong
-    "--learning_rat 1": "did you mean --learning_rate?",
     "check": "the following arguments are required: dataset",
     "--dataset none.jsonl": "cannot read the data set none.jsonl: No such file or directory",
     "--eval_dataset none.jsonl": "cannot read the data set none.jsonl: No such file or directory",
@@ -232,15 +218,12 @@ def test_a_mistake_is_refused_before_torch_loads(flags):
     assert process.stderr.startswith("sayo_mini.py: ") and PATHS[flags] in process.stderr
 
 
-# --- where the values come from ---
-
-
 def test_flags_come_before_the_preset_and_the_preset_before_the_defaults(tmp_path):
     assert build_config({"model_name_or_path": Config.model_name_or_path}) == Config()
     assert build_config({"model_name_or_path": "tiny"}) == Config(**PRESET)
     given = {"model_name_or_path": str(TINY), "max_steps": 7, "layers": "2"}
     assert build_config(given) == Config(**PRESET | given)
-    assert is_tiny(TINY) and is_tiny("tiny") and not is_tiny(tmp_path / "tiny")
+    assert config.is_tiny(TINY) and config.is_tiny("tiny") and not config.is_tiny(tmp_path / "tiny")
     saved = {"model_name_or_path": "tiny", "max_steps": 9, "seed": 4}
     assert build_config({"seed": 5}, saved) == Config(**saved | {"seed": 5})  # no preset
 
@@ -253,6 +236,65 @@ def test_a_machine_without_a_gpu_trains_the_tiny_model(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_settings_from_a_file_are_checked_too():
-    with pytest.raises(InputError, match="--beta -1: must be at least 0"):
-        build_config({}, {"model_name_or_path": "tiny", "beta": -1})
+# --- your own rewards ---
+
+EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+(CODE,) = re.findall(r"```python\n(.*?)```", EXTENDING, re.DOTALL)
+(COMMAND,) = re.findall(r"sayo_mini.py (--reward .*)", EXTENDING)
+
+
+def test_the_rewards_of_the_docs(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text("import neighbor_of_rewards\n" + CODE)
+    (tmp_path / "neighbor_of_rewards.py").touch()  # can be imported
+    monkeypatch.chdir(tmp_path)
+    run_program("run", f"{COMMAND} --layers 2 --max_steps 1 --eval_examples 0 --output_dir run")
+    (row,), samples = read_log(tmp_path / "run"), read_log(tmp_path / "run", "samples.jsonl")
+    weights = dict(format=1, length=0.1, iou=1, image_mass=0.5)
+    totals = [sum(w * sample[name] for name, w in weights.items()) for sample in samples]
+    assert row["reward"] == pytest.approx(sum(totals) / len(totals), abs=1e-5)
+    assert row["rewards/iou/mean"] == 0 and 0 < row["rewards/image_mass/mean"] < 1
+    functions = config.load_rewards(shlex.split(COMMAND)[1])
+    attention = torch.tensor([[[0.1, 0.2], [0.3, 0.4]], [[0.5, 0.1], [9, torch.nan]]])
+    x = SimpleNamespace(
+        texts=["at [0, 0, 10, 5].", "[10, 5, 0, 0]"],
+        lengths=[9, 3],
+        format_lengths=(2, 6),
+        attention=attention,
+        example=SimpleNamespace(boxes=[(0, 0, 10, 10)]),
+        completions=SimpleNamespace(mask=torch.tensor([[True, True], [True, False]])),
+    )
+    assert functions["length"](x) == [1, 0.5] and functions["iou"](x) == [0.5, 0]
+    assert functions["image_mass"](x) == pytest.approx([0.5, 0.6])
+
+
+MISTAKES = {  # a file -> what a run says about it
+    "import nothing": "ModuleNotFoundError: No module named 'nothing'; traceback: ",
+    "f = 1": "mine.py has no function f",
+    "def f(x):\n    return x.text": "AttributeError: 'RewardInputs' object has no attribute 'text'",
+    "def f(x): pass": "f must return 4 finite numbers, one per completion, not None",
+    "def f(x): return [1, 2]": "not [1, 2]",
+    "def f(x): return [float('nan')] * 4": "not [nan, nan, nan, nan]",
+}
+
+
+@pytest.mark.parametrize("code", MISTAKES)
+def test_a_mistake_is_one_line_before_the_run_begins(tmp_path, capfd, monkeypatch, code):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(code)
+    run_program("run", "--reward mine.py:f --reward_weights f=1", expect=2)
+    assert MISTAKES[code] in error_line(capfd) and not (tmp_path / "run").exists()
+
+
+def test_a_reward_needs_a_name_of_its_own_and_a_weight():
+    def refusal(**given):
+        with pytest.raises(InputError) as error:
+            build_config({"model_name_or_path": "tiny"} | given)
+        return str(error.value)
+
+    unknown = "no reward 'beauty'; known: attention, format, accuracy"
+    assert refusal(reward_weights="format=1,beauty=1").endswith(unknown)
+    assert "format is a reward already: rename the function" in refusal(reward="mine.py:format")
+    advice = "f has no weight: pass --reward_weights attention=1,format=1,accuracy=0,f=1"
+    assert advice in refusal(reward="mine.py:f")
+    # `look` reads the settings of a run, also without its file.
+    build_config({}, {"model_name_or_path": "tiny", "reward": "gone.py:f", "reward_weights": "f=1"})

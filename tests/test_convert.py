@@ -37,7 +37,6 @@ def error(capsys, *arguments):
 
 def test_gqa_takes_the_objects_of_the_answer_or_the_full_answer_or_the_question(tmp_path, capsys):
     questions = tmp_path / "questions" / "train_balanced_questions.json"
-    assert "has no folder images/" in error(capsys, "gqa", tmp_path)
     for folder in (tmp_path / "images", questions.parent):
         folder.mkdir()
     Image.new("RGB", (60, 40)).save(tmp_path / "images" / "17.jpg")
@@ -52,8 +51,6 @@ def test_gqa_takes_the_objects_of_the_answer_or_the_full_answer_or_the_question(
     boxes = {example.id: example.boxes for example in data}
     assert boxes == {"q0": [PIPE], "q1": [PIPE, DOOR], "q2": [WALL]}
     assert (data[0].question, data[0].answer) == ("What is on the wall?", "pipe")
-    questions.write_text("{")
-    assert f"{questions}: not JSON" in error(capsys, "gqa", tmp_path)
 
 
 def chart(color, *boxes, **change):

@@ -1,8 +1,6 @@
 """data.py: boxes to image tokens, the scenes of a run, epochs and prompts."""
 
 import math
-import random
-from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -24,32 +22,12 @@ def cells(boxes, image_size, grid):
     return [divmod(i, grid[1]) for i in mask.nonzero()[:, 0].tolist()]
 
 
-def random_side(rng, size, count):
-    """A random (low, high) that overlaps [0, size), often on the edge of one of `count` cells or
-    one rounding step from it; and the cells that it overlaps by a positive length, exactly."""
-    while True:
-        shares = (rng.choice([rng.uniform(-0.3, 1.3), rng.randint(0, count) / count]) for _ in "ab")
-        pair = sorted(math.nextafter(x * size, rng.choice([x * size, INF, -INF])) for x in shares)
-        low, high = map(Fraction, pair)
-        if low < high and high > 0 and low < size:
-            edges = [Fraction(size * i, count) for i in range(count + 1)]
-            return pair, [i for i in range(count) if low < edges[i + 1] and high > edges[i]]
-
-
-def test_the_region_is_the_exact_overlap_for_random_boxes():
-    rng = random.Random(0)
-    for _ in range(500):
-        width, height, rows, cols = (rng.randint(1, most) for most in (700, 700, 12, 12))
-        (x1, x2), columns = random_side(rng, width, cols)
-        (y1, y2), lines = random_side(rng, height, rows)
-        expected = [(row, column) for row in lines for column in columns]
-        assert cells([(x1, y1, x2, y2)], (width, height), (rows, cols)) == expected
-
-
 @pytest.mark.parametrize(
     "boxes, expected",
     [  # a 100 x 60 image, cells of 25 x 20: 3 rows, 4 columns
-        ([(0, 0, 25, 20)], [(0, 0)]),  # half-open: no neighbor
+        ([(25, 20, 50, 40)], [(1, 1)]),  # half-open: no neighbor
+        ([(0, 0, math.nextafter(25, INF), 20)], [(0, 0), (0, 1)]),
+        ([(math.nextafter(25, 0), 0, 50, 20)], [(0, 0), (0, 1)]),
         ([(0, 0, 5e-324, 5e-324)], [(0, 0)]),  # the smallest positive float
         ([(-1e300, 20, 1e300, 40)], [(1, 0), (1, 1), (1, 2), (1, 3)]),  # the rest is ignored
         ([(0, 0, 5, 5), (76, 41, 77, 42), (5, 5, 30, 10)], [(0, 0), (0, 1), (2, 3)]),  # a union
@@ -57,6 +35,12 @@ def test_the_region_is_the_exact_overlap_for_random_boxes():
 )
 def test_the_region_of_boxes(boxes, expected):
     assert cells(boxes, (100, 60), (3, 4)) == expected
+
+
+def test_the_edges_of_cells_are_exact():
+    # As a float, 10 / 3 is a little more than a third of 10, so this box reaches the second cell.
+    assert cells([(0, 0, 10 / 3, 1)], (10, 1), (1, 3)) == [(0, 0), (0, 1)]
+    assert cells([(0, 0, math.nextafter(10 / 3, 0), 1)], (10, 1), (1, 3)) == [(0, 0)]
 
 
 NOT_FOUR, EMPTY, OUTSIDE = "is not four finite numbers", "is empty or inverted", "lies outside"

@@ -40,20 +40,15 @@ def test_the_page_on_data_converts_vstar_bench(tmp_path, monkeypatch):
     """Run its code on two questions in the layout of V*Bench."""
     monkeypatch.chdir(tmp_path)
     options = ["The glove is red.", "The glove is blue."]  # the first one is right
-    for folder, boxes in (
-        ("direct_attributes", [[3, 5, 8, 9]]),
-        ("relative_position", [[0, 0, 9, 9]] * 2),
-    ):
+    layout = {"direct_attributes": [[3, 5, 8, 9]], "relative_position": [[0, 0, 9, 9]] * 2}
+    for folder, boxes in layout.items():
         path = tmp_path / "vstar_bench" / folder / "sa_1.jpg"
         path.parent.mkdir(parents=True)
         Image.new("RGB", (60, 40), len(boxes)).save(path)
         old = {"target_object": ["glove"], "question": "Which color?", "options": options}
         path.with_suffix(".json").write_text(json.dumps(old | {"bbox": boxes}))
-    (code,) = [
-        x
-        for x in code_blocks(TEXT[ROOT / "docs" / "data.md"])
-        if "vstar.jsonl" in x and "import" in x
-    ]
+    blocks = code_blocks(TEXT[ROOT / "docs" / "data.md"])
+    (code,) = [block for block in blocks if "vstar.jsonl" in block and "import" in block]
     assert len(code.splitlines()) <= 15
     exec(code, {})
     one, two = JsonLines("vstar_bench/vstar.jsonl")
@@ -73,8 +68,8 @@ def test_quoted_lines_are_lines_of_the_program():
 
 
 @every_page
-def test_links_resolve(page):
-    """All linked files and headings exist."""
+def test_links_and_names_of_files_resolve(page):
+    """All linked files and headings exist, and all files of this repository that a page names."""
     for target in re.findall(r"\]\((?!http)([^)\s]+)\)", TEXT[page]):
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
@@ -83,18 +78,17 @@ def test_links_resolve(page):
             headings = re.findall(r"^#+ (.*)$", TEXT[file], re.MULTILINE)
             slugs = {re.sub(r"[^\w -]", "", h.lower()).strip().replace(" ", "-") for h in headings}
             assert anchor in slugs, target
+    names = re.findall(r"`(\w+\.py|(?:extras|study|tests|tiny|example|docs)/[\w./]*)`", TEXT[page])
+    for name in names:
+        assert (ROOT / name).exists() or (page.parent / name).exists(), name
 
 
 @every_page
-def test_commands_parse(page):
+def test_commands_parse_and_flags_exist(page):
     """The command line accepts every command of sayo_mini.py in a code block."""
     for block in code_blocks(TEXT[page]):
         for words in re.findall(r"python sayo_mini\.py(.*)", block.replace("\\\n", " ")):
             parse_command_line(shlex.split(words.split("&&")[0], comments=True))
-
-
-@every_page
-def test_flags_exist(page):
     scripts = [*ROOT.glob("extras/*.py"), *ROOT.glob("study/*.py")]
     code = "".join(path.read_text(encoding="utf-8") for path in scripts)
     added = re.findall(r'"--(\w+)', code)
@@ -102,14 +96,6 @@ def test_flags_exist(page):
     commands = re.findall(r"(?:sayo_mini|\w+/\w+)\.py([^`\n]*)", TEXT[page])
     for flag in re.findall(r"--(?:no-)?(\w+)", " ".join(named + commands)):
         assert flag in {*FIELDS, *added, *LAUNCHERS, "help"}, flag
-
-
-@every_page
-def test_files_exist(page):
-    """All files of this repository that a page names; bench/ is in an earlier commit."""
-    names = re.findall(r"`(\w+\.py|(?:extras|study|tests|tiny|example|docs)/[\w./]*)`", TEXT[page])
-    for name in names:
-        assert (ROOT / name).exists() or (page.parent / name).exists(), name
 
 
 def test_the_reading_table_has_every_file_of_the_top_level():

@@ -18,9 +18,6 @@ from study.random_model import model_config
 SMALL = dict(num_generations=3, prompts_per_step=2, max_completion_length=12, max_pixels=2**14)
 
 
-# --- counting ---
-
-
 def test_bytes_are_counted_until_a_tensor_is_freed():
     """CUDA's allocator rounds up to 512 bytes; views and in-place operations cost nothing."""
     memory = MetaMemory()
@@ -39,9 +36,6 @@ def test_bytes_are_counted_until_a_tensor_is_freed():
         memory.enter("three")
     assert memory.current == 0
     assert dict(memory.peaks) == {"one": 81 * 512, "two": 80 * 512, "three": 0}
-
-
-# --- a rehearsed run ---
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +80,6 @@ def test_a_rehearsal_does_not_break_loading_in_the_same_process(small, monkeypat
     weight = vlm.core.model.language_model.layers[0].mlp.up_proj.base_layer.weight
     assert weight.dtype == torch.uint8 and not weight.is_meta
     assert torch.tensor([1, 2]).tolist() == [1, 2]
-
-
-# --- the command ---
 
 
 @pytest.fixture

@@ -161,13 +161,11 @@ MOVE = "it is outside the data set's folder: move it, or use --allow_absolute_pa
 NO_PATH = "give the path of a file, not a URL or base64 data"
 UNREADABLE = {  # image -> what is wrong
     "nowhere.png": "no such file",
-    "more\\gray.png": "no such file; write / instead of \\",
     "C:\\photos\\a.png": "no such file; write / instead of \\",
     "https://example.org/a.png": NO_PATH,
     "data:image/png;base64,iVBORw0KGgo=": NO_PATH,
     "/9j/4AAQSkZJRg": NO_PATH,
     "pipe.png": "no such file",  # opening it would block forever
-    "more": "no such file",
     "text.png": "cannot identify image file '{folder}/text.png'",
     "bomb.png": "it has 13000 x 13000 pixels: at most 67108864",
     "program.png": "cannot identify image file '{folder}/program.png'",  # or Ghostscript starts
@@ -185,25 +183,20 @@ MALFORMED = [  # (line, message; … if it goes on)
     *[(good(**{key: None}), f"{key!r} is missing") for key in GOOD],
     (good(boxes=None, bbox=[]), "'boxes' is missing (is it one of ['bbox']?)"),
     (good(image=3), "image must be text, in quotes, but is 3"),
-    (good(answer={"a": "b" * 99}), f"answer must be text, in quotes, but is {{'a': '{'b' * 53}"),
     (good(answer=[]), "answer must be text, in quotes, but is []"),
     (good(answer=["four", 4]), "answer must be text, in quotes, but is 4"),
     (good(answer=["four", " "]), "answer is empty"),
     (good(answer="\u200b</s>"), "answer is empty"),
-    (good(answer="<|im_end|> a"), "answer contains <|im_end|>, a special token: remove it"),
     (good(answer="a <answer>b</answer> c"), "answer contains <answer>, a special token: remove it"),
     (good(answer=["a", "b<|image_pad|>"]), "answer contains <|image_pad|>, a special token…"),
     (good(question="Is <image> a cat?"), "question contains <image>, a special token: remove it"),
-    (good(question="<img>a.png</img> ?"), "question contains </img>, a special token: remove it"),
     (good(question="<img> <IMG>?"), "question contains <IMG>, a special token: remove it"),
-    (good(image=" "), "image is empty"),
     (good(question=" \n"), "question is empty"),
     (good(answer="a\ud800"), "answer 'a\\ud800' is not valid Unicode…"),
     (good(question="<|im_end|>"), "question contains <|im_end|>, a special token: remove it"),
     *[(good(id=value), "id must be text or an integer") for value in ([1], True, 1.5)],
     (good(id="first"), "id 'first' is already used by {path}:1"),
     *[(good(image=x), f"cannot read the image {x!r}: {why}") for x, why in UNREADABLE.items()],
-    (good(image="/9j/" + "A" * 9999), f"cannot read the image '/9j/{'A' * 196}': {NO_PATH}"),
     (good(boxes=[]), "no boxes: a region needs at least one"),
     *[
         (good(boxes=value), f"{NUMBERS} {value!r}")
@@ -230,16 +223,6 @@ def test_a_malformed_line_is_an_error_or_skipped(folder, line, message):
     dataset = JsonLines(path, problems=[])
     assert [row["id"] for row in dataset.rows] == ["first", "last"] and dataset.rejected == 1
     assert dataset.problems == [problem]
-
-
-def test_every_problem_of_a_row_is_reported(folder):
-    row = good(question="", answer=None, boxes=[[0.5, 0, 0.1, 1]])
-    dataset = JsonLines(write(folder, row, *[GOOD] * 4), problems=[])
-    assert dataset.rejected == 1 and [p.partition(":1: ")[2] for p in dataset.problems] == [
-        "question is empty",
-        "'answer' is missing",
-        "box [0.5, 0, 0.1, 1] looks like fractions of the image, not pixels",
-    ]
 
 
 def test_boxes_that_look_unusual_but_are_fine(folder):
@@ -280,7 +263,6 @@ CHAT = {"image": "a.png", "conversations": [{"from": "human"}]}
     "content, message",
     [
         (gzip.compress(b"{}", mtime=0), "is compressed (gzip, zip ...): unpack it"),
-        (b"PK\x03\x04\x00", "is compressed (gzip, zip ...): unpack it"),
         (b"PAR1\x15\x04", "is Parquet: read it with pandas"),
         (b"image,question,answer,x1,y1,x2,y2\na.png,Why?,so,1,2,3,4\n", CSV),
         (b"a.png\tWhy?\tso\n", CSV),
@@ -288,10 +270,8 @@ CHAT = {"image": "a.png", "conversations": [{"from": "human"}]}
         (b'{"image": "a.png",\r\n "question": "?"}', PRETTY),
         (json.dumps([GOOD], indent=2), ARRAY),
         (" [7]", ARRAY),
-        (json.dumps([CHAT]), "is a chat (LLaVA): write its turns as question and answer"),
         (json.dumps(CHAT), "is a chat (LLaVA): write its turns as question and answer"),
         (json.dumps(COCO), "is COCO: extras/convert.py coco converts it"),
-        (json.dumps(COCO, indent=1), "is COCO: extras/convert.py coco converts it"),
         (b"0 0.5 0.5 0.25 0.1\n", "is a label of YOLO: extras/convert.py yolo converts it"),
     ],
 )

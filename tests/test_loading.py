@@ -2,7 +2,6 @@
 fit, and the adapter in other hands. CUDA is simulated."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, error_line, load, run_program
+from conftest import ROOT, TINY, error_line, load, read_log, run_program
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -69,8 +68,6 @@ def test_a_run_without_usable_cuda_does_not_train_the_tiny_model(machine, tmp_pa
 def test_no_card_or_a_hidden_one_means_the_cpu(machine, monkeypatch):
     machine(smi=False)
     assert choose_device() == (torch.device("cpu"), torch.float32)
-    with pytest.raises(InputError, match="CUDA is not available"):
-        choose_device("cuda")
     machine(smi=True)
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
@@ -84,22 +81,6 @@ def test_compute_type_follows_the_capability(machine, card, dtype):
         assert choose_device(device) == (torch.device("cuda"), getattr(torch, dtype))
     assert choose_device(None, torch.float32)[1] == torch.float32
     assert choose_device("cpu", torch.bfloat16) == (torch.device("cpu"), torch.bfloat16)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, expected", [("X", "expandable_segments:True"), ("", "x:1"), ("CUDA_", None)]
-)
-def test_expandable_segments_are_used_unless_the_user_sets_the_allocator(name, expected):
-    env = {k: v for k, v in os.environ.items() if not k.endswith("_ALLOC_CONF")}
-    env |= {f"PYTORCH_{name}ALLOC_CONF": "x:1"}
-    code = "import sayo_mini, os; print(os.environ.get('PYTORCH_ALLOC_CONF'))"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
-    if name != "X" or sys.platform == "linux":
-        assert found.stdout.decode().strip() == str(expected)
-
-
-# --- fp16 and the vision tower ---
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -127,12 +108,12 @@ def no_tokenizer(path):
     path.with_name("tokenizer_config.json").unlink()
 
 
-def other_type(path):
-    path.write_text(path.read_text().replace('"qwen3_vl"', '"qwen2_vl"'))
-
-
 def cut_in_half(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def other_type(path):
+    path.write_text(path.read_text().replace('"qwen3_vl"', '"qwen2_vl"'))
 
 
 def quantized(path):
@@ -154,7 +135,6 @@ DAMAGE = {  # case -> (the damage, the file, a word of the message)
     "a tensor missing": (drop_weight, "model.safetensors", "layers.0.mlp.up_proj.weight"),
     "no tokenizer": (no_tokenizer, "tokenizer.json", "no tokenizer"),
     "no template": (Path.unlink, "chat_template.jinja", "no chat template"),
-    "no processor": (Path.unlink, "preprocessor_config.json", "download it again"),
     "half a config": (cut_in_half, "config.json", "download it"),
     "quantized": (quantized, "config.json", "is already quantized: use the original checkpoint"),
     "another model": (other_type, "config.json", "supported: qwen2_5_vl, qwen3_vl, internvl"),
@@ -173,14 +153,6 @@ def test_a_damaged_model_folder_is_a_one_line_error(tmp_path, capfd, case):
     assert not (tmp_path / "run").exists()
 
 
-def test_chat_template_json_is_read(tmp_path):
-    folder = shutil.copytree(TINY, tmp_path / "model")
-    template = (folder / "chat_template.jinja").read_text()
-    (folder / "chat_template.jinja").unlink()
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    assert load(folder).tokenizer.chat_template == load().tokenizer.chat_template == template
-
-
 # --- adapters ---
 
 
@@ -192,36 +164,21 @@ def adapter(tmp_path_factory):
     return folder
 
 
-def results(folder, name):
-    return json.loads((folder / name).read_text())
-
-
 def test_an_adapter_without_steps_is_compared_with_the_base_model(tmp_path, adapter):
     """Rank and alpha come from the adapter, and its weights are written unchanged. A run that
     trains the adapter further is compared with the adapter as it was."""
     run(tmp_path / "base", "--max_steps 0")
     run(tmp_path / "run", f"--max_steps 0 --adapter {adapter}")
-    before, after = (results(tmp_path / "run", name) for name in ("before.json", "after.json"))
-    assert before == results(tmp_path / "base", "before.json") != after
-    cfg = results(tmp_path / "run", "config.json")
+    before, after = (read_log(tmp_path / "run", name)[0] for name in ("before.json", "after.json"))
+    assert before == read_log(tmp_path / "base", "before.json")[0] != after
+    cfg = read_log(tmp_path / "run", "config.json")[0]
     assert (cfg["lora_r"], cfg["lora_alpha"]) == (4, 64)
     files = (path / "adapter_model.safetensors" for path in (tmp_path / "run/adapter", adapter))
     one, other = map(load_file, files)
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in other)
     run(tmp_path / "more", f"--max_steps 1 --adapter {adapter}")
-    start = results(tmp_path / "more", "before.json")
+    start = read_log(tmp_path / "more", "before.json")[0]
     assert [(x["text"], x["auroc"]) for x in start] == [(x["text"], x["auroc"]) for x in after]
-
-
-def test_a_loaded_adapter_scores_as_it_does_in_plain_peft(adapter):
-    """With alpha 32 instead of 64, the effect of the adapter would be half as large."""
-    vlm = load(lora_r=4, lora_alpha=64)
-    vlm.load_adapter(adapter)
-    plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(TINY), adapter)
-    ids = torch.tensor([[1, 10, 13, 14, 16, 2]])
-    with torch.no_grad():
-        one, other = vlm.core(input_ids=ids).logits, plain(input_ids=ids).logits
-    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("flags", ["--lora_r 8", "--lora_alpha 32"])
@@ -233,24 +190,23 @@ def test_a_flag_that_contradicts_the_adapter_is_refused(tmp_path, capfd, adapter
 
 
 EDITS = {
-    "missing": (lambda w, name: w.pop(name), "does not fit"),
-    "extra": (lambda w, name: w.update({f"{name}.more": torch.ones(2)}), "does not fit"),
-    "another shape": (lambda w, name: w.update({name: torch.ones(4, 4)}), "does not fit"),
+    "missing": lambda w, name: w.pop(name),
+    "extra": lambda w, name: w.update({f"{name}.more": torch.ones(2)}),
+    "another shape": lambda w, name: w.update({name: torch.ones(4, 4)}),
 }
 
 
 @pytest.mark.parametrize("case", EDITS)
 def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(tmp_path, adapter, case):
-    edit, word = EDITS[case]
     changed = shutil.copytree(adapter, tmp_path / "changed")
     path = changed / "adapter_model.safetensors"
     weights = load_file(path)
     name = sorted(weights)[3]
-    edit(weights, name)
+    EDITS[case](weights, name)
     save_file(weights, path)
     vlm = load(lora_r=4, lora_alpha=64)
     before = {name: p.clone() for name, p in vlm.model.named_parameters()}
-    with pytest.raises(InputError, match=word) as error:
+    with pytest.raises(InputError, match="does not fit") as error:
         vlm.load_adapter(changed)
     assert str(changed) in str(error.value) and name in str(error.value)
     assert all(torch.equal(p, before[name]) for name, p in vlm.model.named_parameters())

@@ -6,15 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import load, trained
 from PIL import Image
 
 import sayo_mini
-from config import TINY, Config, InputError
+from config import Config, InputError
 from data import Example
 from metrics import ALARMS, Alarms, attention_metrics, repeated_sentences, seq_rep_3, step_metrics
 from model import Completions, Scores
-from scenes import Scenes
 
 # Two completions of three tokens on a grid of two cells; the second has one token of padding.
 TEXTS = ["<answer> red </answer>", "<answer> blue </answer>"]
@@ -64,11 +62,7 @@ def test_the_placebo_rewards_the_box_rolled_by_half_the_image():
 
 def test_the_loss_of_a_forward_sums_over_the_groups_that_teach():
     """Its gradient makes the first completion, which has the better reward, more likely."""
-    parts = {
-        "old_logps": torch.zeros(2, 3),
-        "ref_logps": None,
-        "advantages": torch.tensor([1.0, -1]),
-    }
+    parts = dict(old_logps=torch.zeros(2, 3), advantages=torch.tensor([1.0, -1]), ref_logps=None)
     completions = Completions(torch.zeros(2, 3).long(), MASK, TEXTS)
     groups = [SimpleNamespace(teaches=t, completions=completions, **parts) for t in (1, 0, 1)]
     scores = [Scores(torch.zeros(2, 3, requires_grad=True), None, None, None) for _ in groups]
@@ -95,21 +89,6 @@ def test_attention_metrics_use_the_selection_and_leave_out_padding():
     assert attention_metrics(ENTROPY, MASK, inputs)["attention/auroc"] == 0.5
     inputs.attention[0, 1, 0] = nan
     assert isnan(attention_metrics(ENTROPY, MASK, inputs)["attention/auroc"])
-
-
-def test_advantages_of_a_step_are_normalized_within_each_group():
-    vlm = load()
-    settings = dict(num_generations=4, temperature=2.0, reward_weights="attention=2,format=1")
-    optimizer = torch.optim.AdamW(trained(vlm))
-    args = Config(**TINY | settings), optimizer, torch.Generator().manual_seed(1)
-    metrics, rows = sayo_mini.train_step(vlm, list(Scenes("train", 3)), *args)
-    assert [row["id"] for row in rows[::4]] == ["train-0-0", "train-0-1", "train-0-2"]
-    total = torch.tensor([2 * row["attention"] + row["format"] for row in rows]).view(3, 4)
-    std = total.std(1, keepdim=True)  # of each group
-    assert std.min() > 0 and std.max() > 1.02 * std.min()
-    expected = ((total - total.mean(1, keepdim=True)) / (std + 1e-4)).flatten().tolist()
-    assert [row["advantage"] for row in rows] == pytest.approx(expected, rel=1e-4)
-    assert metrics["reward_std"] == pytest.approx(std.mean().item())
 
 
 def group(total, lengths, finished, attention, entropy):
@@ -229,9 +208,7 @@ def test_many_skipped_updates_in_a_row_end_the_run():
     line = "update skipped: loss or gradient is not finite"
     expected = {step: f"step {step}: {line}" for step in [*range(1, 10), *range(11, 20)]}
     assert steps_with_alarms([*nine, row(), *nine]) == expected
-    with pytest.raises(
-        InputError, match="^stopped after step 10: .* in 10 updates in a row; lower "
-    ):
+    with pytest.raises(InputError, match="^stopped after step 10: .* in 10 updates in a row; "):
         steps_with_alarms(nine[:1], history=nine)
     with pytest.raises(InputError, match="^stopped after step 2: "):  # no update of a short run
         steps_with_alarms(nine, max_steps=2)

@@ -28,16 +28,13 @@ def printed(cell):
     return "".join(output.get("text", "") for output in cell.get("outputs", ()))
 
 
-def test_committed_outputs_are_complete_and_belong_to_the_cells():
+def test_committed_outputs_are_complete_small_and_without_local_paths():
     cells = code_cells(COMMITTED)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     kinds = [kind for cell in cells for kind in output_kinds(cell)]
     assert set(kinds) == {"image/png", "image/svg+xml", "stdout"}
     assert kinds.count("image/png") == 7 and kinds.count("image/svg+xml") == 1
     assert COMMITTED.metadata["source"] == digest(COMMITTED), "run python study/tour.py"
-
-
-def test_notebook_is_small_and_contains_no_local_path():
     assert NOTEBOOK.stat().st_size < 700_000
     for cell in COMMITTED.cells:
         assert not LOCAL.search(cell.source + printed(cell)), cell.id

@@ -39,9 +39,6 @@ def find_color(picture, color):
     return ImageChops.darker(ImageChops.darker(masks[0], masks[1]), masks[2]).getbbox()
 
 
-# --- maps ---
-
-
 @pytest.mark.parametrize("size, grid", [((70, 70), (7, 7)), ((120, 30), (2, 8))])
 def test_a_hot_cell_lights_only_its_own_pixels(size, grid):
     image, (rows, cols) = Image.new("RGB", size, (40, 120, 200)), grid
@@ -60,9 +57,6 @@ def test_the_color_scale_is_linear_and_ends_at_the_highest():
     for i, level in enumerate((0, 128, 255, 255)):
         color = tuple(COLORS[3 * level : 3 * level + 3])
         assert picture.getpixel((5 + 10 * i, 5)) == bar.getpixel((3, 511 - 2 * level)) == color
-
-
-# --- boxes and text ---
 
 
 def test_boxes_are_drawn_around_their_place_and_stay_visible_at_the_edge():
@@ -86,21 +80,6 @@ def test_the_note_explains_a_place_that_the_answer_names(monkeypatch):
     assert not any("column" in text for text in drawn)
 
 
-def test_words_stay_inside_the_lines_and_keep_their_spaces():
-    font = pictures.load_font(pictures.FONT)
-    words = ["The", " dot", "\n", "on", " un", "do", "", " x" + "x" * 99]
-    placed = pictures.lay_out(words, font, 150)
-    assert [word for _, _, word in placed[:-1]] == ["The", "dot", "", "on", "un", "do", ""]
-    assert placed[-1][2].endswith("...")  # a long word is cut
-    assert all(x + font.getlength(word) <= 150 + 1e-3 for _, x, word in placed)
-    assert placed[1][1] == pytest.approx(font.getlength("The") + font.getlength(" "))
-    line, x, word = placed[4]
-    assert placed[5][:2] == (line, pytest.approx(x + font.getlength(word)))  # no space between
-
-
-# --- rows ---
-
-
 def distance(row, side, column, attention):
     """The largest difference between the photo in a column and the expected one."""
     left, top = pictures.GAP + column * (side + pictures.GAP), pictures.CAPTION
@@ -116,14 +95,6 @@ def test_before_and_after_have_their_mean_maps_and_colored_verdicts():
     assert pictures.SIDE < wrong[0] < wrong[2] < right[0] < right[2] <= row.width
     for column, answer in enumerate(ANSWERS, 1):
         assert distance(row, pictures.SIDE, column, mean_map(answer)) == 0
-
-
-def test_look_has_no_verdict_without_ground_truth():
-    row = draw_row(make_example(answer=""), [make_answer()])
-    assert not find_color(row, pictures.RIGHT) and not find_color(row, pictures.WRONG)
-
-
-# --- the moving picture ---
 
 
 def read_gif(path):
@@ -157,12 +128,3 @@ def test_the_animation_stays_below_one_megabyte(tmp_path, size):
     plot_animation(make_example(image, boxes=[(0, 0, 1, 1)]), answers, tmp_path / "x.gif")
     assert (tmp_path / "x.gif").stat().st_size <= 1_000_000
     plot_animation(EXAMPLE, [make_answer(words=[""])], tmp_path / "x.gif")  # an empty answer
-
-
-def test_the_heat_map_is_brightest_at_the_best_head(tmp_path):
-    pictures.plot_heatmap([[0.5, 0.6, 0.55], [0.4, 0.9, 0.6], [0.5, 0.7, 0.6]], tmp_path / "x.png")
-    picture = Image.open(tmp_path / "x.png")
-    corners = {(i, j): (70 + 52 * j + 2, 24 + 24 * i + 2) for i in range(3) for j in range(3)}
-    colors = {head: picture.getpixel(corner) for head, corner in corners.items()}
-    assert colors[1, 1] == tuple(COLORS[-3:]) and list(colors.values()).count(colors[1, 1]) == 1
-    assert colors[0, 0] == colors[1, 0] == tuple(COLORS[:3])  # chance and below

@@ -13,7 +13,6 @@ from data import Example
 from evaluate import pack_map, results_table, verdict
 from extras import report
 from extras.model_card import model_card
-from extras.pictures import COLORS
 from extras.report import line_chart, write_report
 
 pytestmark = pytest.mark.slow
@@ -106,16 +105,6 @@ def test_mouse_and_keyboard_choose_the_word_whose_map_is_shown(page):
     assert underlined == ["none", "none", "underline", "underline"]
 
 
-def test_the_colors_are_linear_and_the_same_before_and_after(page):
-    cases = (0, 1, 4, 128), (0, 2, 7, 255), (0, 3, 1, 255), (1, 1, 6, 255), (1, 1, 0, 64)
-    for answer, word, cell, level in cases:
-        words_of(page, answer).nth(word).hover()
-        light = zip(DARK, COLORS[3 * level :][:3])
-        expected = [255 - (255 - dark) * (255 - v) / 255 for dark, v in light]
-        assert lit(page, answer)[cell] == pytest.approx(expected, abs=4)
-    assert "brightest color: 40 % of the attention" in page.locator(".question").first.inner_text()
-
-
 def test_a_phone_shows_two_maps_on_its_first_screen(page):
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     before, after = (page.locator("#first canvas").nth(i).bounding_box() for i in (0, 1))
@@ -127,26 +116,17 @@ def test_a_phone_shows_two_maps_on_its_first_screen(page):
 
 
 def test_the_texts_of_the_page(page):
-    """Text from the data is no code. The corrected question comes first."""
+    """Text from the data is no code."""
     assert page.locator("pre").first.inner_text().strip() == results_table(BEFORES, AFTERS).strip()
     assert page.locator("#verdict").inner_text() == verdict(BEFORES, AFTERS)
+    page.locator("section details").first.click()
     text = page.inner_text("body")
     assert "the white card catches its eye" in text and "(last layer, all heads)" in text
     assert "Right answers: 2 of 3 before, 1 after training." in text
     assert "Wrong first looks corrected: 2 of 2 before, 0 of 0 after." in text
-    titles = page.locator("figcaption").all_inner_texts()
-    assert titles[:3] == ["photo", "before training: wrong", "after training: right"]
-    groups = page.locator("section details")
-    groups.first.click()
-    assert groups.locator("summary").all_inner_texts() == [
-        "right before, wrong after (2)",
-        "wrong before, right after (1)",
-    ]
-    assert groups.first.locator("li").nth(1).inner_text().split("\n\n") == [
-        "What is <b>it</b>? (answer: </script>)",
-        "before (first look on the region, last look off): the dot r1",
-        "after (first look on the region, last look on the region): the dot r1",
-    ]
+    assert "right before, wrong after (2)" in text and "wrong before, right after (1)" in text
+    assert "What is <b>it</b>? (answer: </script>)" in text
+    assert "before (first look on the region, last look off): the dot r1" in text
     assert "http" not in page.content()  # it works offline
 
 
@@ -157,9 +137,6 @@ def test_an_unfinished_run_has_a_page(open_report, before, visible):
     assert page.get_by_text("The run is not finished.").is_visible() == visible
     assert page.get_by_text("wrong before (1)").is_visible() == visible
     assert not page.get_by_text("More questions").is_visible()
-
-
-# --- files, size and charts ---
 
 
 def test_a_finished_run_has_pictures_and_a_card_with_results(tmp_path):
@@ -173,15 +150,11 @@ def test_a_finished_run_has_pictures_and_a_card_with_results(tmp_path):
     card = (run.folder / "adapter" / "README.md").read_text()
     assert results_table(BEFORES, AFTERS) in card and "| data | &lt;b&gt;\\|.jsonl |" in card
     assert str(tmp_path) not in card and "base_model" not in card
-    assert "| last layer, all heads, alignment query, " in card
     compile(card.split("```python\n")[1].split("```")[0], "the code in the card", "exec")
     hub = model_card(run.settings | {"model_name_or_path": "Qwen/Qwen3-VL-2B-Instruct"})
     assert hub.startswith("---\nbase_model: Qwen/Qwen3-VL-2B-Instruct\nlibrary_name: peft\n")
-    other = model_card(run.settings | {"eval_dataset": "/other/vstar.jsonl", "heads": "0,3"})
-    assert ".jsonl; evaluated on vstar.jsonl |" in other and "last layer, heads 0,3" in other
-    placebo = model_card(run.settings | {"region": "rolled", "max_steps": 0})
+    placebo = model_card(run.settings | {"region": "rolled"})
     assert "| region | a placebo: the boxes, rolled by half the image |" in placebo
-    assert "| data | none, only evaluated |" in placebo
 
 
 def test_the_question_to_show_corrects_a_wrong_first_look():

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import FAST, ROOT, adapter_weights, error_line, randomize_adapter, read_log
-from peft import get_peft_model_state_dict
 from trl import GRPOTrainer
 
 import sayo_mini
@@ -119,12 +118,14 @@ CASES = {  # case -> (--completions_per_forward, more flags)
 def test_one_step_equals_that_of_sayo_mini(tmp_path, monkeypatch, qwen2_5, internvl, case):
     """With the same completions, log-probabilities, rewards, advantages, loss (with KL) and
     gradient agree to 1e-5, whatever the lengths of prompts in a batch. The adapter is random, so
-    that the reference differs from the policy, and the temperature is not 1."""
+    that the reference differs from the policy. One reward is the user's; the temperature is 2."""
     per_forward, flags = CASES[case]
     flags = flags.format(qwen=qwen2_5, internvl=internvl)
     flags += f" --completions_per_forward {per_forward} --beta 0.1"
     flags += f" --dataset {write_unequal_prompts(tmp_path)} --eval_examples 0 --temperature 2"
-    flags += " --reward_weights attention=1,format=0.5,accuracy=0.25 --max_pixels 12544"
+    (tmp_path / "mine.py").write_text("def length(x):\n    return [n / 20 for n in x.lengths]")
+    flags += f" --reward {tmp_path}/mine.py:length --max_pixels 12544"
+    flags += " --reward_weights attention=1,format=0.5,accuracy=0.25,length=0.1"
     cfg, trainer, vlm = make_trainer(tmp_path / "run", f"{flags} --learning_rate 0")
     assert trainer.args.per_device_train_batch_size == per_forward
     randomize_adapter(vlm)
@@ -167,8 +168,9 @@ def test_one_step_equals_that_of_sayo_mini(tmp_path, monkeypatch, qwen2_5, inter
     row = trainer.state.log_history[0]
     for name in ("loss", "grad_norm", "reward", "rewards/attention/mean", "rewards/accuracy/mean"):
         assert row[name] == pytest.approx(metrics[name], abs=1e-5), name
-    logged = {name: trainer._logs["rewards"][name] for name in ("attention", "format", "accuracy")}
-    for name, values in (logged | {"advantage": trainer._logs["advantages"]}).items():
+    logged = trainer._logs["rewards"] | {"advantage": trainer._logs["advantages"]}
+    assert logged.keys() == {*cfg.rewards, "advantage"}
+    for name, values in logged.items():
         assert list(values) == pytest.approx([s[name] for s in samples], abs=1e-5), name
     assert row["kl"] > 1e-3
     largest = max(gradient.abs().max().item() for gradient in ours.values())
@@ -226,9 +228,6 @@ def test_trl_samples_the_same_completions(tmp_path):
     ours = vlm.sample(prompt, 16, cfg.max_completion_length, cfg.temperature)
     assert theirs == [ids[mask].tolist() for ids, mask in zip(ours.ids, ours.mask)]
     assert not set(vlm.placeholders) & set(ours.ids.flatten().tolist())
-
-
-# --- what TRL would do differently ---
 
 
 def test_four_bits_leave_the_adapter_in_full_precision(tmp_path):
@@ -305,12 +304,10 @@ def test_two_processes_equal_one_and_resume(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_sampled_run_resumes_bit_for_bit_and_says_where_things_are(tmp_path, capsys):
+def test_a_sampled_run_resumes_bit_for_bit(tmp_path, capsys):
     """The random generator continues where it stopped. Resuming a finished run changes nothing."""
     run(tmp_path, "--max_steps 2 --save_steps 1")
-    last = f"the adapter is in {tmp_path}/adapter, the log in {tmp_path}/metrics.jsonl\n"
-    out = capsys.readouterr().out
-    assert f"starting from the beginning in {tmp_path}\n" in out and out.endswith(last)
+    capsys.readouterr()
     assert not (tmp_path / "samples.jsonl").exists()  # TRL logs no samples
     assert "# LoRA adapter for tiny" in (tmp_path / "adapter" / "README.md").read_text()
     whole, logged = adapter_weights(tmp_path), read_updates(tmp_path)
@@ -322,13 +319,6 @@ def test_sampled_run_resumes_bit_for_bit_and_says_where_things_are(tmp_path, cap
         assert capsys.readouterr().out.count("'loss'") == missing_steps
         rewards = [row["reward"] for row in read_updates(tmp_path)]
         assert rewards == [row["reward"] for row in logged]
-    _, _, vlm = make_trainer(tmp_path / "next", f"--adapter {tmp_path / 'adapter'}")
-    start = get_peft_model_state_dict(vlm.model)
-    assert largest_difference(start, whole) == 0
-    assert any(p.any() for name, p in start.items() if "lora_B" in name)  # it was trained
-
-
-# --- the command ---
 
 
 def refused(capfd, folder, flags=""):
@@ -345,16 +335,13 @@ def test_what_cannot_work_is_refused(capfd, tmp_path, monkeypatch):
     (mini / "checkpoint.safetensors").touch()  # a run of sayo_mini.py
     assert "already contains a run" in refused(capfd, mini)
     assert "no checkpoint of scale_trl.py" in refused(capfd, mini, "--resume")
-    assert "nowhere" in refused(capfd, mini / "run", f"--adapter {tmp_path / 'nowhere'}")
     assert "--max_steps" in refused(capfd, tmp_path / "run", "--max_steps 0")
-    # ACCELERATE_USE_FSDP is what `accelerate launch --use_fsdp` sets.
-    for name, value, words in (
-        ("WORLD_SIZE", "5", "number of processes, 5"),
-        ("ACCELERATE_USE_FSDP", "true", "FSDP"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, value)
-            assert words in refused(capfd, tmp_path / "run")
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    assert "number of processes, 5" in refused(capfd, tmp_path / "run")
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # `accelerate launch --use_fsdp`
+    assert "FSDP" in refused(capfd, tmp_path / "run")
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
     zero3 = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
     monkeypatch.setattr(scale_trl, "GRPOConfig", lambda **settings: zero3)  # needs DeepSpeed
     assert "ZeRO-3" in refused(capfd, tmp_path / "run")

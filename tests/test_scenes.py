@@ -112,13 +112,3 @@ def test_a_crowded_scene_has_all_its_cards_unless_they_cannot_fit(monkeypatch):
     monkeypatch.setattr(Scenes, "_draw_layout", lambda *_: [])
     with pytest.raises(InputError, match="4 cards of 35 px do not fit in 100 px"):
         layouts(1, **crowded)
-
-
-def test_the_place_of_a_card_is_the_cell_that_contains_its_center():
-    for box, place in (
-        ((0, 0, 14, 18), "r1 c1"),
-        ((25, 8, 39, 22), "r1 c3"),  # the center is (32, 15), on the edge of column 3
-        ((96, 98, 110, 112), "r7 c7"),
-    ):
-        assert Card("red", "blue", box).place() == place
-    assert Card("red", "blue", (96, 98, 110, 112)).place(cell=28) == "r4 c4"

@@ -1,32 +1,27 @@
-"""study/: all variants of a step have the same loss, the documents show the committed results, the
-kill test finds a planted difference, and the model in tiny/ makes mistakes."""
+"""study/: all variants of a step have the same loss, gpu.py runs on a CPU, documents show committed
+results, the kill test finds a planted difference, and the model in tiny/ makes mistakes."""
 
 import json
-import math
 import random
 import re
+import subprocess
+import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, ask, load
-from transformers import AutoTokenizer
 
 import checkpoint
 import sayo_mini
 from config import TINY as SETTINGS
 from config import Config
-from data import region_mask
 from scenes import Scenes
 from study import ablation, count, growth, kill, make_tiny, step
 from study.common import RESULTS, ROOT
 from study.step_arms import NaiveVlm
 
 SCENES = Scenes("validation", 10)
-
-
-# --- the variants of the step benchmark ---
 
 
 def train_one_step(naive):
@@ -71,24 +66,6 @@ def test_ours_and_naive_make_the_same_step_and_ours_from_fewer_tokens():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_variants_take_turns_and_finished_points_are_not_measured_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(step, "ROOT", tmp_path)  # where the random model is written
-    options = dict(device="cpu", load_in_4bit=True, gradient_checkpointing=True)
-    items, file = [("grid", (60, 4, 2), 1, options)], tmp_path / "step.json"
-    results = {"measured": []}
-    step.measure_missing(items, results, file)
-    assert json.loads(file.read_text()) == results
-    for first, timed in results["measured"][0]["rows"].values():
-        assert first["peak"] > 2**20
-        parts = [timed[name] for name in ("sample", "score", "update")]
-        assert min(parts) > 0 and timed["seconds"] == pytest.approx(sum(parts))
-    assert "| 60 | 4 | 2 |" in step.tables(results)["grid"]
-    monkeypatch.setattr(step, "compare", None)
-    step.measure_missing(items, results, file)
-
-
-@pytest.mark.slow
 def test_the_gpu_is_rarely_waited_for():
     """Not once per completion, and decoding waits only to see whether all have ended."""
     cfg = Config(num_generations=4, max_completion_length=12, prompts_per_step=2, max_pixels=2**14)
@@ -101,7 +78,32 @@ def test_the_gpu_is_rarely_waited_for():
     assert fused["flops"] == counts["token"]["flops"]
 
 
-# --- tables ---
+def gpu(folder, *flags):
+    """Returns: the exit code and gpu.json."""
+    command = [sys.executable, "study/gpu.py", str(folder), "1500", "--small", *flags]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return process.returncode, json.loads((folder / "gpu.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_small_form_runs_every_part_on_a_cpu(tmp_path):
+    code, found = gpu(tmp_path)
+    assert list(found) == ["card", "tests", "decode", "step", "tiny", "trl"]
+    assert code == 0, found
+    assert found["card"]["torch"] and "passed" in found["tests"]["last"][0]
+    assert len(found["decode"]) == 5 and "s" in found["decode"]["graph and dequantized, 4 rows"]
+    assert found["step"]["graph, P 384"][0]["update"] > 0
+    assert 0 < found["tiny"]["auroc after"] < 1
+    assert found["trl"]["trl, P, C, G = (60, 4, 2)"]["s"][0] > 0
+
+
+@pytest.mark.slow
+def test_a_part_that_fails_stops_no_other_and_keeps_what_it_found(tmp_path, monkeypatch):
+    (tmp_path / "pytest.py").write_text("raise ImportError('broken')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    code, found = gpu(tmp_path / "out", "tests", "card")
+    assert code == 1 and found["card"]["exit"] == 0 and found["tests"]["exit"] == 1
+    assert found["tests"]["failed tests"] == [] and "broken" in found["tests"]["failed"]
 
 
 def rows_of(table):
@@ -143,9 +145,6 @@ def test_documents_show_the_committed_ablation():
                 assert min(rows["early_agrees"], rows["late_agrees"]) >= 0.95
 
 
-# --- the kill test ---
-
-
 @pytest.mark.slow
 def test_the_kill_test_passes_and_finds_a_planted_difference(tmp_path, monkeypatch):
     found = []
@@ -167,9 +166,6 @@ def test_the_kill_test_passes_and_finds_a_planted_difference(tmp_path, monkeypat
     assert not {"before.json", "config.json", "checkpoint-previous.safetensors"} & different
 
 
-# --- the cost of more work ---
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", growth.WORK)
 def test_costs_do_not_grow(name):
@@ -177,46 +173,11 @@ def test_costs_do_not_grow(name):
     assert growth.growth(cost, size) < 4  # 10 is linear
 
 
-# --- the model in tiny/ and its maker ---
-
-
 @pytest.mark.slow
 def test_tiny_is_as_its_maker_wants_it():
     for name, share in make_tiny.grade(TINY)[1].items():
         low, high = make_tiny.CRITERIA[name]
         assert low <= share <= high, (name, share)
-
-
-def test_the_teacher_names_cells_and_its_words_are_tokens():
-    cards, grid, size = Scenes("train", 1).layout(0), make_tiny.GRID, (make_tiny.SIZE,) * 2
-    words = make_tiny.cell_words(cards)
-    for card in cards:
-        row, column = card.place().split()
-        cell = (int(row[1]) - 1) * grid[1] + int(column[1]) - 1
-        assert region_mask([card.box], size, grid)[cell]
-        assert words[cell] == [card.color, card.mark, row, column]
-    touched = region_mask([card.box for card in cards], size, grid)
-    assert all(words[i] == ["."] for i in range(len(words)) if not touched[i])
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    for text in (make_tiny.answer_text(cards[:2]), make_tiny.short_answer(cards[0], cards[1])[0]):
-        assert tokenizer.decode(tokenizer(text).input_ids) == text
-    text = make_tiny.answer_text(cards[:2])
-    assert make_tiny.looks_of(text, cards[0])[0] and make_tiny.looks_of(text, cards[1])[1]
-    assert make_tiny.looks_of("no place", cards[0]) == [False]
-
-
-@pytest.mark.parametrize(
-    "looks, careless, expected",
-    [
-        ([1, 0], False, [1, 0, 0, 1, 1, 1] + [1, 2, 2, 1, 1, 1] + [1] * 7),  # wrong, then right
-        ([1], False, [1, 0, 0, 1, 1, 1] + [0] + [1] * 6),  # an answer after a wrong look
-        ([1], True, [1, 2, 2, 1, 1, 1] + [1] * 7),
-    ],
-)
-def test_which_words_of_an_answer_have_loss(looks, careless, expected):
-    cards = Scenes("train", 1).layout(0)
-    weights = make_tiny.answer_weights([cards[i] for i in looks], cards[0], careless)
-    assert weights == expected
 
 
 @pytest.mark.parametrize("stage", ["see", "look again", "be careless"])
@@ -236,13 +197,3 @@ def test_a_chat_of_the_teacher_aligns_weights_labels_and_cells_with_its_words(st
     goals = [(word, cell // 7 + 1) for word, cell in zip(words, cells.tolist()) if cell >= 0]
     assert len(goals) >= make_tiny.TURNS if stage == "be careless" else not goals
     assert all(word == f"r{row}" for word, row in goals)
-
-
-def test_the_attention_loss_of_the_maker():
-    """Two image tokens at positions 1 and 2; the token at position 4 should look at the second."""
-    attention = torch.zeros(1, 2, 5, 60)
-    attention[0, :, 4, 1:3] = torch.tensor([[0.1, 0.1], [0.3, 0.1]])  # (heads, image tokens)
-    cells = torch.tensor([[-1, -1, -1, -1, 1]])
-    inputs = {"mm_token_type_ids": torch.tensor([[0, 1, 1, 0, 0]])}
-    loss = make_tiny.attention_loss(attention, inputs, cells)  # mean over heads: 0.2 and 0.1
-    assert loss.item() == pytest.approx(math.log(3))
