@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-MAP_FLOATS = 2**25  # 128 MiB: attention weights of some heads, of which maps are made
+MAP_FLOATS = 2**25  # 128 MiB: maps are made of as many heads at once as fit into this
 
 
 @dataclass
@@ -77,9 +77,9 @@ def group_attention(layer, group, query, key, value, **kwargs):
 
     q, k, v = (x[:, :, :P] for x in (query, key, value))
     if k.is_cuda and torch.cuda.get_device_capability(k.device) < (8, 0):
-        # There, only the kernel that stores the (P, P) weights takes fewer key heads than heads.
+        # There, only the kernel that stores the (P, P) weights supports grouped heads.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    prompt_out, _ = sdpa(layer, q, k, v, None, **kwargs)  # (1, P, H, D)
+    prompt_out, _ = sdpa(layer, q, k, v, None, **kwargs)  # causal; (1, P, H, D)
     if not G:
         return prompt_out
     q, k, v = completions(query), with_prompt(key), with_prompt(value)
@@ -114,7 +114,7 @@ def image_attention(query, key, group, capture, scaling):
 
     Args: query (1, H, S, D) and key (1, H_kv, S, D) of one PackedGroup, S = P + G*C.
     Returns: (1 + G*C, N), averaged over `capture.heads`, or (H, 1 + G*C, N) if not averaged. Row 0
-    is the prompt's last token. Extra memory: a few times MAP_FLOATS floats at most.
+    is the prompt's last token. Extra memory: a few times MAP_FLOATS floats, or those of one head.
     """
     P, G, C = group.P, group.G, group.C
     queries_per_key = query.shape[1] // key.shape[1]

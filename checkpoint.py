@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load, save
 
-from config import FIELDS, Config, InputError, build_config
+from config import FIELDS, Config, InputError, build_config, parse_reward
 
 CHECKPOINTS = "checkpoint.safetensors", "checkpoint-previous.safetensors"  # newest first
 LOGS = "metrics.jsonl", "samples.jsonl"
@@ -31,9 +31,10 @@ def run_config(given):
     """The Config of a new or resumed run, from the flags `given`. Raises: InputError if the folder
     contains other files, or if the run cannot be resumed with these flags."""
     folder = Path(given.get("output_dir", Config.output_dir))
-    for name in ("dataset", "eval_dataset", "adapter", "reward"):  # --resume may run elsewhere
-        if given.get(name) not in (None, getattr(Config, name)):
-            given = given | {name: os.path.abspath(given[name])}
+    for name in ("dataset", "eval_dataset", "adapter", "reward", "model_name_or_path"):
+        path = given.get(name) or "scenes"
+        if path not in ("scenes", "tiny") and (name != "model_name_or_path" or Path(path).is_dir()):
+            given = given | {name: os.path.abspath(path)}  # --resume may run elsewhere
     resume = given.get("resume", False)
     saved = load_settings(folder) if resume else None
     check_folder(folder, started=resume)
@@ -43,7 +44,8 @@ def run_config(given):
         old, new = saved[name], given[name]
         if name == "max_steps" and new < old:
             raise InputError(f"--max_steps {new}: the run in {folder} has {old}; it can only grow")
-        if old != new and not FIELDS[name].metadata["may_change"]:
+        fixed = name == "save_steps" and saved["keep_best"]  # steps that are compared
+        if old != new and (fixed or not FIELDS[name].metadata["may_change"]):
             advice = "leave the flag out, or start a new run in a different --output_dir"
             raise InputError(f"--{name} {new}: the run in {folder} has {old}; {advice}")
         if old != new:
@@ -63,12 +65,13 @@ def load_settings(folder):
 
 def continue_exactly(cfg, data):
     """Let a resumed run use as many threads as before, because rounding depends on their number.
-    Raises: InputError if it would not continue with the data it started with."""
+    Raises: InputError if it would not continue with the data and rewards it started with."""
     if not cfg.resume:
         return
     saved = json.loads((Path(cfg.output_dir) / "config.json").read_text("utf-8"))
     if saved.get("data_checksum", "") != getattr(data, "checksum", ""):
-        problem = f"{cfg.dataset} or its images changed since the run in {cfg.output_dir} began"
+        files = " or ".join(filter(None, (cfg.dataset, cfg.eval_dataset)))
+        problem = f"{files} or its images changed since the run in {cfg.output_dir} began"
         raise InputError(f"{problem}: restore them, or start again with a new --output_dir")
     before = Path(cfg.output_dir) / "before.json"
     if before.exists():  # results are compared by position
@@ -76,14 +79,23 @@ def continue_exactly(cfg, data):
         if rows != [(zlib.crc32(x.image.tobytes()), x.question) for x in data]:
             problem = f"{before} is about other questions than this run's"
             raise InputError(f"{problem}: restore it, or start again with a new --output_dir")
+    if saved["reward_checksum"] != reward_checksum(cfg):
+        problem = f"{parse_reward(cfg.reward)[0]} changed since the run in {cfg.output_dir} began"
+        raise InputError(f"{problem}: restore it, or start again with a new --output_dir")
     torch.set_num_threads(saved["threads"])
+
+
+def reward_checksum(cfg):
+    """Of the file with rewards of your own; 0 without one."""
+    path, _ = parse_reward(cfg.reward)
+    return zlib.crc32(Path(path).read_bytes()) if path else 0
 
 
 def check_folder(folder, started):
     """Raises: InputError if a run would replace files that are not its own, or write through links.
 
-    Args: started, whether the folder may contain a run with steps. A run that ended before its
-    first step can always be replaced.
+    Args: started, whether a run that has steps may be there. A run that ended before its first
+    step can always be replaced.
     """
     names = set()
     for path in folder.glob("*"):
@@ -94,7 +106,8 @@ def check_folder(folder, started):
     config = folder / "config.json"
     ours = config.is_file() and b'"reward_weights"' in config.read_bytes()
     unstarted = {"config.json", "before.json", "traceback.txt"}
-    names = {name for name in names if not name.startswith("unfinished-")} - {"probe.png"}
+    names = {name for name in names if not name.startswith("unfinished-")}
+    names -= {"probe.png", "sayo-mini"}  # the second is a tracker's
     if names and not (ours and (started or names <= unstarted)):
         what = "a run: --resume continues it, or" if ours else f"{min(names)}:"
         raise InputError(f"{folder} already contains {what} choose a new --output_dir")
@@ -139,6 +152,7 @@ class RunDirectory:
             self.cut_log(name)
         data_checksum = getattr(data, "checksum", "")
         stored = {"data_checksum": data_checksum, "threads": torch.get_num_threads()}
+        stored["reward_checksum"] = reward_checksum(cfg)
         self.write_json("config.json", self.settings | stored)
         self.tracker = open_tracker(cfg.report_to, self.folder, self.settings)
 

@@ -27,7 +27,7 @@ class InputError(ValueError):
 
 
 def flag(default, help, may_change=False, choices=None, **limits):
-    """A setting. `may_change`: a resumed run may change it, because the earlier steps stay valid.
+    """A setting. `may_change`: a resumed run may change it; the earlier steps stay as they are.
     `limits`: minimum and maximum (inclusive), above and below (exclusive). A count is at most 10^6,
     unless it has a maximum of its own."""
     if type(default) is int:
@@ -76,7 +76,7 @@ class Config:
     num_generations: int = flag(8, "G, completions per question", minimum=2, maximum=1024)
     prompts_per_step: int = flag(4, "questions per optimizer step", minimum=1, maximum=1024)
     completions_per_forward: int = flag(
-        0, "below G saves memory, above G packs groups, 0 is G", may_change=True, minimum=0
+        0, "below G saves memory, 2 G or more packs groups, 0 is G", may_change=True, minimum=0
     )
     max_completion_length: int = flag(110, "most tokens in a completion", minimum=1, maximum=2**14)
     temperature: float = flag(1.0, "used for sampling and scoring (no top-p)", minimum=0.01)
@@ -117,7 +117,7 @@ class Config:
     output_dir: str = flag("runs/sayo", "folder of everything a run writes", may_change=True)
     save_steps: int = flag(20, "steps between checkpoints", may_change=True, minimum=1)
     keep_best: bool = flag(
-        False, "end with the adapter of those save_steps steps whose samples were right most often"
+        False, "end with the saved adapter whose last save_steps steps had the most right samples"
     )
     report_to: str = flag(
         "none",
@@ -230,6 +230,8 @@ COMMANDS = {
 }
 OTHER_FLAGS = {  # flags of other programs that difflib would not find -> what they are here
     "lr": "--learning_rate",
+    "iters max_iters steps": "--max_steps",
+    "group_size n_generations": "--num_generations",
     "num_train_epochs num_epochs epochs": "--max_steps (an epoch: questions / --prompts_per_step)",
     "per_device_train_batch_size batch_size": "--prompts_per_step",
     "model": "--model_name_or_path",
@@ -274,15 +276,20 @@ def parse_command_line(argv):
         name = unknown[0].split("=")[0]
         if name.removeprefix("--") in FIELDS:
             refuse(f"{command} does not use {name}")
-        bare = name.strip("-").replace("-", "_")
-        nearest = [flag for names, flag in OTHER_FLAGS.items() if bare in names.split()]
-        nearest += get_close_matches(name, [*parser._option_string_actions, *COMMANDS], 1)
-        if bare == name and Path(name).suffix:
-            nearest = [f"--image {name}" if command == "look" else f"--dataset {name}"]
-        question = f": did you mean {nearest[0]}?" if nearest else ""
+        meant = likely_meant(name, command, parser)
+        question = f": did you mean {meant[0]}?" if meant else ""
         refuse(f"unrecognized arguments: {' '.join(unknown)}{question}")
     check_settings(vars(given))
     return command, vars(given)
+
+
+def likely_meant(name, command, parser):
+    """What an unknown argument may stand for, a list, the most likely first."""
+    bare = name.strip("-").replace("-", "_")
+    if bare == name and Path(name).suffix:  # a file
+        return [f"--image {name}" if command == "look" else f"--dataset {name}"]
+    known = [flag for names, flag in OTHER_FLAGS.items() if bare in names.split()]
+    return known + get_close_matches(name, [*parser._option_string_actions, *COMMANDS], 1)
 
 
 def add_all_flags(parser):

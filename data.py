@@ -103,7 +103,7 @@ def load_datasets(cfg):
     if cfg.eval_dataset:
         eval_set = read_file(cfg.eval_dataset, cfg)
         eval_set.rows = first(eval_set.rows, cfg.eval_examples)
-        eval_set.checksum += getattr(train_set, "checksum", "")
+        eval_set.checksum += getattr(train_set, "checksum", "")  # a resumed run checks this one
         if shared := len(image_keys(train_set) & image_keys(eval_set)):
             print(f"note: images of {eval_set.path} that are also in the training data: {shared}")
     return train_set, eval_set
@@ -131,7 +131,7 @@ def warn_tiny(cfg, sizes):
 
 
 def image_keys(dataset):
-    """What identifies the images of a data set; generated scenes never share one."""
+    """What identifies the images of a data set, a set. Generated scenes never share an image."""
     rows = getattr(dataset, "rows", None)
     return set(range(len(dataset))) if rows is None else {row["image_key"] for row in rows}
 

@@ -61,7 +61,7 @@ def quantized_numel(core):
 def room_for_weights(core, dtype):
     """Whether the dequantized language model takes at most half of the free memory. Not on cards
     before 8.0 (T4), where bitsandbytes' product of 4-bit weights and few rows is faster, and not
-    for deterministic runs, because the two products round differently."""
+    for deterministic runs, because on a GPU the two products round differently."""
     device = core.lm_head.weight.device
     if device.type == "cpu":
         free = virtual_memory().available

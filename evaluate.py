@@ -3,6 +3,7 @@ verdict and the table that compare both before and after training."""
 
 import math
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
@@ -51,7 +52,8 @@ def evaluate(vlm, examples, cfg, name, before=None):
     - fixed_..., the same scores on fixed text: the model is fed the answers of `before`, so only
       changes in attention count. Without `before` they equal the scores above
     - per token (C,): to_region and to_image, sums of attention; words, what it adds to the text;
-      maps, its attention map as `pack_map` stores it, on grid = (rows, cols)
+      maps, its attention map as `pack_map` stores it, on grid = (rows, cols); look_maps, two such
+      maps of the whole answer, see `reward.look_maps`
     """
     results, answered = [], answer_all(vlm, examples, cfg)
     with tqdm(total=len(examples), desc=f"evaluate {name}") as bar:
@@ -130,8 +132,10 @@ def result_row(vlm, example, prompt, trace, fixed, next_example):
     permuted = reward.early_and_late(attention, next_region, before_answer)
     side = max(1, math.isqrt(MAX_CELLS // len(words)))
     grid = tuple(min(side, cells) for cells in prompt.grid)
-    maps = attention.unflatten(-1, prompt.grid)  # (C, rows, cols)
+    maps = torch.cat([attention, torch.stack(reward.look_maps(attention, before_answer))])
+    maps = maps.unflatten(-1, prompt.grid)  # (C + 2, rows, cols)
     maps = torch.nn.functional.adaptive_avg_pool2d(maps, grid).flatten(1)
+    *maps, first_look, last_look = [pack_map(row) for row in maps.tolist()]
     fixed_scores = reward.localization(fixed.map, region)
     return {
         "id": example.id,
@@ -147,7 +151,8 @@ def result_row(vlm, example, prompt, trace, fixed, next_example):
         "to_image": [round(x, 4) for x in attention.sum(1).tolist()],
         "words": words,
         "grid": grid,
-        "maps": [pack_map(row) for row in maps.tolist()],
+        "maps": maps,
+        "look_maps": [first_look, last_look],
         "area": region.float().mean().item(),
         **reward.localization(trace.map, region),
         "permuted_auroc": reward.localization(trace.map, next_region)["auroc"],
@@ -193,8 +198,8 @@ def unpack_map(packed):
 
 
 def verdict(before, after):
-    """What training changed, in three sentences with tests on the same questions, a line each.
-    Args: before, after, lists of results of `evaluate`, in the same order."""
+    """What training changed, in three lines: answers, first looks, attention. All compare the same
+    questions. Args: before, after, lists of results of `evaluate`, in the same order."""
     images, pairs = [row["image"] for row in before], list(zip(before, after))
     right = [sum(row["correct"] for row in rows) for rows in (before, after)]
     changes = [new["correct"] - old["correct"] for old, new in pairs]
@@ -213,7 +218,7 @@ def verdict(before, after):
     elif fixed_low > 0:
         conclusion = "the model looks differently at the same words"
     else:
-        conclusion = "the model learned to write differently, and attention follows the text"
+        conclusion = "the model learned to write differently; at the same words, no gain is shown"
     return (
         f"Answers: {right[0]:.0f} right before, {right[1]:.0f} right after, of {len(before)}; "
         f"{changes.count(1)} fixed, {changes.count(-1)} broken (exact sign test, "
@@ -249,7 +254,8 @@ def opening_lines(train_set, eval_set, cfg):
     can be done with the answers.
 
     If answers about six images change, all in one direction, the sign test has p = 2 / 2^6 = 0.03.
-    With five images, p is 0.06. So no change of the accuracy below 6 / questions is significant.
+    With five images, p is 0.06. So with one question per image, no change of the accuracy below
+    6 / questions is significant.
     """
 
     def size(dataset):
@@ -262,9 +268,11 @@ def opening_lines(train_set, eval_set, cfg):
         line = f"training: {size(train_set)} in {plural(cfg.max_steps, 'step')} "
         line += f"(epochs: {epochs:.3g})"
     line += f"; held out: {size(eval_set)}"
-    if images >= FEWEST:
+    if images >= FEWEST and images == len(eval_set):
         smallest = FEWEST / len(eval_set)
         line += f": a change of accuracy below {smallest:.3f} cannot be significant"
+    elif images >= FEWEST:  # several questions about an image can cancel out
+        line += f": a change about fewer than {FEWEST} images cannot be significant"
     elif images:
         line += f": with fewer than {FEWEST} images, no change of accuracy can be significant"
     if cfg.region == "rolled":
@@ -293,7 +301,8 @@ def paired_change(differences, images):
 
 def estimate(values, images):
     """The mean of the values that are not NaN, half the width of its normal 95 % interval (1.96
-    standard errors, clustered by image; 0 for one image), and the number of their images."""
+    standard errors, clustered by image; 0 for one image), and the effective number of images: fewer
+    than there are if some have more values than others (Kish)."""
     pairs = [(value, image) for value, image in zip(values, images) if not math.isnan(value)]
     if not pairs:
         return math.nan, 0.0, 0
@@ -302,7 +311,8 @@ def estimate(values, images):
     sums = sum_by_image([value - mean for value in values], images)
     count = len(sums)
     variance = sum(s * s for s in sums) * count / max(1, count - 1)
-    return mean, 1.96 * math.sqrt(variance) / len(values), count
+    effective = len(values) ** 2 / sum(size * size for size in Counter(images).values())
+    return mean, 1.96 * math.sqrt(variance) / len(values), effective
 
 
 def results_text(before, after):
@@ -315,24 +325,19 @@ def results_text(before, after):
 
 def results_table(before, after):
     """The results of `evaluate` before and after training as a text table: a line per metric with
-    its mean, its 95 % confidence interval and its chance level; then first and last looks."""
+    its mean, its 95 % confidence interval and its chance level."""
     rows = table_rows(before, after)
     header = f"held-out examples: {len(before)}", "before", "after", "chance"
     width = max(25, 2 + max(len(cell) for row in rows for cell in row[1:3]))
     lines = [f"{row[0]:32}{row[1]:>{width}}{row[2]:>{width}}{row[3]:>8}" for row in [header, *rows]]
     if any("-" in row for row in rows):
         lines.append("-: the AUROC is undefined if the region covers the whole image")
-    lines += ["", f"{'first look, last look':32}{'before':>25}{'after':>25}"]
-    for early, late in ((1, 1), (0, 1), (1, 0), (0, 0)):
-        title = ", ".join("on the region" if look else "off" for look in (early, late))
-        cells = [count_looks(results, early, late) for results in (before, after)]
-        lines.append(f"{title:32}{cells[0]:>25}{cells[1]:>25}")
     return "\n".join(lines)
 
 
 def table_rows(before, after):
     """The rows of the table, (title, before, after, chance), all text. Chance for looks: how often
-    they find the next example's region."""
+    they find the next example's region, before training."""
 
     def mean(key):
         return f"{fmean(row[key] for row in before):.3f}"
@@ -364,13 +369,6 @@ def table_rows(before, after):
     return rows
 
 
-def count_looks(results, early, late):
-    """The number of answers with these looks (0 or 1) and their accuracy, as text."""
-    kept = [r["correct"] for r in results if (r["early"], r["late"]) == (early, late)]
-    count = plural(len(kept), "answer")
-    return f"{count}, {fmean(kept):.0%} right" if kept else count
-
-
 def plural(count, word):
     return f"{count} {word}{'s' * (count != 1)}"
 
@@ -383,10 +381,10 @@ def count_corrected(results):
 def confidence_interval(values, images, proportion=False, largest=1.0):
     """The mean and its 95 % confidence interval as text, e.g. "0.523 [0.461, 0.584]".
 
-    The interval is normal, see `estimate`, unless it reaches an end of the possible range. Then it
-    is Wilson's interval, which stays inside the range and has a nonzero width even if all values
-    are equal. It uses the variance mean * (1 - mean), the largest possible for values in [0, 1], so
-    it is never too narrow. Metrics without an upper bound are clipped at 0.
+    The interval is the normal one, see `estimate`, if it lies inside [0, 1]. Else it is Wilson's,
+    which stays inside and has a width even if all values are equal. It treats each image as one
+    value of 0 or 1, the worst case. Metrics without an upper bound have a normal interval, clipped
+    at 0.
 
     Args: values, floats from 0 to `largest`, which is 1 or infinity; images, of the values, which
     are the independent units; proportion, true if every value is 0 or 1, always uses Wilson's.

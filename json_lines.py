@@ -113,8 +113,9 @@ class JsonLines:
             raise InputError(f"{self.path}: the boxes look like {UNITS[unit]}: {advice}")
 
     def row_errors(self, where, row):
-        """Yield everything that is wrong with a row, one line each. Adds `where`, `id` and
-        `image_key` to it. Args: row, a dict, or what is wrong with its line."""
+        """Yield what is wrong with a row, one line each; the boxes are checked if the image can be
+        read. Adds `where`, `id` and `image_key` to it. Args: row, a dict, or what is wrong with its
+        line."""
         if isinstance(row, str):
             yield row
             return

@@ -1,7 +1,6 @@
 """The metrics of a training step, and alarms about them. docs/logging.md explains each metric."""
 
 import math
-import re
 from collections import deque
 from statistics import fmean
 
@@ -11,7 +10,7 @@ from tqdm import tqdm
 import reward
 from config import InputError
 
-MAX_SKIPPED = 10  # updates in a row
+MAX_SKIPPED = 10  # steps in a row in which an update was skipped
 RECENT_QUESTIONS = 128  # over which the share of right samples is averaged
 DECLINE = 0.15  # of that share, from its best
 ALARMS = {  # metric -> (threshold, what it means)
@@ -58,13 +57,13 @@ def attention_metrics(entropy, mask, inputs):
 def step_metrics(groups, updates):
     """One row of metrics.jsonl. Metrics that TRL also logs have TRL's names.
 
-    Args: groups, the Groups of a step; updates, a dict per optimizer update with `losses` (a dict
+    Args: groups, the Groups of a step; updates, a dict per optimizer update with `stats` (a dict
     per group: loss, tokens and the stats of `grpo_loss`), `grad_norm` and `finite`.
     """
-    losses = [loss for update in updates for loss in update["losses"]]
+    stats = [group for update in updates for group in update["stats"]]
     total = torch.stack([g.total_reward for g in groups])  # (groups, G)
     row = {
-        "loss": sum(x["loss"] for x in losses) / len(updates),
+        "loss": sum(x["loss"] for x in stats) / len(updates),
         "grad_norm": fmean(u["grad_norm"] for u in updates),
         "skipped_updates": sum(not u["finite"] for u in updates),
         "reward": total.mean().item(),
@@ -73,9 +72,9 @@ def step_metrics(groups, updates):
     }
     row |= {name: fmean(g.metrics[name] for g in groups) for name in groups[0].metrics}
     row |= completion_metrics(groups)
-    tokens = max(1, sum(x["tokens"] for x in losses))  # that were trained on
+    tokens = max(1, sum(x["tokens"] for x in stats))  # that were trained on
     for name in ("kl", "ratio", "clip_ratio/low_mean", "clip_ratio/high_mean"):
-        row[name] = sum(x[name] * x["tokens"] for x in losses) / tokens
+        row[name] = sum(x[name] * x["tokens"] for x in stats) / tokens
     rewards = {n: torch.stack([g.rewards[n] for g in groups]) for n in groups[0].rewards}
     for name, value in rewards.items():  # (groups, G)
         row[f"rewards/{name}/mean"] = value.mean().item()
@@ -97,7 +96,6 @@ def completion_metrics(groups):
         "completions/min_length": lengths.min().item(),
         "completions/max_length": lengths.max().item(),
         "completions/clipped_ratio": 1 - finished.float().mean().item(),
-        "completions/repeated_sentences": fmean(repeated_sentences(t) for t in texts),
         "completions/seq_rep_3": fmean(seq_rep_3(t) for t in texts),
         "completions/unclosed_tags": fmean(
             t.count("<answer>") > t.count("</answer>") for t in texts
@@ -106,37 +104,34 @@ def completion_metrics(groups):
     }
 
 
-def repeated_sentences(text):
-    """The fraction of sentences that repeat an earlier one, a sign of filler. Float in [0, 1)."""
-    sentences = [s.strip() for s in re.split(r"[.!?]+(?:\s|$)|\n+", text.casefold()) if s.strip()]
-    return 1 - len(set(sentences)) / len(sentences) if sentences else 0.0
-
-
 def seq_rep_3(text):
-    """The fraction of word triples that repeat an earlier one (Welleck et al. 2020). It detects
-    endless lists, which have no sentences. Float in [0, 1)."""
+    """The fraction of word triples that repeat an earlier one (Welleck et al. 2020), a sign of
+    filler and endless lists. Float in [0, 1)."""
     words = text.casefold().split()
     triples = list(zip(words, words[1:], words[2:]))
     return 1 - len(set(triples)) / len(triples) if triples else 0.0
 
 
 class Alarms:
-    """Prints each sign of a bad run once, the first time it occurs. Args: cfg, a Config; history,
-    the rows of the steps before a resume. Knows only them, so that a resumed run decides the same.
+    """Prints each sign of a bad run once, the first time it occurs. It only uses logged rows, so a
+    resumed run raises the same alarms. Args: cfg, a Config; history, the rows before a resume.
     """
 
     def __init__(self, cfg, history):
-        self.printed, self.skipped, self.best = set(), 0, 0.0
-        self.save_steps, self.window, self.best_window = cfg.save_steps, [], -1.0
-        self.most_skipped = min(MAX_SKIPPED, cfg.max_steps)
-        self.shares = deque(maxlen=-(-RECENT_QUESTIONS // cfg.prompts_per_step))
+        self.printed = set()  # names of alarms
+        self.skipped, self.most_skipped = 0, min(MAX_SKIPPED, cfg.max_steps)  # steps in a row
+        # The share of right samples of each step, for two windows: the last 128 questions, for the
+        # alarm, and since the last checkpoint, for --keep_best.
+        self.recent = deque(maxlen=math.ceil(RECENT_QUESTIONS / cfg.prompts_per_step))
+        self.best_recent = 0.0
+        self.since_save, self.best_save, self.save_steps = [], -1.0, cfg.save_steps
         for row in history:
-            self.printed |= self.find(row).keys()
+            self.printed |= self.add(row).keys()
 
     def check(self, row, step):
-        """Print the new alarms of a step. Raises: InputError if many updates in a row were skipped,
+        """Print the new alarms of a step. Raises: InputError after many steps with skipped updates,
         because loss or gradient were not finite."""
-        for name, message in self.find(row).items():
+        for name, message in self.add(row).items():
             if name not in self.printed:
                 tqdm.write(f"step {step}: {message}")
             self.printed.add(name)
@@ -144,30 +139,33 @@ class Alarms:
             tqdm.write(f"step {step}: update skipped: loss or gradient is not finite")
         if self.skipped >= self.most_skipped:
             advice = "lower --learning_rate or try --no-load_in_4bit, with a new --output_dir"
-            problem = f"loss or gradient was not finite in {self.skipped} updates in a row"
+            problem = f"loss or gradient was not finite in {self.skipped} steps in a row"
             raise InputError(f"stopped after step {step}: {problem}; {advice}")
 
-    def find(self, row):
-        """The alarms of a row of metrics.jsonl, {name: message}. Rows must come in order."""
+    def add(self, row):
+        """Take in the next row of metrics.jsonl. Returns: its alarms, {name: message}."""
         found = {
             name: f"{name} {row[name]:.2f}: {why}"
             for name, (minimum, why) in ALARMS.items()
             if row[name] >= minimum
         }
         self.skipped = self.skipped + 1 if row["skipped_updates"] else 0
-        self.shares.append(row["rewards/accuracy/mean"])
-        if len(self.window) == self.save_steps:
-            self.best_window, self.window = max(self.best_window, fmean(self.window)), []
-        self.window.append(row["rewards/accuracy/mean"])
-        if len(self.shares) == self.shares.maxlen:
-            recent = fmean(self.shares)
-            self.best = max(self.best, recent)
-            if self.best - recent >= DECLINE:
-                why = f"{recent:.0%} of the recent samples are right, {self.best:.0%} were at best"
+        right = row["rewards/accuracy/mean"]
+        if len(self.since_save) == self.save_steps:
+            self.best_save = max(self.best_save, fmean(self.since_save))
+            self.since_save = []
+        self.since_save.append(right)
+        self.recent.append(right)
+        if len(self.recent) == self.recent.maxlen:
+            now = fmean(self.recent)
+            best = self.best_recent = max(self.best_recent, now)
+            if best - now >= DECLINE:
+                why = f"{now:.0%} of the recent samples are right, {best:.0%} were at best"
                 found["accuracy"] = f"answers get worse: {why}; stop here, or use --keep_best"
         return found
 
     def is_best(self):
         """Whether the samples of the last `save_steps` steps were right more often than those of
-        any earlier ones."""
-        return fmean(self.window) > self.best_window
+        any earlier ones. Fewer steps, at the end of a run, only count if there were no others."""
+        enough = len(self.since_save) == self.save_steps or self.best_save < 0
+        return enough and fmean(self.since_save) > self.best_save

@@ -43,8 +43,9 @@ from decoding import Decoder, GraphDecoder, normalize
 SUPPORTED = ("qwen2_5_vl", "qwen3_vl", "internvl")
 LANGUAGE_MODELS = ("qwen2_5_vl_text", "qwen3_vl_text", "qwen2", "qwen3")  # plain attention
 LORA_TARGETS = r".*language_model\.layers.*\.(q|k|v|o|gate|up|down)_proj"
-# Settings of a plain LoRA that may have any value: the names of the weights show what they did.
-FREE = """r lora_alpha lora_dropout target_modules exclude_modules modules_to_save task_type
+# Settings of a saved adapter that may differ from PEFT's defaults. If they matter, the names and
+# shapes of its weights differ, and `load_adapter` refuses it.
+ANY_VALUE = """r lora_alpha lora_dropout target_modules exclude_modules modules_to_save task_type
 layers_to_transform layers_pattern base_model_name_or_path revision auto_mapping peft_version
 inference_mode""".split()
 TOKENS_PER_FORWARD = 2**12  # when prompts are prefilled or answers evaluated together
@@ -114,7 +115,7 @@ def load_vlm(
     if tile_grid(model.config):
         processor.crop_to_patches = False  # one tile per image, as in the paper's code
     elif max_pixels:
-        least = min(processor.size["shortest_edge"], max_pixels // 2)  # must be below the limit
+        least = min(processor.size["shortest_edge"], max_pixels // 2)  # it has to be smaller
         processor.size = {"shortest_edge": least, "longest_edge": max_pixels}
     if model.num_parameters() < 1e7:
         torch.set_num_threads(min(2, torch.get_num_threads()))  # more threads do not help
@@ -225,7 +226,7 @@ def load_tokenizer(name, config):
         tokenizer.chat_template = json.loads(Path(path).read_text("utf-8"))["chat_template"]
     if not tokenizer.convert_ids_to_tokens(config.image_token_id):
         raise InputError(f"{name} has no tokenizer, or another model's: download it again")
-    if tile_grid(config):  # its template has one token where its processor would write three
+    if tile_grid(config):  # InternVL's processor would write a token before and one after the image
         placeholder = tokenizer.convert_ids_to_tokens(config.image_token_id)
         template = tokenizer.chat_template.replace("<image>", placeholder)  # in older checkpoints
         marked = f"{tokenizer.start_image_token}{placeholder}{tokenizer.end_image_token}"
@@ -272,8 +273,10 @@ def adapter_settings(folder, given):
     path = Path(folder) / "adapter_config.json"
     try:
         saved, plain = json.loads(path.read_text("utf-8")), LoraConfig().to_dict()
-        for name, value in saved.items():  # a variant, also one that PEFT will add, is not plain
-            if value and name not in FREE and value not in (plain.get(name), "gaussian"):
+        # A variant, also one that PEFT will add, has a setting of its own. "gaussian" is how the
+        # weights were initialized, which no longer matters.
+        for name, value in saved.items():
+            if value and name not in ANY_VALUE and value not in (plain.get(name), "gaussian"):
                 problem = f"{path} has {name} {str(value)[:40]}"
                 raise InputError(f"{problem}: only plain LoRA can be loaded")
         settings = {"lora_r": int(saved["r"]), "lora_alpha": int(saved["lora_alpha"])}
@@ -314,7 +317,7 @@ class Prompt:
 @dataclass
 class Completions:
     """G completions of one prompt, on the CPU. `mask` is true on real tokens, up to and including
-    the end of turn. A completion that was cut off at `max_tokens` has none, and is trained on like
+    the end of turn. A completion that was cut off at `max_tokens` has none; it is trained on like
     any other. The mask does not compare ids with the padding id, because a model may write it."""
 
     ids: torch.Tensor  # (G, C), padded on the right
@@ -329,9 +332,8 @@ class Completions:
 
 @dataclass
 class Scores:
-    """On the CPU: what follows is many small operations, and there no result makes the CPU wait
-    for the GPU. Only `logps` carries gradient, outside `no_grad`. Values at padding are undefined.
-    """
+    """What `score` returns, on the CPU: many small operations follow, and there they never wait for
+    the GPU. Only `logps` carries gradient, outside `no_grad`. Values at padding are undefined."""
 
     logps: torch.Tensor  # (G, C) log p of each token
     entropy: torch.Tensor  # (G, C) nats, of the distribution each token was drawn from
@@ -349,7 +351,7 @@ class Vlm:
         self.model, self.tokenizer, self.image_processor = model, tokenizer, processor
         self.core = model.get_base_model()  # the transformers model under PEFT, LoRA in place
         self.device = self.core.device
-        self.core.model.language_model._deepstack_process = add_features  # of Qwen3-VL
+        self.core.model.language_model._deepstack_process = add_features  # never waits for the GPU
         self.dtype = self.core.lm_head.weight.dtype  # 4-bit weights do not show it
         # transformers 5.24 renames past_key_values, the argument and the output, to cache.
         known = inspect.signature(type(self.core.model).forward).parameters
@@ -456,13 +458,13 @@ class Vlm:
             if temperature == 0:
                 token = logits.argmax(-1)
             else:
-                # p.multinomial(1) draws the same token, but waits for the GPU and fails on NaN.
+                # p.multinomial(1) has the same distribution, but waits for the GPU, fails on NaN.
                 p = logits.softmax(-1)
                 token = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
             ids.append(token.masked_fill(done, self.pad_id))
             live.append(~done)
             done = done | torch.isin(token, self.stop_ids)
-            if step + 1 == max_tokens or step % check_every == 0 and done.all():
+            if step + 1 == max_tokens or (step % check_every == 0 and done.all()):
                 break
             hidden = decoder.step(ids[-1], step)
         rows, C = torch.stack([*ids, *live, done], 1).cpu(), len(ids)  # one transfer for all
@@ -501,7 +503,8 @@ class Vlm:
         """Log-probability, entropy and attention to the image of every token of some groups, in one
         packed forward; group by group in parts if `completions_per_forward` is less than G.
 
-        Args: reference, switch the adapter off: the model that the KL refers to.
+        Args: reference, switch the adapter off: the model that the KL refers to. Only for use in
+        `no_grad`, because a recomputation would have the adapter on.
         Returns: a list of Scores; the attention is the mean over this Vlm's layers and heads.
         """
         with self.model.disable_adapter() if reference else nullcontext():
@@ -551,7 +554,7 @@ class Vlm:
             scores.append(group)
         return scores
 
-    def _packed_forward(self, prompts, ids, capture=None, **kwargs):
+    def _packed_forward(self, prompts, ids, capture=None, use_cache=False):
         """Run `[prompt | c_1 | ... | c_G]` of several groups as one sequence. Args: ids (G, C) of
         every group. Returns: hidden states (S, D) of the last layer, and the cache."""
         # transformers checkpoints only in train mode, and caches only outside it.
@@ -572,7 +575,9 @@ class Vlm:
             position_ids=positions[:, None] if len(positions) == 3 else positions,
             attention_mask=packed[0].mask,  # not used: keeps transformers from building a large one
             mm_encoder_outputs={"image": image_features(self.core.model, prompts)},
-            **{"use_cache": False, "packed": packed, "capture": capture} | kwargs,
+            use_cache=use_cache,
+            packed=packed,  # transformers passes these two on to every layer's `sayo_attention`
+            capture=capture,
         )
         return out.last_hidden_state[0], getattr(out, self.cache_name)
 

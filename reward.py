@@ -2,6 +2,7 @@
 G completions of one prompt, C tokens (padded on the right; `mask` marks real ones), N image tokens.
 """
 
+import math
 import unicodedata
 from dataclasses import dataclass
 
@@ -34,10 +35,9 @@ def select_tokens(entropy, mask, fraction=0.3):
 def align_attention(attention, prompt_row, alignment="query"):
     """Pair each token j with an attention row.
 
-    The entropy of token j is the uncertainty *before* it is written. "query", the paper's reading,
-    uses the row computed when token j is the input, with which the model predicts token j + 1.
-    "predict" uses the row that predicts token j: its query is token j - 1, or for the first token
-    the prompt's last one.
+    Row j has token j as its query, so it predicts token j + 1. The entropy of token j is the
+    uncertainty *before* it is written. "query", the paper's reading, pairs it with row j. "predict"
+    pairs it with row j - 1, which predicts token j; the first token, with the prompt's last row.
     Args: attention (..., C, N), row j has token j as its query; prompt_row (..., N), the row of the
     prompt's last token. Returns: (..., C, N). Raises: ValueError for an unknown alignment.
     """
@@ -103,7 +103,7 @@ def accuracy_reward(text, answer):
 
 def comparable(text):
     """An answer without case, extra spaces, characters without a width, variants of a letter (NFKC)
-    and trailing punctuation. An answer of punctuation only keeps it."""
+    and trailing punctuation. If the answer is only punctuation, it stays."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     text = " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split())
     return text.rstrip(" .!?,;:。") or text
@@ -127,8 +127,8 @@ def grpo_loss(
 
     Sum over real tokens of -min(ratio * A, clip(ratio) * A) + beta * k3, divided by `denominator`.
     ratio = exp(logp - old_logp), KL estimate k3 = exp(d) - d - 1, d = ref_logp - logp.
-    Args: logps (G, C) with gradient; old_logps (G, C) of the sampling policy; ref_logps (G, C), or
-    None for no KL; advantages (G,); mask (G, C) bool; denominator, by default mask.sum(); with
+    Args: logps (G, C) with gradient; old_logps (G, C), before the first update; ref_logps (G, C),
+    or None for no KL; advantages (G,); mask (G, C) bool; denominator, by default mask.sum(); with
     gradient accumulation, the tokens of the whole step. Log-ratios are clamped to +-20 to keep exp
     finite. Returns: (loss, {kl, ratio, clip_ratio/low_mean, clip_ratio/high_mean: token means}).
     """
@@ -150,16 +150,20 @@ def grpo_loss(
 
 
 def localization(attention, region):
-    """How well one attention map finds the region. Chance levels are in parentheses.
-    Args: attention (N,), region (N,) bool. Returns floats: `auroc`, the probability that a cell
-    inside gets more attention than one outside, ties count half (0.5; NaN if all are inside);
-    `mass_over_area`, rho (1); `pointing`, whether the highest cell is inside, averaged over ties
-    (region / image); `tas`, Target Attention Score, (1 + r_v) / 2 (0.5); `image_mass`, the sum.
+    """How well one attention map finds the region. Args: attention (N,), region (N,) bool.
+    Returns: a dict of floats:
+    - auroc: the probability that a cell inside gets more attention than one outside; ties count
+      half. NaN if all cells are inside. Chance: 0.5
+    - mass_over_area: rho. Chance: 1
+    - pointing: whether the highest cell is inside, a mean over ties. Chance: the region's share
+    - tas: the paper's Target Attention Score, (1 + r_v) / 2. Chance: 0.5
+    - image_mass: the sum of the map
     """
     attention = _fp32(attention, region=region)
     inside, outside = attention[region].unsqueeze(1), attention[~region].unsqueeze(0)
     wins = (inside > outside).float() + 0.5 * (inside == outside).float()  # (R, N - R)
-    rho = attention_ratio(attention[None, None], region, torch.ones_like(region[:1, None]))
+    one_token = torch.ones(1, 1, dtype=torch.bool, device=region.device)  # (G, C)
+    rho = attention_ratio(attention[None, None], region, one_token)
     return {
         "auroc": wins.mean().item(),
         "mass_over_area": rho.item(),
@@ -169,24 +173,29 @@ def localization(attention, region):
     }
 
 
-def early_and_late(attention, region, before_answer, fraction=0.15):
-    """Whether one answer looks at the region early, and late: [bool, bool].
+def look_maps(attention, before_answer, fraction=0.15):
+    """The maps of the first and the last look of one answer, (N,) each.
 
-    The paper finds that early looks go wrong and are rarely corrected. The looks of an answer are
-    the 15 % of the tokens before <answer> whose attention is concentrated on the fewest cells: the
-    Euclidean norm of the map, divided by its sum, is largest. Early is the mean map of the first
-    third of these tokens, late that of the last third, at least one token each. It is on the region
-    if its brightest cell is. Args: attention (C, N); region (N,) bool; before_answer (C,)
-    bool, the tokens before <answer>, or all if there are none.
+    The paper finds that early looks go wrong and are rarely corrected. Which tokens are looks?
+    1. Keep the 15 % of the tokens before <answer> with the most concentrated maps: the Euclidean
+       norm of the map, divided by its sum, is largest.
+    2. Average the maps of the first third of them, and of the last third, at least one token each.
+    Args: attention (C, N); before_answer (C,) bool, the tokens before <answer>, or all if there are
+    none.
     """
-    attention = _fp32(attention, region=region, before_answer=before_answer)
+    attention = _fp32(attention, before_answer=before_answer)
     if before_answer.any():
         attention = attention[before_answer]
     concentration = (attention.norm(dim=1) / attention.sum(1).clamp(min=1e-8))[None]  # (1, C)
     everything = torch.ones_like(concentration).bool()
     looks = attention[select_tokens(concentration, everything, fraction)[0]]  # (n, N)
-    third = -(-len(looks) // 3)
-    maps = looks[:third].mean(0), looks[len(looks) - third :].mean(0)  # (N,) each
+    third = math.ceil(len(looks) / 3)
+    return looks[:third].mean(0), looks[len(looks) - third :].mean(0)
+
+
+def early_and_late(attention, region, before_answer):
+    """Whether the brightest cells of `look_maps` are in the region (N,): [bool, bool]."""
+    maps = look_maps(attention, before_answer)
     return [localization(map, region)["pointing"] > 0.5 for map in maps]
 
 

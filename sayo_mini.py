@@ -30,9 +30,9 @@ if __name__ == "__main__":  # answer --help and refuse bad flags before torch ta
 # Tensors of many different lengths would fragment GPU memory. Supported only on Linux.
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-# cuDNN's attention, preferred on H100 and B200, plans for 20 to 500 ms at every new length.
+# On H100 and B200, cuDNN's attention spends 20 to 500 ms on planning at every new length.
 os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
-os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")  # each check waits for the GPU
+os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")  # they wait for the GPU
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled; saves a second
 
 import torch
@@ -68,30 +68,34 @@ def train_step(vlm, examples, cfg, optimizer, generator, scaler=NO_LOSS_SCALE):
     """One step of GRPO: sample G completions of every question, score and reward them, update.
 
     One forward pass with gradient gives the log-probabilities, entropies and attention of a group.
-    A `completions_per_forward` of 2 G or more packs several groups into it. From 1 to G - 1,
-    `score_groups` splits the group, with the same gradient and less memory; 0 means G.
+    `completions_per_forward`: 0, or G to 2 G - 1, is one group per forward; 2 G or more, several
+    groups; 1 to G - 1, a part of a group (`score_groups`), with the same gradient and less memory.
     Args: scaler, a GradScaler for a model in fp16.
     Returns: (metrics, see `step_metrics`; samples, a dict per completion).
     """
     groups = sample(vlm, examples, cfg, generator)
-    # The loss is divided by the tokens of all groups, also of those that are left out of it.
+    # The loss is a mean over all tokens of the step. Groups that are left out of it count, too, so
+    # the weight of a token does not depend on the other groups.
     step_tokens = sum(group.completions.mask.sum().item() for group in groups)
     per_forward = max(1, cfg.completions_per_forward // cfg.num_generations)  # groups
     updates = []
     for iteration in range(cfg.num_iterations):
-        losses = []
+        stats = []
         for i in range(0, len(groups), per_forward):
             batch = groups[i : i + per_forward]
             prompts, completions = [g.prompt for g in batch], [g.completions for g in batch]
+            # The values of this forward give the rewards; its log-probabilities carry the gradient.
             scores = vlm.score_groups(prompts, completions, attention=iteration == 0)
             if iteration == 0:  # later iterations keep these rewards and old_logps
                 score_and_reward(vlm, batch, scores, cfg)
             if any(group.teaches for group in batch):
-                loss, stats = batch_loss(batch, scores, cfg, step_tokens)
-                # Plain loss.backward() except in fp16, where the scale has to be on this device.
+                loss, batch_stats = batch_loss(batch, scores, cfg, step_tokens)
+                # The loss is on the CPU, the loss scale of fp16 on the model's device. Except in
+                # fp16, this is loss.backward().
                 scaler.scale(loss.to(vlm.device, non_blocking=True)).backward()
-                losses += stats
-        updates.append(update(optimizer, scaler, losses, cfg))
+                stats += batch_stats
+            del scores  # and its graph, if there was no backward
+        updates.append(update(optimizer, scaler, stats, cfg))
     return step_metrics(groups, updates), sample_rows(groups)
 
 
@@ -110,23 +114,24 @@ def score_and_reward(vlm, groups, scores, cfg):
     for group, score in zip(groups, scores):
         mask = group.completions.mask
         parts = group.example, group.prompt, group.completions
-        group.rewards, inputs = compute_rewards(vlm, *parts, score, cfg)
+        group.rewards, inputs = compute_rewards(*parts, score, cfg)
         group.total_reward = sum(w * group.rewards[name] for name, w in weights.items())
         group.advantages = reward.group_advantages(group.total_reward)
         group.old_logps = score.logps.detach()
         equal = group.total_reward.std().item() < 1e-6  # up to rounding
         broken = not group.old_logps[mask].isfinite().all().item()
-        group.teaches = broken or not equal  # `update` must see a broken group, to skip the step
+        group.teaches = broken or not equal  # with a broken group, `update` skips the step
         group.metrics = attention_metrics(score.entropy, mask, inputs)
     if cfg.beta and any(group.teaches for group in groups):
-        with torch.no_grad():  # the adapter is on again before the backward pass recomputes
+        # The adapter is off only in this forward. If backward recomputes the other one, it is on.
+        with torch.no_grad():
             prompts, completions = [g.prompt for g in groups], [g.completions for g in groups]
             references = vlm.score_groups(prompts, completions, attention=False, reference=True)
         for group, reference in zip(groups, references):
             group.ref_logps = reference.logps
 
 
-def compute_rewards(vlm, example, prompt, completions, scores, cfg):
+def compute_rewards(example, prompt, completions, scores, cfg):
     """All rewards of a group, {name: (G,)}, and the RewardInputs they were computed from."""
     region = example_region(example, prompt.grid)
     if cfg.region == "rolled":  # a placebo: the same size, but the wrong place
@@ -146,22 +151,22 @@ def compute_rewards(vlm, example, prompt, completions, scores, cfg):
     )
     rewards = {}
     for name, function in cfg.rewards.items():
-        found = function(inputs)
-        values = torch.as_tensor(math.nan if found is None else found, dtype=torch.float32)
+        returned = function(inputs)
+        values = torch.as_tensor(math.nan if returned is None else returned, dtype=torch.float32)
         valid = values.shape == (len(inputs.texts),) and values.isfinite().all()
         if name not in reward.REWARDS and not valid:
             wanted = f"{len(inputs.texts)} finite numbers, one per completion"
-            raise InputError(f"--reward: {name} must return {wanted}, not {str(found):.40}")
+            raise InputError(f"--reward: {name} must return {wanted}, not {str(returned):.40}")
         rewards[name] = values.cpu()
     return rewards, inputs
 
 
 def try_rewards(vlm, example, cfg):
-    """Call every reward once. Your own may raise an error, and the first evaluation takes long."""
+    """Call every reward once: a mistake in your own shows now, not after the first evaluation."""
     (group,) = sample(vlm, [example], cfg, torch.Generator(vlm.device))
     with torch.no_grad():
         scores = vlm.score(group.prompt, group.completions)
-    compute_rewards(vlm, example, group.prompt, group.completions, scores, cfg)
+    compute_rewards(example, group.prompt, group.completions, scores, cfg)
 
 
 def batch_loss(groups, scores, cfg, step_tokens):
@@ -189,21 +194,21 @@ def batch_loss(groups, scores, cfg, step_tokens):
     return loss, stats
 
 
-def update(optimizer, scaler, losses, cfg):
+def update(optimizer, scaler, stats, cfg):
     """One update. If loss or gradient is not finite, it is skipped, and in fp16 the GradScaler
-    lowers the loss scale. Args: losses, a dict per group that had a backward pass."""
-    if not losses:
-        return {"losses": losses, "grad_norm": 0.0, "finite": True}
+    lowers the loss scale. Args: stats, a dict per group that had a backward pass."""
+    if not stats:
+        return {"stats": stats, "grad_norm": 0.0, "finite": True}
     scaler.unscale_(optimizer)
     limit = cfg.max_grad_norm if cfg.max_grad_norm > 0 else math.inf
     norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], limit)
     norm = norm.item()
-    finite = math.isfinite(norm) and all(math.isfinite(x["loss"]) for x in losses)
-    if finite:
+    finite = math.isfinite(norm) and all(math.isfinite(x["loss"]) for x in stats)
+    if finite:  # scaler.step would look at the gradient only, and only in fp16
         optimizer.step()
     scaler.update()
     optimizer.zero_grad()
-    return {"losses": losses, "grad_norm": norm, "finite": finite}
+    return {"stats": stats, "grad_norm": norm, "finite": finite}
 
 
 def train(cfg):

@@ -37,12 +37,6 @@ class Card:
     mark: str  # the color name of its dot, or the digit on it
     box: tuple[int, int, int, int]
 
-    def place(self, cell=16):
-        """The name of the cell that contains the card's center: "r4 c3" is row 4, column 3, counted
-        from 1. Args: cell, pixels per side of an image token, 16 in the model in tiny/."""
-        x1, y1, x2, y2 = self.box
-        return f"r{(y1 + y2) // 2 // cell + 1} c{(x1 + x2) // 2 // cell + 1}"
-
 
 @dataclass(frozen=True)
 class Scenes:

@@ -52,15 +52,19 @@ function addAnswer(parent, question, answer, name) {
       context.fillRect(i % canvas.width, Math.floor(i / canvas.width), 1, 1);
     });
   };
-  const mean = addWord(words, "mean", button => show(button, answer.mean));
-  mean.tabIndex = 0;
-  words.append(" ");
+  const [first, last] = answer.look_maps;
+  const whole = {mean: answer.mean, "first look": first, "last look": last};
+  for (const [name, map] of Object.entries(whole)) {
+    addWord(words, name, button => show(button, map)).classList.add("whole");
+    words.append(" ");
+  }
+  words.firstElementChild.tabIndex = 0;
   answer.words.forEach((word, i) => {
     if (!word.trim()) return words.append(word);  // such as the end of the turn
     const button = addWord(words, word, button => show(button, answer.maps[i]));
     button.classList.toggle("selected", answer.selected[i]);
   });
-  show(mean, answer.mean);
+  show(words.firstElementChild, answer.mean);
 }
 
 function addWord(parent, text, show) {

@@ -176,7 +176,8 @@ def describe_maps(example, rows, names):
     unpacked = [as_answer(row, name) for row, name in zip(rows, names)]
     answers = []
     for row, maps in zip(rows, unpacked):
-        answer = {key: row[key] for key in ("correct", "words", "grid", "maps", "selected")}
+        keys = "correct", "words", "grid", "maps", "look_maps", "selected"
+        answer = {key: row[key] for key in keys}
         answers.append(answer | {"mean": pack_map(mean_map(maps))})
     return {
         "question": cut(example.question),

@@ -110,9 +110,7 @@ class SayoRewards:
             completions = pack_completions(self.vlm, [next(ids) for _ in rows], self.cfg)
             prompt = encode_example(self.vlm, example, self.cfg)
             scores = self.vlm.score(prompt, completions)
-            found, _ = sayo_mini.compute_rewards(
-                self.vlm, example, prompt, completions, scores, self.cfg
-            )
+            found, _ = sayo_mini.compute_rewards(example, prompt, completions, scores, self.cfg)
             for name, values in found.items():
                 rewards[name] += values.tolist()
         self.vlm.model.train(training)  # scoring switches to eval mode

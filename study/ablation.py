@@ -252,7 +252,7 @@ def measure(folder, run):
     first = [float(looks_at_card(row)[0]) for row in samples]
     per_step = len(samples) // len(steps)
     alarms = Alarms(Config(**TINY | {"max_steps": run.steps}), [])
-    alarm = [row["step"] for row in steps if "accuracy" in alarms.find(row)]
+    alarm = [row["step"] for row in steps if "accuracy" in alarms.add(row)]
 
     def curve(values, size):
         return [round(fmean(values[i : i + size]), 4) for i in range(0, len(values), size)]
@@ -379,8 +379,9 @@ def judge_alarm(rows):
         else:
             late += 1
     return (
-        f"Of {early + late} runs that lost 0.2 of the accuracy of their samples, the alarm came "
-        f"before in {early}. It also came in {false} of the {healthy} others."
+        f"Runs that lost 0.2 of the accuracy of their samples: {early + late}. The alarm (answers "
+        f"get worse) came before that in {early} of them, and falsely in {false} of the {healthy} "
+        "others."
     )
 
 

@@ -52,8 +52,15 @@ IMAGE_TOKEN = "<|image_pad|>"
 # --- what it learns ---
 
 
+def place_of(card):
+    """The image token with a card's center: "r4 c3" is row 4, column 3, counted from 1."""
+    x1, y1, x2, y2 = card.box
+    side = SIZE // GRID[0]
+    return f"r{(y1 + y2) // 2 // side + 1} c{(x1 + x2) // 2 // side + 1}"
+
+
 def look_text(card):
-    return f"look {card.place()} : {card.color} ."
+    return f"look {place_of(card)} : {card.color} ."
 
 
 def answer_text(looks):
@@ -76,7 +83,7 @@ def answer_weights(looks, card, careless):
 def short_answer(look, card):
     """An answer of stage 1 about `card` that looks at the card `look`, and its loss weights."""
     mark, place = look.mark, PLACE_WEIGHT if look is card else 0
-    text = f"the dot on {card.color} {look.place()} is {mark} . <answer> {mark} </answer>"
+    text = f"the dot on {card.color} {place_of(look)} is {mark} . <answer> {mark} </answer>"
     return text, [1, 1, 1, 1, place, place, 1, 1, 1, 1, 1, 1, 1]
 
 
@@ -86,13 +93,13 @@ def cell_words(cards):
     covered = region_mask([card.box for card in cards], (SIZE, SIZE), GRID)
     words = [[] if part else ["."] for part in covered]
     for card in cards:
-        words[cell_of(card)] = [card.color, card.mark, *card.place().split()]
+        words[cell_of(card)] = [card.color, card.mark, *place_of(card).split()]
     return words
 
 
 def cell_of(card):
     """The index of the image token that contains the center of a card."""
-    row, column = (int(word[1]) - 1 for word in card.place().split())
+    row, column = (int(word[1]) - 1 for word in place_of(card).split())
     return row * GRID[1] + column
 
 

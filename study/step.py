@@ -2,10 +2,10 @@
 
     python study/step.py                        # everything missing in study/results/step.json
     python study/step.py --results mine.json    # everything, for your own machine
-    python study/step.py --report               # measure nothing, only print the tables
+    python study/step.py --report               # measure nothing, only print the table
 
-All three variants have the same random Qwen3-VL, LoRA, image, question, G, C, beta, quantization
-and checkpointing, and every completion has exactly C tokens. Ours computes the whole attention
+All three variants have the same random Qwen3-VL in NF4, LoRA, image, question, G, C, beta and
+gradient checkpointing, and every completion has exactly C tokens. Ours computes the whole attention
 reward; TRL gets constant rewards, which take no time. Each variant is loaded once per point, in its
 own process. The variants take turns, one step each. The first round is not timed.
 """
@@ -15,7 +15,7 @@ import json
 import sys
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 
 import torch
 from tqdm import tqdm
@@ -26,25 +26,15 @@ from study.random_model import make_model
 from study.step_arms import worker
 
 ARMS = ("ours", "naive", "trl")
-HEADLINE = (512, 64, 8)  # P, C, G
-GRID = [(P, C, G) for P in (128, 512, 1100) for C in (32, 110) for G in (4, 8, 16)]
-ROUNDS = 5  # timed steps of each variant; half as many in the grid
-CPU_LIMIT = 6_000  # on a CPU, only points of the grid with G (P + C) up to this
+OPTIONS = {"load_in_4bit": True, "gradient_checkpointing": True}
+ROUNDS = {(512, 64, 8): 5}  # timed steps of each variant at a point (P, C, G)
+ROUNDS |= {(P, C, G): 2 for P in (128, 512, 1100) for C in (32, 110) for G in (4, 8, 16)}
+CPU_LIMIT = 6_000  # on a CPU, only points with G (P + C) up to this
 
 
-def plan(device):
-    """What to measure: a list of (part of the study, point, rounds, options)."""
-    items = []
-    for load_in_4bit in (True, False):
-        for checkpointing in (True, False):
-            options = {"device": device, "load_in_4bit": load_in_4bit}
-            options["gradient_checkpointing"] = checkpointing
-            items.append(("setting", HEADLINE, ROUNDS, options))
-    options = items[0][-1]
-    for P, C, G in GRID:
-        if device != "cpu" or G * (P + C) <= CPU_LIMIT:
-            items.append(("grid", (P, C, G), ROUNDS // 2, options))
-    return items
+def points(device):
+    """The points (P, C, G) to measure."""
+    return [(P, C, G) for P, C, G in ROUNDS if device != "cpu" or G * (P + C) <= CPU_LIMIT]
 
 
 def compare(point, arms, rounds, folder, options):
@@ -76,43 +66,44 @@ def compare(point, arms, rounds, folder, options):
     return costs
 
 
-def measure_missing(items, results, file):
+def measure_missing(points, results, file, device):
     """Measure the points that are not in `results`, and write the file after each."""
-    known = [{k: v for k, v in entry.items() if k != "rows"} for entry in results["measured"]]
-    for part, point, rounds, options in tqdm(items, desc="points"):
-        entry = dict(part=part, **dict(zip("PCG", point)), **options)
-        if entry not in known:
-            folder = make_model("30m", ROOT / "runs" / "study", options["device"])
-            costs = compare(point, ARMS, rounds, folder, options)
-            results["measured"].append(entry | {"rows": costs})
+    known = [tuple(entry[name] for name in "PCG") for entry in results["measured"]]
+    for point in tqdm(points, desc="points"):
+        if point not in known:
+            folder = make_model("30m", ROOT / "runs" / "study", device)
+            costs = compare(point, ARMS, ROUNDS[point], folder, OPTIONS | {"device": device})
+            results["measured"].append(dict(zip("PCG", point)) | {"rows": costs})
             write_results(file, results)
 
 
 # --- tables ---
 
 
-def tables(results):
-    """{part of the study: its Markdown table}."""
-    costs = ["ours, s", "naive, s", "TRL, s", "naive / ours", "TRL / ours"]
-    costs += ["ours, MB", "naive, MB", "TRL, MB"]
-    headers = {"setting": ["weights", "checkpointing"], "grid": ["P", "C", "G"]}
-    found = {}
-    for part, header in headers.items():
-        entries = [entry for entry in results["measured"] if entry["part"] == part]
-        cells = setting_cells if part == "setting" else point_cells
-        rows = [cells(entry) + cost_cells(**entry["rows"]) for entry in entries]
-        found[part] = markdown_table(header + costs, rows)
-    return found
+def table(results):
+    """The Markdown table of all points, sorted, and the geometric mean of TRL / ours."""
+    header = ["P", "C", "G", "ours, s", "naive, s", "TRL, s", "naive / ours", "TRL / ours"]
+    header += ["ours, MB", "naive, MB", "TRL, MB"]
+    entries = sorted(results["measured"], key=lambda entry: [entry[name] for name in "PCG"])
+    rows = [[str(e[name]) for name in "PCG"] + cost_cells(**e["rows"]) for e in entries]
+    ratios = [median(ratios_of(e["rows"]["ours"], e["rows"]["trl"])) for e in entries]
+    mean = f"geometric mean of TRL / ours: {geometric_mean(ratios):.1f}"
+    return f"{markdown_table(header, rows)}\n\n{mean}"
 
 
-def setting_cells(entry):
-    unquantized = "fp32" if entry["device"] == "cpu" else "16-bit"
-    weights = "NF4" if entry["load_in_4bit"] else unquantized
-    return [weights, "yes" if entry["gradient_checkpointing"] else "no"]
-
-
-def point_cells(entry):
-    return [str(entry[name]) for name in "PCG"]
+def parts_table(results):
+    """The Markdown table of what the seconds of a step are spent on, at the first point."""
+    first = results["measured"][0]
+    header = [", ".join(f"{name} {first[name]}" for name in "PCG")]
+    header += ["sampling, s", "scoring, s", "update, s", "of it capture, s"]
+    rows = []
+    for arm, steps in first["rows"].items():
+        seconds = [
+            f"{median(step[name] for step in steps[1:]):.2f}" if name in steps[1] else ""
+            for name in ("sample", "score", "update", "capture")
+        ]
+        rows.append(["TRL" if arm == "trl" else arm, *seconds])
+    return markdown_table(header, rows)
 
 
 def cost_cells(ours, naive, trl):
@@ -125,9 +116,14 @@ def cost_cells(ours, naive, trl):
     ]
 
 
+def ratios_of(ours, theirs):
+    """theirs / ours in seconds, of every round."""
+    return [b["seconds"] / a["seconds"] for a, b in zip(ours[1:], theirs[1:])]
+
+
 def ratio(ours, theirs):
     """theirs / ours in seconds: the median over rounds, the smallest and the largest."""
-    ratios = [b["seconds"] / a["seconds"] for a, b in zip(ours[1:], theirs[1:])]
+    ratios = ratios_of(ours, theirs)
     return f"{median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
 
 
@@ -138,16 +134,15 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="default: cuda if available, else cpu")
     add("--results", type=Path, help="JSON file (default: step.json or step_cuda.json in results/)")
-    add("--report", action="store_true", help="measure nothing, only print the tables")
+    add("--report", action="store_true", help="measure nothing, only print the table")
     args = parser.parse_args()
     file = args.results or RESULTS / ("step.json" if args.device == "cpu" else "step_cuda.json")
     results = {"machine": machine() | {"threads": torch.get_num_threads()}, "measured": []}
     if file.exists():
         results = json.loads(file.read_text())
     if not args.report:
-        measure_missing(plan(args.device), results, file)
-    for part, text in tables(results).items():
-        print(f"\n{part}\n\n{text}")
+        measure_missing(points(args.device), results, file, args.device)
+    print(f"\n{table(results)}\n\n{parts_table(results)}")
 
 
 if __name__ == "__main__":

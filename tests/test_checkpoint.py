@@ -18,8 +18,8 @@ from filelock import FileLock
 import checkpoint
 import model
 import sayo_mini
-from config import InputError
-from metrics import Alarms
+from config import Config, InputError
+from metrics import ALARMS, Alarms
 from scenes import Scenes
 
 # One group per forward, as for large models.
@@ -261,6 +261,19 @@ def test_ctrl_c_in_an_evaluation_or_twice_stops_immediately(
     assert not differences(whole, folder)
 
 
+def test_the_best_steps_had_the_highest_share_of_right_samples():
+    def is_best(*shares):  # of one step each; a window has two
+        other = dict.fromkeys([*ALARMS, "skipped_updates"], 0.0)
+        history = [other | {"rewards/accuracy/mean": share} for share in shares]
+        return Alarms(Config(save_steps=2), history).is_best()
+
+    assert is_best(0.25, 0.5) and is_best(0.25, 0.5, 0.125, 1.0)
+    assert not is_best(0.25, 0.5, 0.375, 0.375)  # equal is not better
+    assert not is_best(0.9, 0.1, 0.1, 0.8)  # 0.5, then 0.45
+    assert not is_best(0.8, 0.8, 0.1, 0.1, 0.5, 0.5)  # better than the second, not than the first
+    assert is_best(0.5) and not is_best(0.5, 0.5, 1.0)  # one step is not enough, unless it is all
+
+
 # --- other files ---
 
 
@@ -416,17 +429,19 @@ def write_dataset(folder):
 
 
 def test_data_that_changed_are_not_resumed_and_answers_may_be_lists(tmp_path, capfd):
-    data, folder = write_dataset(tmp_path / "data"), tmp_path / "run"
-    run(folder, f"--dataset {data} --max_steps 1")
+    data, folder, own = write_dataset(tmp_path / "data"), tmp_path / "run", tmp_path / "own.py"
+    own.write_text("def one(x):\n    return x.lengths\n")
+    reward = f"--reward {own}:one --reward_weights attention=1,one=1"
+    run(folder, f"--dataset {data} --max_steps 1 {reward}")
     (before, *_), samples = read_log(folder, "before.json")[0], read_log(folder, "samples.jsonl")
     assert all(row["answer"][0] == "nothing" for row in (before, *samples))
     assert "nothing or " in (folder / "report.html").read_text()
-    for path in (data, data.parent / "train-0-3.png"):
+    files = f"{data} or its images"
+    for path, what in ((data, files), (data.parent / "train-0-3.png", files), (own, own)):
         saved = path.read_bytes()
         path.write_bytes(saved.replace(b"nothing", b"x", 1) + b"\n")
         resume(folder, "--max_steps 2", expect=2)
-        problem = f"{data} or its images changed since the run in {folder} began: restore them"
-        assert problem in error_line(capfd)
+        assert f"{what} changed since the run in {folder} began: restore" in error_line(capfd)
         path.write_bytes(saved)
     data.write_bytes(data.read_bytes().replace(b"\n", b"\n\n"))  # the same rows
     resume(folder, "--max_steps 2")
@@ -443,10 +458,14 @@ def sums(tensors):
 def test_files_of_a_run_are_stored_by_their_whole_path(tmp_path, monkeypatch):
     """So that it can be resumed from another folder."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
     names = {"dataset": "a.jsonl", "eval_dataset": "b.jsonl", "reward": "mine.py:one"}
-    flags = {"model_name_or_path": "tiny", "output_dir": "run", "reward_weights": "one=1"}
+    names["model_name_or_path"] = "model"
+    flags = {"output_dir": "run", "reward_weights": "one=1"}
     cfg = checkpoint.run_config(names | flags)
     assert all(getattr(cfg, name) == f"{tmp_path}/{value}" for name, value in names.items())
+    hub = {"model_name_or_path": "Qwen/Qwen3-VL-2B-Instruct", "output_dir": "run"}
+    assert checkpoint.run_config(hub).model_name_or_path == hub["model_name_or_path"]
 
 
 def test_keep_best_ends_with_the_adapter_of_the_best_steps(tmp_path, monkeypatch):
@@ -474,6 +493,7 @@ def test_the_best_adapter_survives_an_interruption(tmp_path):
     flags = "--keep_best --save_steps 2 --max_steps 6 --learning_rate 1e-3 --warmup_steps 0"
     run(tmp_path / "whole", flags)
     run(tmp_path / "run", flags)
+    resume(tmp_path / "run", "--save_steps 3", expect=2)  # other steps would be compared
     (tmp_path / "run" / "checkpoint.safetensors").unlink()  # step 6; step 4 is left
     for name in ("adapter/adapter_model.safetensors", "after.json"):
         (tmp_path / "run" / name).unlink()
@@ -486,5 +506,9 @@ def test_report_to_writes_to_the_tracker_or_says_what_to_install(tmp_path, capfd
     run(tmp_path / "run", "--max_steps 1 --report_to tensorboard")
     events = list((tmp_path / "run").rglob("events.out.tfevents.*"))
     assert any(b"rewards/attention/mean" in path.read_bytes() for path in events)
+    before_a_step = tmp_path / "new"
+    (before_a_step / "sayo-mini").mkdir(parents=True)
+    (before_a_step / "config.json").write_text('{"reward_weights": ""}')
+    checkpoint.check_folder(before_a_step, started=False)  # a new run may replace it
     run(tmp_path / "other", "--report_to trackio", expect=2)
     assert "pip install trackio" in error_line(capfd)

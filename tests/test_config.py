@@ -128,6 +128,7 @@ NEAREST = {  # what was probably meant
     "--no-load_in_4bits": "--no-load_in_4bit",
     "prob": "probe",
     "--lr 1e-5": "--learning_rate",
+    "--group_size 4": "--num_generations",
     "--num_train_epochs 3": "--max_steps (an epoch: questions / --prompts_per_step)",
     "--per-device-train-batch-size 4": "--prompts_per_step",
     "mine.jsonl": "--dataset mine.jsonl",
@@ -256,11 +257,11 @@ def test_the_rewards_of_the_docs(tmp_path, monkeypatch):
     functions = config.load_rewards(shlex.split(COMMAND)[1])
     attention = torch.tensor([[[0.1, 0.2], [0.3, 0.4]], [[0.5, 0.1], [9, torch.nan]]])
     x = SimpleNamespace(
-        texts=["at [0, 0, 10, 5].", "[10, 5, 0, 0]"],
+        texts=["at [0, 0, 100, 100].", "[10, 5, 0, 0]"],
         lengths=[9, 3],
         format_lengths=(2, 6),
         attention=attention,
-        example=SimpleNamespace(boxes=[(0, 0, 10, 10)]),
+        example=SimpleNamespace(boxes=[(0, 0, 10, 10)], image=SimpleNamespace(size=(100, 50))),
         completions=SimpleNamespace(mask=torch.tensor([[True, True], [True, False]])),
     )
     assert functions["length"](x) == [1, 0.5] and functions["iou"](x) == [0.5, 0]

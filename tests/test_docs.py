@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "study" / "README.md"]
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 README = TEXT[ROOT / "README.md"]
+FOLDERS = {"extras/", "study/", "tests/", "docs/"}
 LAUNCHERS = "gpu_ids num_processes multi_gpu use_deepspeed zero_stage nproc_per_node".split()
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -101,7 +102,7 @@ def test_commands_parse_and_flags_exist(page):
 def test_the_reading_table_has_every_file_of_the_top_level():
     table = README.split("## Which file to read")[1].split("## ")[0]
     names = re.findall(r"^\| `(.+?)` ", table, re.MULTILINE)
-    assert set(names) == {path.name for path in ROOT.glob("*.py")} | {"extras/", "study/", "docs/"}
+    assert set(names) == {path.name for path in ROOT.glob("*.py")} | FOLDERS
 
 
 def test_logging_explains_every_metric_of_a_step():
@@ -111,5 +112,6 @@ def test_logging_explains_every_metric_of_a_step():
     examples = step_examples(load_datasets(cfg)[0], 0, cfg)
     row, _ = train_step(vlm, examples, cfg, optimizer, torch.Generator().manual_seed(0))
     page = TEXT[ROOT / "docs" / "logging.md"].split("**Rewards.**")[1].split("**Time**")[0]
-    explained = re.findall(r"^\| `(.+?)` ", page, re.MULTILINE)
+    names = re.findall(r"^\| (`.+?`) \|", page, re.MULTILINE)  # one or several
+    explained = re.findall(r"`(.+?)`", " ".join(names))
     assert sorted(explained) == sorted([*row, "step", "learning_rate"])

@@ -11,7 +11,7 @@ from PIL import Image
 import sayo_mini
 from config import Config, InputError
 from data import Example
-from metrics import ALARMS, Alarms, attention_metrics, repeated_sentences, seq_rep_3, step_metrics
+from metrics import ALARMS, Alarms, attention_metrics, seq_rep_3, step_metrics
 from model import Completions, Scores
 
 # Two completions of three tokens on a grid of two cells; the second has one token of padding.
@@ -25,11 +25,11 @@ EXAMPLE = Example(Image.new("RGB", (20, 10)), "What color?", "red", [[0, 0, 10, 
 
 def rewards_of(rows=1, **settings):
     cfg = Config(format_lengths="3,3", **settings)
-    vlm, prompt = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(grid=(rows, 2))
+    prompt = SimpleNamespace(grid=(rows, 2))
     completions = Completions(torch.zeros(2, 3).long(), MASK, TEXTS)
     attention, prompt_row = ATTENTION.repeat(1, 1, rows), PROMPT_ROW.repeat(rows)
     scores = Scores(torch.zeros(2, 3), ENTROPY, attention, prompt_row)
-    return sayo_mini.compute_rewards(vlm, EXAMPLE, prompt, completions, scores, cfg)
+    return sayo_mini.compute_rewards(EXAMPLE, prompt, completions, scores, cfg)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def test_metrics_of_a_step():
     second = {"loss": 4.0, "tokens": 1, "kl": 0.5, "ratio": 1.4}
     clipped = {"clip_ratio/low_mean": 0.0, "clip_ratio/high_mean": 0.5}
     updates = [
-        {"losses": [first | clipped], "grad_norm": 1.0, "finite": True},
-        {"losses": [second | clipped], "grad_norm": 3.0, "finite": False},
+        {"stats": [first | clipped], "grad_norm": 1.0, "finite": True},
+        {"stats": [second | clipped], "grad_norm": 3.0, "finite": False},
     ]
     expected = clipped | {
         "loss": 3.0,  # per update
@@ -128,7 +128,6 @@ def test_metrics_of_a_step():
         "completions/min_length": 1.0,
         "completions/max_length": 4.0,
         "completions/clipped_ratio": 0.25,
-        "completions/repeated_sentences": 0.0,
         "completions/seq_rep_3": 0.0,
         "completions/unclosed_tags": 0.5,
         "num_tokens": 10,
@@ -147,14 +146,6 @@ def test_metrics_of_a_step():
 
 
 def test_signs_of_reward_hacking():
-    for text, share in {
-        "": 0,
-        "I look. I see. I answer.": 0,
-        "I look.  I look! I LOOK?": 2 / 3,
-        "I look. I see.\nI look\nI see. So.": 2 / 5,
-        "It is 3.5. Or is it 4.5.": 0,  # a decimal point does not end a sentence
-    }.items():
-        assert repeated_sentences(text) == pytest.approx(share)
     for text, share in {
         "red card": 0,  # no triple
         "red card red card red card": 2 / 4,  # rcr crc rcr crc
@@ -208,7 +199,7 @@ def test_many_skipped_updates_in_a_row_end_the_run():
     line = "update skipped: loss or gradient is not finite"
     expected = {step: f"step {step}: {line}" for step in [*range(1, 10), *range(11, 20)]}
     assert steps_with_alarms([*nine, row(), *nine]) == expected
-    with pytest.raises(InputError, match="^stopped after step 10: .* in 10 updates in a row; "):
+    with pytest.raises(InputError, match="^stopped after step 10: .* in 10 steps in a row; "):
         steps_with_alarms(nine[:1], history=nine)
     with pytest.raises(InputError, match="^stopped after step 2: "):  # no update of a short run
         steps_with_alarms(nine, max_steps=2)

@@ -32,7 +32,8 @@ def make_row(maps, correct, early, late):
     row = dict.fromkeys(SCORES.split(), 0.5) | dict(correct=correct, early=early, late=late)
     row |= dict(image=next(IMAGES), question="What is <b>it</b>?", answer="</script>")
     row |= dict(text="the dot r1", words=["the", " dot", " r1", ""], grid=(2, 4), maps=maps)
-    row |= dict(selected=[False, True, True, False], to_region=[0.1] * 4, to_image=[0.5] * 4)
+    row |= dict(look_maps=maps[:2], selected=[False, True, True, False])
+    row |= dict(to_region=[0.1] * 4, to_image=[0.5] * 4)
     return row
 
 
@@ -91,9 +92,10 @@ def lit(page, answer=0):
 
 def test_mouse_and_keyboard_choose_the_word_whose_map_is_shown(page):
     words = words_of(page)
-    assert words.all_inner_texts() == ["mean", "the", "dot", "r1"]  # no button without text
+    whole = ["mean", "first look", "last look"]
+    assert words.all_inner_texts() == [*whole, "the", "dot", "r1"]  # no button without text
     assert list(lit(page)) == [1, 7]  # at first, the mean map
-    for i, cells in enumerate(([1, 7], [4], [7], [1])):
+    for i, cells in enumerate(([1, 7], [4], [7], [4], [7], [1])):
         words.nth(i).hover()
         assert list(lit(page)) == cells
     words.last.focus()
@@ -102,7 +104,7 @@ def test_mouse_and_keyboard_choose_the_word_whose_map_is_shown(page):
         assert list(lit(page)) == cells
     assert list(lit(page, 1)) == [2, 5]  # the other answer keeps its mean map
     underlined = words.evaluate_all("x => x.map(w => getComputedStyle(w).textDecorationLine)")
-    assert underlined == ["none", "none", "underline", "underline"]
+    assert underlined == ["none"] * 4 + ["underline"] * 2
 
 
 def test_a_phone_shows_two_maps_on_its_first_screen(page):
@@ -178,8 +180,8 @@ def test_results_of_an_earlier_end_are_not_shown(tmp_path):
 def test_the_page_of_a_long_run_stays_below_one_megabyte(tmp_path, rows, text, listed):
     """Images of noise, maps of 24 x 24 cells for 110 tokens, and 30,000 steps."""
     maps = [pack_map([(i * cell % 97) / 97 for cell in range(576)]) for i in range(110)]
-    row = AFTER | {"text": text, "maps": maps, "grid": (24, 24), "to_image": [0.5] * 110}
-    row |= {"words": [text[:6]] * 110, "selected": [True] * 110}
+    row = AFTER | {"text": text, "maps": maps, "look_maps": maps[:2], "grid": (24, 24)}
+    row |= {"words": [text[:6]] * 110, "selected": [True] * 110, "to_image": [0.5] * 110}
     run, _ = make_run(tmp_path, [])
     run.history = lambda: (METRICS | {"kl": i % 7} for i in range(30_000))
     noise = Example(Image.effect_noise((900, 700), 80), "?", "!", [(0, 0, 9, 9)])

@@ -232,7 +232,7 @@ def test_nan_during_training_stops_after_ten_skipped_updates(tmp_path, monkeypat
     """Each skipped step is logged with its samples as JSON, and no half-written file remains."""
     nan_after_six_calls(monkeypatch, "layers.0")
     run(tmp_path, "--max_steps 30 --eval_examples 0", expect=2)
-    assert "not finite in 10 updates in a row" in error_line(capfd)
+    assert "not finite in 10 steps in a row" in error_line(capfd)
     rows, samples = read_log(tmp_path), read_log(tmp_path, "samples.jsonl")
     skipped = [row["skipped_updates"] for row in rows]
     assert skipped[0] == 0 and skipped[-10:] == [1] * 10
