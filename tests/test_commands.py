@@ -35,9 +35,6 @@ def fails(capfd, flags):
     return error_line(capfd)
 
 
-# --- look ---
-
-
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory):
     """(flags that ask about a scene saved as a file, the flag with its box)"""
@@ -127,9 +124,6 @@ def test_a_mistake_is_one_line_before_the_model_loads(capfd, photo, run, monkeyp
     assert words.replace("{run}", str(run)) in fails(capfd, [*photo[0], *FAST, *flags])
 
 
-# --- probe ---
-
-
 @pytest.mark.parametrize("alignment", ["query", "predict"])
 def test_probe_agrees_with_an_evaluation_of_one_layer_and_head(alignment):
     cfg = Config(**PRESET | {"alignment": alignment})
@@ -182,9 +176,6 @@ def test_probe_recommends_nothing_if_no_head_is_above_chance(capsys):
     print_recommendation(tables_of([[0.55] * 2] * 2, [[0.5] * 2] * 2, spread=0.4), "query")
     out = capsys.readouterr().out
     assert "no head is above chance" in out and "--layers" not in out
-
-
-# --- check ---
 
 
 def write_set(folder, *changes):

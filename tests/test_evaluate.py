@@ -21,9 +21,6 @@ from scenes import Scenes
 CFG, INF = Config(**TINY), math.inf
 
 
-# --- evaluation
-
-
 @pytest.fixture(scope="module")
 def vlm():
     return load()
@@ -158,7 +155,19 @@ def test_maps_of_long_answers_are_pooled(vlm, monkeypatch, cells, grid):
         assert unpack_map(packed) == pytest.approx(expected.tolist(), abs=5e-3)
 
 
-# --- the table
+def test_a_row_tells_the_first_look_from_the_last(vlm):
+    """Of twenty words, three are looks: the first one at the region, the last one elsewhere."""
+    ids = vlm.tokenizer("look " * 20, return_tensors="pt").input_ids
+    completion = Completions(ids, torch.ones_like(ids).bool(), [vlm.tokenizer.decode(ids[0])])
+    attention = torch.full((20, 8), 0.125)
+    attention[[2, 9, 15]] = torch.eye(8)[[0, 3, 7]]
+    scene = replace(Scenes("validation", 1)[0], boxes=[(0, 0, 112, 28)])  # the first of four rows
+    following = replace(scene, boxes=[(0, 84, 112, 112)])
+    trace = module.AttentionTrace(completion, attention, torch.zeros(20), torch.ones(20).bool())
+    prompt = replace(ask(vlm, G=1, C=1)[0], grid=(4, 2))
+    row = module.result_row(vlm, scene, prompt, trace, trace, following)
+    assert (row["early"], row["late"], row["permuted_early"], row["permuted_late"]) == (1, 0, 0, 1)
+    assert [unpack_map(packed) for packed in row["look_maps"]] == torch.eye(8)[[0, 7]].tolist()
 
 
 def interval(values, *args, **kwargs):

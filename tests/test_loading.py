@@ -29,9 +29,6 @@ def run(folder, flags="", expect=0):
     run_program(folder, f"--prompts_per_step 1 --eval_examples 2 {flags}", expect)
 
 
-# --- the device ---
-
-
 @pytest.fixture
 def machine(monkeypatch):
     """Returns: a function that simulates a machine; `card` is a compute capability or None."""
@@ -94,9 +91,6 @@ def test_vision_tower_of_qwen2_5_stays_in_fp32_beside_fp16(qwen2_5, quantized):
     assert {p.dtype for p in whole.core.model.visual.parameters()} == {torch.bfloat16}
 
 
-# --- model folders ---
-
-
 def drop_weight(path):
     weights = load_file(path)
     del weights["model.language_model.layers.0.mlp.up_proj.weight"]
@@ -151,9 +145,6 @@ def test_a_damaged_model_folder_is_a_one_line_error(tmp_path, capfd, case):
     err = capfd.readouterr().err.splitlines()
     assert len(err) == 1 and str(folder) in err[0] and word in err[0], err
     assert not (tmp_path / "run").exists()
-
-
-# --- adapters ---
 
 
 @pytest.fixture(scope="module")
@@ -252,9 +243,6 @@ def test_an_unusable_adapter_config_is_a_one_line_error(tmp_path, capfd, adapter
     run(tmp_path / "run", f"--max_steps 0 --adapter {folder}", expect=2)
     assert word in error_line(capfd)
     assert not (tmp_path / "run").exists()
-
-
-# --- the adapter in other hands ---
 
 
 @pytest.fixture(scope="module")

@@ -91,9 +91,6 @@ def generate_fixed(trainer, prompt_ids, images, fields, num_generations):
     return [fixed_completion(tokenizer, step, row) for row in rows], None
 
 
-# --- parity ---
-
-
 def write_unequal_prompts(folder):
     """A data set with two lengths of questions and two sizes of images. Returns: its path."""
     image = Scenes("validation", 1)[0].image
@@ -254,9 +251,6 @@ def test_trl_scales_the_loss_if_the_device_computes_in_fp16(tmp_path, monkeypatc
         monkeypatch.setattr(scale_trl, "choose_device", lambda device: ("cuda", dtype))
         args = scale_trl.trl_config(cfg)
         assert args.fp16 == (dtype == torch.float16) and args.bf16 is False
-
-
-# --- several processes, resuming, adapters ---
 
 
 def run_two_processes(folder, flags):

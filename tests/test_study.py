@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -64,23 +63,6 @@ def test_ours_and_naive_make_the_same_step_and_ours_from_fewer_tokens():
     assert counts["tokens"] == P + 2 * (P + G * C)  # prefill, reference, training
     assert naive["tokens"] == G * P + 2 * G * (P + C)
     assert naive["patches"] == 3 * G * counts["patches"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_variants_take_turns_and_finished_points_are_not_measured_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(step, "ROOT", tmp_path)  # where the random model is written
-    monkeypatch.setattr(step, "ROUNDS", {(60, 4, 2): 1})
-    results, file = {"measured": []}, tmp_path / "step.json"
-    step.measure_missing(step.points("cpu"), results, file, "cpu")
-    assert json.loads(file.read_text()) == results
-    for first, timed in results["measured"][0]["rows"].values():
-        assert first["peak"] > 2**20
-        parts = [timed[name] for name in ("sample", "score", "update")]
-        assert min(parts) > 0 and timed["seconds"] == pytest.approx(sum(parts))
-    assert "| 60 | 4 | 2 |" in step.table(results)
-    monkeypatch.setattr(step, "compare", None)
-    step.measure_missing(step.points("cpu"), results, file, "cpu")
 
 
 @pytest.mark.slow
