@@ -58,6 +58,7 @@ function addAnswer(parent, question, answer, name) {
     addWord(words, name, button => show(button, map)).classList.add("whole");
     words.append(" ");
   }
+  words.append("\n");  // the words of the answer begin on a line of their own
   words.firstElementChild.tabIndex = 0;
   answer.words.forEach((word, i) => {
     if (!word.trim()) return words.append(word);  // such as the end of the turn
