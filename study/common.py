@@ -44,5 +44,5 @@ def markdown_table(header, rows):
         "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |"
         for row in rows
     ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    rule = "|" + "---|" * len(header)
     return "\n".join([lines[0], rule, *lines[1:]])
