@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-MAP_FLOATS = 2**25  # 128 MiB: maps are made of as many heads at once as fit into this
+MAP_FLOATS = 2**25  # 128 MiB: the maps of as many heads as fit into it are made at once
 
 
 @dataclass

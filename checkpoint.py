@@ -32,8 +32,11 @@ def run_config(given):
     contains other files, or if the run cannot be resumed with these flags."""
     folder = Path(given.get("output_dir", Config.output_dir))
     for name in ("dataset", "eval_dataset", "adapter", "reward", "model_name_or_path"):
-        path = given.get(name) or "scenes"
-        if path not in ("scenes", "tiny") and (name != "model_name_or_path" or Path(path).is_dir()):
+        path = given.get(name)
+        is_path = path not in (None, "", "scenes", "tiny")
+        if name == "model_name_or_path":  # or a name on the hub
+            is_path = is_path and Path(path).is_dir()
+        if is_path:
             given = given | {name: os.path.abspath(path)}  # --resume may run elsewhere
     resume = given.get("resume", False)
     saved = load_settings(folder) if resume else None
@@ -86,7 +89,7 @@ def continue_exactly(cfg, data):
 
 
 def reward_checksum(cfg):
-    """Of the file with rewards of your own; 0 without one."""
+    """The CRC-32 of the file of --reward, or 0 without one."""
     path, _ = parse_reward(cfg.reward)
     return zlib.crc32(Path(path).read_bytes()) if path else 0
 

@@ -272,7 +272,7 @@ def opening_lines(train_set, eval_set, cfg):
         smallest = FEWEST / len(eval_set)
         line += f": a change of accuracy below {smallest:.3f} cannot be significant"
     elif images >= FEWEST:  # several questions about an image can cancel out
-        line += f": a change about fewer than {FEWEST} images cannot be significant"
+        line += f": changed answers about fewer than {FEWEST} images cannot be significant"
     elif images:
         line += f": with fewer than {FEWEST} images, no change of accuracy can be significant"
     if cfg.region == "rolled":

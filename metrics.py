@@ -120,8 +120,8 @@ class Alarms:
     def __init__(self, cfg, history):
         self.printed = set()  # names of alarms
         self.skipped, self.most_skipped = 0, min(MAX_SKIPPED, cfg.max_steps)  # steps in a row
-        # The share of right samples of each step, for two windows: the last 128 questions, for the
-        # alarm, and since the last checkpoint, for --keep_best.
+        # Shares of right samples, one per step: of the RECENT_QUESTIONS, for the alarm, and of the
+        # steps since the last checkpoint, for --keep_best.
         self.recent = deque(maxlen=math.ceil(RECENT_QUESTIONS / cfg.prompts_per_step))
         self.best_recent = 0.0
         self.since_save, self.best_save, self.save_steps = [], -1.0, cfg.save_steps

@@ -458,7 +458,7 @@ class Vlm:
             if temperature == 0:
                 token = logits.argmax(-1)
             else:
-                # p.multinomial(1) has the same distribution, but waits for the GPU, fails on NaN.
+                # p.multinomial(1) draws from p as well, but waits for the GPU and fails on NaN.
                 p = logits.softmax(-1)
                 token = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
             ids.append(token.masked_fill(done, self.pad_id))

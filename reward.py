@@ -37,7 +37,7 @@ def align_attention(attention, prompt_row, alignment="query"):
 
     Row j has token j as its query, so it predicts token j + 1. The entropy of token j is the
     uncertainty *before* it is written. "query", the paper's reading, pairs it with row j. "predict"
-    pairs it with row j - 1, which predicts token j; the first token, with the prompt's last row.
+    pairs it with row j - 1, which predicts token j. Before the first one, it is the prompt's last.
     Args: attention (..., C, N), row j has token j as its query; prompt_row (..., N), the row of the
     prompt's last token. Returns: (..., C, N). Raises: ValueError for an unknown alignment.
     """

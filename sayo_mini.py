@@ -32,7 +32,7 @@ if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # On H100 and B200, cuDNN's attention spends 20 to 500 ms on planning at every new length.
 os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
-os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")  # they wait for the GPU
+os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")  # its checks wait for the GPU
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled; saves a second
 
 import torch

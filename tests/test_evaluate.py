@@ -308,7 +308,9 @@ def test_a_run_begins_with_what_its_evaluation_can_show():
         rows = [{"image_key": i // 2} for i in range(20)]
 
     line = module.opening_lines(*[Pairs(range(20))] * 2, Config(keep_best=True))
-    assert line.endswith("10 images: a change about fewer than 6 images cannot be significant")
+    assert line.endswith(
+        "10 images: changed answers about fewer than 6 images cannot be significant"
+    )
 
 
 def test_exact_sign_test_and_clustered_error():
