@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-MAP_FLOATS = 2**25  # 128 MiB: the maps of as many heads as fit into it are made at once
+MAP_FLOATS = 2**25  # 128 MiB: limits how many heads are mapped at once
 
 
 @dataclass
@@ -77,7 +77,7 @@ def group_attention(layer, group, query, key, value, **kwargs):
 
     q, k, v = (x[:, :, :P] for x in (query, key, value))
     if k.is_cuda and torch.cuda.get_device_capability(k.device) < (8, 0):
-        # There, only the kernel that stores the (P, P) weights supports grouped heads.
+        # Before 8.0, only the kernel that stores the (P, P) weights supports grouped heads.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     prompt_out, _ = sdpa(layer, q, k, v, None, **kwargs)  # causal; (1, P, H, D)
     if not G:

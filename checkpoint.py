@@ -253,7 +253,8 @@ class RunDirectory:
     # --- checkpoints ---
 
     def save(self):
-        """Write a checkpoint of this step, keeping the previous one."""
+        """Write a checkpoint of this step, after renaming the last one to the previous one. After a
+        kill in between, there is only the previous one."""
         if self.saved_step == self.step:
             return
         tensors = {"generator": self.generator.get_state()}

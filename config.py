@@ -76,7 +76,7 @@ class Config:
     num_generations: int = flag(8, "G, completions per question", minimum=2, maximum=1024)
     prompts_per_step: int = flag(4, "questions per optimizer step", minimum=1, maximum=1024)
     completions_per_forward: int = flag(
-        0, "below G saves memory, 2 G or more packs groups, 0 is G", may_change=True, minimum=0
+        0, "0 is one group; below G saves memory, from 2 G groups share", may_change=True, minimum=0
     )
     max_completion_length: int = flag(110, "most tokens in a completion", minimum=1, maximum=2**14)
     temperature: float = flag(1.0, "used for sampling and scoring (no top-p)", minimum=0.01)
@@ -95,16 +95,16 @@ class Config:
     )
     reward: str = flag("", "your own: file.py:function or file.py:one,two, see docs/extending.md")
     token_fraction: float = flag(
-        0.3, "fraction of tokens that count, highest entropy first", above=0, maximum=1
+        0.3, "fraction of tokens that the attention reward uses", above=0, maximum=1
     )
     alignment: str = flag(
         "query",
-        "attention row of a token: its own, or the predicting one",
+        "attention row of a token: its own, or the one that predicts it",
         choices=["query", "predict"],
     )
     region: str = flag(
         "boxes",
-        "what the attention reward rewards; rolled, a placebo, moves the boxes by half the image",
+        "of the attention reward; rolled, a placebo, moves the boxes by half the image",
         choices=["boxes", "rolled"],
     )
     layers: str = flag("-1", "layers whose mean attention counts: all, 2,3 or --layers=-2,-1")
@@ -117,7 +117,7 @@ class Config:
     output_dir: str = flag("runs/sayo", "folder of everything a run writes", may_change=True)
     save_steps: int = flag(20, "steps between checkpoints", may_change=True, minimum=1)
     keep_best: bool = flag(
-        False, "end with the saved adapter whose last save_steps steps had the most right samples"
+        False, "end with the adapter whose samples, over save_steps steps, were right most often"
     )
     report_to: str = flag(
         "none",
@@ -380,8 +380,8 @@ def one_line(error, folder=None):
     if isinstance(error, InputError):
         return " ".join(str(error).split())
     if type(error).__name__ == "OutOfMemoryError":  # of torch, which may not be loaded yet
-        flags = "--completions_per_forward, --num_generations or --max_pixels"
-        return f"out of GPU memory: lower {flags}, as `fit` advises"
+        resumed = "lower --completions_per_forward, which a resumed run may change (0 is G)"
+        return f"out of GPU memory: {resumed}; `fit` says what helps a new run"
     text = str(error).strip().split("\n")[0]
     if isinstance(error, OSError):  # a full disk, a missing file
         return text

@@ -1,5 +1,5 @@
-"""An `Example` is a question about an image, with boxes around the answer; `region_mask` finds the
-image tokens under them. A run trains on generated scenes, or on your file (json_lines.py)."""
+"""An `Example` is a question about an image, with boxes around what is asked about; `region_mask`
+finds the image tokens under them. A run trains on generated scenes or on your file."""
 
 import math
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ def answer_text(answer):
 
 def load_datasets(cfg):
     """The (training, held-out) data sets of a run; each has `len()`, and `[i]` returns an Example.
-    Prints what may be wrong with them. Raises: InputError."""
+    Prints warnings about them. Raises: InputError."""
     if cfg.dataset == "scenes":
         from scenes import LARGE_SCENES, Scenes  # here, because scenes.py imports this module
 
@@ -103,14 +103,14 @@ def load_datasets(cfg):
     if cfg.eval_dataset:
         eval_set = read_file(cfg.eval_dataset, cfg)
         eval_set.rows = first(eval_set.rows, cfg.eval_examples)
-        eval_set.checksum += getattr(train_set, "checksum", "")  # a resumed run checks this one
+        eval_set.checksum += getattr(train_set, "checksum", "")  # all that a resumed run compares
         if shared := len(image_keys(train_set) & image_keys(eval_set)):
             print(f"note: images of {eval_set.path} that are also in the training data: {shared}")
     return train_set, eval_set
 
 
 def read_file(path, cfg):
-    """The JsonLines of a file. Prints what may be wrong with it. Raises: InputError."""
+    """The JsonLines of a file. Prints warnings about it. Raises: InputError."""
     from json_lines import JsonLines  # here, because a default run reads no file
 
     problems = [] if cfg.skip_bad_examples else None
@@ -124,14 +124,14 @@ def read_file(path, cfg):
 
 
 def warn_tiny(cfg, sizes):
-    """Say what the tiny model knows, if images have other `sizes` than those it was trained on."""
+    """Warn if the `sizes` of images differ from those that the tiny model was trained on."""
     if is_tiny(cfg.model_name_or_path) and set(sizes) - {(112, 112)}:
         advice = "for anything else, use --model_name_or_path"
         print(f"the tiny model only knows cards such as those in example/: {advice}")
 
 
 def image_keys(dataset):
-    """What identifies the images of a data set, a set. Generated scenes never share an image."""
+    """The set of keys of a data set's images. Generated scenes never share an image."""
     rows = getattr(dataset, "rows", None)
     return set(range(len(dataset))) if rows is None else {row["image_key"] for row in rows}
 

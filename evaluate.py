@@ -1,5 +1,5 @@
 """Evaluation: greedy answers to held-out questions, where the model looks while it answers, and the
-verdict and the table that compare both before and after training."""
+verdict and the table that compare the results before and after training."""
 
 import math
 import zlib
@@ -17,7 +17,7 @@ from data import encode_example, example_region, image_keys
 from model import Completions, split_by_tokens
 
 MAX_CELLS = 70_000  # per answer: the maps of long answers are pooled to fewer cells
-FEWEST = 6  # changed images that the sign test at 0.05 can call significant
+FEWEST = 6  # images for an interval or a conclusion, see `opening_lines`
 LEVELS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"  # see `pack_map`
 
 
@@ -212,11 +212,11 @@ def verdict(before, after):
         [new["fixed_auroc"] - old["auroc"] for old, new in pairs], images
     )
     if own_low is None:
-        conclusion = "no interval, so no conclusion"
+        conclusion = f"no conclusion from fewer than {FEWEST} images"
+    elif fixed_low is not None and fixed_low > 0:
+        conclusion = "the model looks at the region more while it reads the same words"
     elif own_low <= 0:
         conclusion = "nothing shows that the model looks at the region more than before"
-    elif fixed_low > 0:
-        conclusion = "the model looks differently at the same words"
     else:
         conclusion = "the model learned to write differently; at the same words, no gain is shown"
     return (
@@ -287,13 +287,13 @@ def opening_lines(train_set, eval_set, cfg):
 
 def paired_change(differences, images):
     """(the mean difference and its 95 % interval as text, e.g. "+0.22 [+0.19, +0.25]"; the lower
-    end of the interval as printed, or None if there is no interval)."""
+    end of the interval as printed). Below FEWEST images, only the mean, and None."""
 
     def signed(value):
         return f"{round(value, 2) + 0.0:+.2f}"  # never -0.00
 
     mean, half, count = estimate(differences, images)
-    if count < 2:
+    if count < FEWEST:
         return signed(mean) if count else "-", None
     low = round(mean - half, 2)
     return f"{signed(mean)} [{signed(low)}, {signed(mean + half)}]", low
@@ -388,10 +388,10 @@ def confidence_interval(values, images, proportion=False, largest=1.0):
 
     Args: values, floats from 0 to `largest`, which is 1 or infinity; images, of the values, which
     are the independent units; proportion, true if every value is 0 or 1, always uses Wilson's.
-    Returns: text; only the mean for a single image, "-" for no values.
+    Returns: text; only the mean below FEWEST images, "-" for no values.
     """
     mean, half, n = estimate(values, images)
-    if n < 2:
+    if n < FEWEST:
         return f"{mean:.3f}" if n else "-"
     low, high, z = mean - half, mean + half, 1.96
     if proportion or (largest == 1 and not 0 < low <= high < 1):

@@ -1,5 +1,5 @@
 """Your own examples, from a file with one JSON object per line. Every row is checked before
-training, so that no wrong data is used without a word. A default run does not load this file."""
+training, so that bad data is never used silently. A default run does not load this file."""
 
 import codecs
 import copy
@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, ImageOps
 from config import InputError
 from data import Example, first, image_keys, region_mask
 
+TURNED = 5, 6, 7, 8  # EXIF orientations of images that are shown turned on their side
 MAX_ASPECT_RATIO = 200  # the image processors of Qwen-VL raise an error above it
 MAX_PIXELS = 2**26  # of an image, before it is decoded: a small file can hold gigabytes
 IMAGE_FORMATS = "AVIF BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split()  # none starts a program
@@ -66,7 +67,7 @@ class JsonLines:
         self.rows = []  # dicts: image, question, answer, boxes, id, where, image_key
         self.rejected = 0  # rows
         self.ids = {}  # id -> place of its first use
-        self.images = {}  # image -> (size, whether EXIF turns it, a hash of its file)
+        self.images = {}  # image -> (size, EXIF orientation, a hash of its file)
         # Some editors write a byte order mark.
         content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
         for start, what in FORMATS.items():
@@ -102,9 +103,9 @@ class JsonLines:
         regions = {}  # image -> (its boxes, its size)
         for row in rows:
             try:
-                size, turned, _ = self.read_header(row["image"])
+                size, orientation, _ = self.read_header(row["image"])
                 if are_boxes(row["boxes"]):
-                    size = (max(size),) * 2 if turned else size  # see `check_boxes`
+                    size = (max(size),) * 2 if orientation in TURNED else size  # see `check_boxes`
                     regions.setdefault(row["image"], ([], size))[0].extend(row["boxes"])
             except (LookupError, TypeError, InputError):  # `row_errors` says what is wrong
                 pass
@@ -135,20 +136,20 @@ class JsonLines:
                 if name != "boxes":
                     row[name] = clean_text(name, row[name])
                 if name == "image":
-                    size, turned, row["image_key"] = self.read_header(row[name])
+                    size, orientation, row["image_key"] = self.read_header(row[name])
                 if name == "boxes" and size:
                     row[name] = to_pixels(row[name], self.unit, size)
-                    check_boxes(row[name], size, self.unit, turned)
+                    check_boxes(row[name], size, self.unit, orientation in TURNED)
             except ValueError as error:  # an InputError is one
                 yield str(error)
 
     def read_header(self, name):
-        """(size as stored, whether EXIF turns it on its side, a hash of the file) of an image.
+        """(size as stored, EXIF orientation, a hash of the file) of an image.
         Reads it once, even if many questions share it. Raises: InputError."""
         if name not in self.images:
             with image_errors(name), self.open_image(name) as image:
                 key = hashlib.sha256(self.image_path(name).read_bytes()).hexdigest()
-                self.images[name] = stored_size(image), is_turned(image), key
+                self.images[name] = stored_size(image), exif_orientation(image), key
         return self.images[name]
 
     def image_path(self, name):
@@ -175,7 +176,11 @@ class JsonLines:
         for row in self.rows:
             answer = row["answer"] if isinstance(row["answer"], str) else row["answer"][0]
             swapped += answer.endswith("?") or len(answer) > len(row["question"])
+        advice = "boxes must fit the stored image, as extras/annotate.html writes them"
         counts = {
+            f"{len(self.images)} images are rotated by EXIF: {advice}": sum(
+                orientation in range(2, 9) for _, orientation, _ in self.images.values()
+            ),
             f"{len(boxes)} boxes extend beyond their image and are clipped": beyond,
             f"{len(self)} examples repeat an earlier one: same image, text and boxes": self.copies,
         }
@@ -364,13 +369,14 @@ def open_image(path):
 def stored_size(image):
     """The (width, height) of an opened image before any EXIF rotation."""
     # Only for TIFF does Pillow report the rotated size.
-    return image.size[::-1] if image.format == "TIFF" and is_turned(image) else image.size
+    rotated = image.format == "TIFF" and exif_orientation(image) in TURNED
+    return image.size[::-1] if rotated else image.size
 
 
-def is_turned(image):
-    """Whether EXIF turns an opened image on its side."""
+def exif_orientation(image):
+    """How EXIF says that an opened image is shown: 1, as stored, or rotated or mirrored, 2 to 8."""
     exif = Image.Image.getexif(image)  # image.getexif() would decode a PNG
-    return exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return exif.get(ExifTags.Base.Orientation, 1)
 
 
 def clip_box(box, size):

@@ -43,7 +43,7 @@ def attention_metrics(entropy, mask, inputs):
     """
     attention, region, selected = inputs.attention, inputs.region, inputs.selected
     maps = [a[s].mean(0) for a, s in zip(attention, selected)]  # G of (N,)
-    auroc = torch.tensor([reward.localization(map, region)["auroc"] for map in maps])
+    auroc = torch.tensor([reward.localization(mean, region)["auroc"] for mean in maps])
     auroc = torch.where(torch.stack(maps).isfinite().all(1), auroc.nan_to_num(0.5), math.nan)
     log_rho = reward.attention_ratio(attention, region, selected).log()  # (G,)
     return {
@@ -68,7 +68,7 @@ def step_metrics(groups, updates):
         "skipped_updates": sum(not u["finite"] for u in updates),
         "reward": total.mean().item(),
         "reward_std": total.std(1).mean().item(),
-        "frac_reward_zero_std": fmean(not g.teaches for g in groups),
+        "frac_reward_zero_std": fmean(not g.in_loss for g in groups),
     }
     row |= {name: fmean(g.metrics[name] for g in groups) for name in groups[0].metrics}
     row |= completion_metrics(groups)
@@ -113,9 +113,9 @@ def seq_rep_3(text):
 
 
 class Alarms:
-    """Prints each sign of a bad run once, the first time it occurs. It only uses logged rows, so a
-    resumed run raises the same alarms. Args: cfg, a Config; history, the rows before a resume.
-    """
+    """Prints each sign of a bad run the first time it occurs, and every skipped update. It only
+    uses logged rows, so a resumed run raises the same alarms. Args: cfg, a Config; history, the
+    rows before a resume."""
 
     def __init__(self, cfg, history):
         self.printed = set()  # names of alarms
@@ -143,7 +143,7 @@ class Alarms:
             raise InputError(f"stopped after step {step}: {problem}; {advice}")
 
     def add(self, row):
-        """Take in the next row of metrics.jsonl. Returns: its alarms, {name: message}."""
+        """Add the next row of metrics.jsonl. Returns: its alarms, {name: message}."""
         found = {
             name: f"{name} {row[name]:.2f}: {why}"
             for name, (minimum, why) in ALARMS.items()

@@ -43,8 +43,8 @@ from decoding import Decoder, GraphDecoder, normalize
 SUPPORTED = ("qwen2_5_vl", "qwen3_vl", "internvl")
 LANGUAGE_MODELS = ("qwen2_5_vl_text", "qwen3_vl_text", "qwen2", "qwen3")  # plain attention
 LORA_TARGETS = r".*language_model\.layers.*\.(q|k|v|o|gate|up|down)_proj"
-# Settings of a saved adapter that may differ from PEFT's defaults. If they matter, the names and
-# shapes of its weights differ, and `load_adapter` refuses it.
+# Settings of a saved adapter that may differ from PEFT's defaults. Those that matter change the
+# names or shapes of its weights, which `load_adapter` compares.
 ANY_VALUE = """r lora_alpha lora_dropout target_modules exclude_modules modules_to_save task_type
 layers_to_transform layers_pattern base_model_name_or_path revision auto_mapping peft_version
 inference_mode""".split()
@@ -292,7 +292,7 @@ def adapter_settings(folder, given):
 
 
 def resolve_indices(what, indices, count):
-    """Sorted, non-negative indices; all `count` of them if there are none. Raises: InputError."""
+    """Sorted, non-negative indices; all `count` if `indices` is None. Raises: InputError."""
     indices = indices or range(count)
     if wrong := [i for i in indices if not -count <= i < count]:
         raise InputError(f"no {what} {wrong[0]}: choose from 0 to {count - 1}, or -1 for the last")
@@ -317,7 +317,7 @@ class Prompt:
 @dataclass
 class Completions:
     """G completions of one prompt, on the CPU. `mask` is true on real tokens, up to and including
-    the end of turn. A completion that was cut off at `max_tokens` has none; it is trained on like
+    the end of turn. A completion that was cut off at `max_tokens` has none, and is trained on like
     any other. The mask does not compare ids with the padding id, because a model may write it."""
 
     ids: torch.Tensor  # (G, C), padded on the right
@@ -332,8 +332,8 @@ class Completions:
 
 @dataclass
 class Scores:
-    """What `score` returns, on the CPU: many small operations follow, and there they never wait for
-    the GPU. Only `logps` carries gradient, outside `no_grad`. Values at padding are undefined."""
+    """What `score` returns, on the CPU, so that the many small operations on it never wait for the
+    GPU. Only `logps` carries gradient, outside `no_grad`. Values at padding are undefined."""
 
     logps: torch.Tensor  # (G, C) log p of each token
     entropy: torch.Tensor  # (G, C) nats, of the distribution each token was drawn from

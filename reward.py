@@ -37,7 +37,7 @@ def align_attention(attention, prompt_row, alignment="query"):
 
     Row j has token j as its query, so it predicts token j + 1. The entropy of token j is the
     uncertainty *before* it is written. "query", the paper's reading, pairs it with row j. "predict"
-    pairs it with row j - 1, which predicts token j. Before the first one, it is the prompt's last.
+    pairs it with row j - 1, which predicts token j; the first token, with the prompt's last row.
     Args: attention (..., C, N), row j has token j as its query; prompt_row (..., N), the row of the
     prompt's last token. Returns: (..., C, N). Raises: ValueError for an unknown alignment.
     """
@@ -95,15 +95,15 @@ def format_reward(text, n_tokens, shortest=60, longest=100):
 
 def accuracy_reward(text, answer):
     """1.0 if the one well-formed answer equals `answer`, or one of a tuple of accepted answers;
-    else 0.0. `comparable` says what is ignored. SAYO itself does not use this reward."""
+    else 0.0. See `comparable` for what is ignored. SAYO itself does not use this reward."""
     found = find_answer(text)
     accepted = answer if isinstance(answer, (list, tuple)) else [answer or ""]
     return float(found is not None and comparable(found) in map(comparable, accepted))
 
 
 def comparable(text):
-    """An answer without case, extra spaces, characters without a width, variants of a letter (NFKC)
-    and trailing punctuation. If the answer is only punctuation, it stays."""
+    """An answer without case, extra spaces, zero-width characters, variants of a letter (NFKC) and
+    trailing punctuation. If the answer is only punctuation, it stays."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     text = " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split())
     return text.rstrip(" .!?,;:。") or text
@@ -115,7 +115,7 @@ def group_advantages(rewards, eps=1e-4):
     if len(rewards) < 2:
         raise ValueError("a group of one has no advantage: num_generations must be at least 2")
     rewards = _fp32(rewards)
-    if rewards.eq(rewards[0]).all():  # they may differ from their mean in the last bit
+    if rewards.eq(rewards[0]).all():  # rounding can make r - mean nonzero
         return torch.zeros_like(rewards)
     return (rewards - rewards.mean()) / (rewards.std() + eps)
 
@@ -155,7 +155,8 @@ def localization(attention, region):
     - auroc: the probability that a cell inside gets more attention than one outside; ties count
       half. NaN if all cells are inside. Chance: 0.5
     - mass_over_area: rho. Chance: 1
-    - pointing: whether the highest cell is inside, a mean over ties. Chance: the region's share
+    - pointing: 1 if the highest cell is inside, 0 if not; ties count as their mean. Chance: the
+      region's share of the cells
     - tas: the paper's Target Attention Score, (1 + r_v) / 2. Chance: 0.5
     - image_mass: the sum of the map
     """
@@ -176,9 +177,9 @@ def localization(attention, region):
 def look_maps(attention, before_answer, fraction=0.15):
     """The maps of the first and the last look of one answer, (N,) each.
 
-    The paper finds that early looks go wrong and are rarely corrected. Which tokens are looks?
-    1. Keep the 15 % of the tokens before <answer> with the most concentrated maps: the Euclidean
-       norm of the map, divided by its sum, is largest.
+    The paper finds that early looks go wrong and are rarely corrected. How looks are chosen:
+    1. Keep the 15 % of the tokens before <answer> with the most concentrated maps: those with the
+       largest Euclidean norm divided by the sum.
     2. Average the maps of the first third of them, and of the last third, at least one token each.
     Args: attention (C, N); before_answer (C,) bool, the tokens before <answer>, or all if there are
     none.
@@ -196,7 +197,7 @@ def look_maps(attention, before_answer, fraction=0.15):
 def early_and_late(attention, region, before_answer):
     """Whether the brightest cells of `look_maps` are in the region (N,): [bool, bool]."""
     maps = look_maps(attention, before_answer)
-    return [localization(map, region)["pointing"] > 0.5 for map in maps]
+    return [localization(look, region)["pointing"] > 0.5 for look in maps]
 
 
 @dataclass
@@ -215,7 +216,7 @@ class RewardInputs:
     completions: object = None  # a model.Completions: ids and mask (G, C)
 
 
-REWARDS = {  # name -> function from RewardInputs to G floats; flags, log and report use it
+REWARDS = {  # name, as in flags, log and report -> function from RewardInputs to G floats
     "attention": lambda x: attention_reward(x.attention, x.region, x.selected),
     "format": lambda x: [
         format_reward(text, n_tokens, *x.format_lengths)

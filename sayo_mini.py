@@ -27,7 +27,7 @@ from config import (
 
 if __name__ == "__main__":  # answer --help and refuse bad flags before torch takes seconds to load
     check_command_line(sys.argv[1:])
-# Tensors of many different lengths would fragment GPU memory. Supported only on Linux.
+# Tensors of many different lengths would fragment GPU memory. This setting needs Linux.
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # On H100 and B200, cuDNN's attention spends 20 to 500 ms on planning at every new length.
@@ -45,7 +45,7 @@ from evaluate import evaluate, opening_lines, results_text
 from metrics import Alarms, attention_metrics, sample_rows, step_metrics
 from model import Completions, Prompt, load_model
 
-NO_LOSS_SCALE = torch.amp.GradScaler(enabled=False)
+NO_SCALER = torch.amp.GradScaler(enabled=False)
 
 
 @dataclass
@@ -61,21 +61,21 @@ class Group:
     old_logps: torch.Tensor = None  # (G, C) before the first update of the step
     ref_logps: torch.Tensor = None  # (G, C) under the model without adapter, for the KL
     metrics: dict[str, float] = None  # means over the group
-    teaches: bool = True  # false if all rewards are equal (and finite): left out of the loss
+    in_loss: bool = True  # false if all its rewards are equal: there is nothing to learn from
 
 
-def train_step(vlm, examples, cfg, optimizer, generator, scaler=NO_LOSS_SCALE):
+def train_step(vlm, examples, cfg, optimizer, generator, scaler=NO_SCALER):
     """One step of GRPO: sample G completions of every question, score and reward them, update.
 
     One forward pass with gradient gives the log-probabilities, entropies and attention of a group.
-    `completions_per_forward`: 0, or G to 2 G - 1, is one group per forward; 2 G or more, several
-    groups; 1 to G - 1, a part of a group (`score_groups`), with the same gradient and less memory.
+    `completions_per_forward` below G scores a group in parts, with the same gradient and less
+    memory, see `Vlm.score_groups`; from 2 G, several groups share a forward; 0 is one group.
     Args: scaler, a GradScaler for a model in fp16.
     Returns: (metrics, see `step_metrics`; samples, a dict per completion).
     """
     groups = sample(vlm, examples, cfg, generator)
-    # The loss is a mean over all tokens of the step. Groups that are left out of it count, too, so
-    # the weight of a token does not depend on the other groups.
+    # The loss is a mean over all tokens of the step, those of skipped groups included. So the
+    # weight of a token does not depend on how many groups are skipped.
     step_tokens = sum(group.completions.mask.sum().item() for group in groups)
     per_forward = max(1, cfg.completions_per_forward // cfg.num_generations)  # groups
     updates = []
@@ -84,14 +84,14 @@ def train_step(vlm, examples, cfg, optimizer, generator, scaler=NO_LOSS_SCALE):
         for i in range(0, len(groups), per_forward):
             batch = groups[i : i + per_forward]
             prompts, completions = [g.prompt for g in batch], [g.completions for g in batch]
-            # The values of this forward give the rewards; its log-probabilities carry the gradient.
+            # This forward serves twice: for the rewards and, through log p, for the gradient.
             scores = vlm.score_groups(prompts, completions, attention=iteration == 0)
             if iteration == 0:  # later iterations keep these rewards and old_logps
                 score_and_reward(vlm, batch, scores, cfg)
-            if any(group.teaches for group in batch):
+            if any(group.in_loss for group in batch):
                 loss, batch_stats = batch_loss(batch, scores, cfg, step_tokens)
-                # The loss is on the CPU, the loss scale of fp16 on the model's device. Except in
-                # fp16, this is loss.backward().
+                # Except in fp16, this is loss.backward(). The loss is computed on the CPU; the
+                # loss scale of fp16 is on the model's device.
                 scaler.scale(loss.to(vlm.device, non_blocking=True)).backward()
                 stats += batch_stats
             del scores  # and its graph, if there was no backward
@@ -108,8 +108,8 @@ def sample(vlm, examples, cfg, generator):
 
 
 def score_and_reward(vlm, groups, scores, cfg):
-    """Fill in the rewards, advantages and fixed log-probabilities of the groups of one forward.
-    Args: scores, a Scores per group."""
+    """Fill in the rewards, advantages, and old and reference log-probabilities of the groups of one
+    forward. Args: scores, a Scores per group."""
     weights = parse_weights(cfg.reward_weights)
     for group, score in zip(groups, scores):
         mask = group.completions.mask
@@ -120,11 +120,10 @@ def score_and_reward(vlm, groups, scores, cfg):
         group.old_logps = score.logps.detach()
         equal = group.total_reward.std().item() < 1e-6  # up to rounding
         broken = not group.old_logps[mask].isfinite().all().item()
-        group.teaches = broken or not equal  # with a broken group, `update` skips the step
+        group.in_loss = broken or not equal  # `update` sees a broken group and skips the step
         group.metrics = attention_metrics(score.entropy, mask, inputs)
-    if cfg.beta and any(group.teaches for group in groups):
-        # The adapter is off only in this forward. If backward recomputes the other one, it is on.
-        with torch.no_grad():
+    if cfg.beta and any(group.in_loss for group in groups):
+        with torch.no_grad():  # the backward pass would recompute it with the adapter on
             prompts, completions = [g.prompt for g in groups], [g.completions for g in groups]
             references = vlm.score_groups(prompts, completions, attention=False, reference=True)
         for group, reference in zip(groups, references):
@@ -162,7 +161,7 @@ def compute_rewards(example, prompt, completions, scores, cfg):
 
 
 def try_rewards(vlm, example, cfg):
-    """Call every reward once: a mistake in your own shows now, not after the first evaluation."""
+    """Call every reward once, so that a mistake in yours shows before the first evaluation."""
     (group,) = sample(vlm, [example], cfg, torch.Generator(vlm.device))
     with torch.no_grad():
         scores = vlm.score(group.prompt, group.completions)
@@ -170,14 +169,14 @@ def try_rewards(vlm, example, cfg):
 
 
 def batch_loss(groups, scores, cfg, step_tokens):
-    """The loss of the groups of one forward, the sum over those that teach something.
+    """The loss of the groups of one forward, the sum over those that are in the loss.
 
     Args: step_tokens, completion tokens of the whole step, which normalize the loss.
     Returns: (loss, a list with a dict per group for the log).
     """
     loss, stats = 0, []
     for group, score in zip(groups, scores):
-        if group.teaches:
+        if group.in_loss:
             group_loss, group_stats = reward.grpo_loss(
                 score.logps,
                 group.old_logps,
@@ -195,7 +194,7 @@ def batch_loss(groups, scores, cfg, step_tokens):
 
 
 def update(optimizer, scaler, stats, cfg):
-    """One update. If loss or gradient is not finite, it is skipped, and in fp16 the GradScaler
+    """One update. It is skipped if loss or gradient is not finite; in fp16, the GradScaler then
     lowers the loss scale. Args: stats, a dict per group that had a backward pass."""
     if not stats:
         return {"stats": stats, "grad_norm": 0.0, "finite": True}
@@ -204,7 +203,7 @@ def update(optimizer, scaler, stats, cfg):
     norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], limit)
     norm = norm.item()
     finite = math.isfinite(norm) and all(math.isfinite(x["loss"]) for x in stats)
-    if finite:  # scaler.step would look at the gradient only, and only in fp16
+    if finite:  # scaler.step would check only the gradient, and only in fp16
         optimizer.step()
     scaler.update()
     optimizer.zero_grad()
@@ -230,10 +229,12 @@ def train(cfg):
     run = RunDirectory(cfg, params, optimizer, generator, scaler, eval_set)
     before = run.read_json("before.json")
     if before is None:
-        compare = cfg.adapter and not cfg.max_steps  # an adapter with its base model
+        compare = cfg.adapter and not cfg.max_steps  # compare an adapter with its base model
         with vlm.model.disable_adapter() if compare else nullcontext():
             before = run.write_json("before.json", evaluate(vlm, eval_set, cfg, "before"))
     alarms = Alarms(cfg, run.history())
+    if not (run.folder / "best").exists():  # a kill can leave none
+        alarms.best_save = -1.0
     with stop_signals() as stop, tqdm(total=cfg.max_steps, initial=run.step, desc="train") as bar:
         while run.step < cfg.max_steps and not stop:
             start = time.perf_counter()
@@ -268,7 +269,7 @@ def train(cfg):
 
 
 def learning_rate(cfg, step):
-    """Linear warm-up, then constant or a cosine to 0."""
+    """Linear warm-up, then constant or a cosine toward 0."""
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
     if cfg.lr_scheduler_type == "constant":
@@ -278,7 +279,8 @@ def learning_rate(cfg, step):
 
 
 def main(argv=None):
-    """The command line. Returns the exit code. Every error is one line and 2, Ctrl-C is 130."""
+    """The command line. Returns the exit code: 2 after an error, which prints one line, and 130
+    after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     folder = None
     try:

@@ -91,7 +91,7 @@ class Scenes:
             if self.marks == "digits":
                 mark = rng.choice("0123456789")
             else:
-                # One dot color per card color is withheld, for tests of generalization.
+                # One dot color per card color never occurs, so it could test generalization.
                 unseen = NAMES[(NAMES.index(color) + 3) % len(NAMES)]
                 mark = rng.choice([m for m in NAMES if m not in (color, unseen)])
             box = self._find_place(rng, cards)

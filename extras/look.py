@@ -11,12 +11,13 @@ from data import Example, encode_example, example_region, warn_tiny
 from evaluate import tokens_before_answer, trace_attention, written_words
 from extras.pictures import draw_row, plot_animation
 from json_lines import (
+    TURNED,
     apply_exif_orientation,
     check_boxes,
     clean_text,
     clip_box,
+    exif_orientation,
     image_errors,
-    is_turned,
     open_image,
     stored_size,
 )
@@ -81,7 +82,7 @@ def read_example(path, question, boxes):
     except ValueError as error:
         raise InputError(f"--question: {error}") from None
     with image_errors(path), open_image(path) as stored:
-        size, turned = stored_size(stored), is_turned(stored)
+        size, turned = stored_size(stored), exif_orientation(stored) in TURNED
         image, shown = apply_exif_orientation(stored, [clip_box(box, size) for box in boxes])
     if boxes:
         try:

@@ -153,6 +153,8 @@ CARDS = "placebo: boxes around all cards"
 FORMAT = "format only"
 BINARY = "attention, binary + format"
 NOISY = "place named, with noise + format"
+KL = "SAYO, KL weight 0.04"
+HALF = "SAYO, half the learning rate"
 
 
 def add_place(seed):
@@ -170,6 +172,8 @@ ARMS = {
     FORMAT: Arm("attention=0", SAYO),
     BINARY: Arm("attention=1", SAYO, binary_attention),
     NOISY: Arm("attention=0,place=1", PLACE, noisy_place),
+    KL: Arm("attention=1", SAYO, flags=("--beta", "0.04")),
+    HALF: Arm("attention=1", SAYO),
 }
 OWN_RATE = [name for name, arm in ARMS.items() if not arm.rate_of]
 CHOSEN = {SAYO: 2e-4, ACCURACY: 2e-4, BOTH: 2e-4, PLACE: 2e-4}  # by `--stage rates`
@@ -198,16 +202,17 @@ def stage_runs(stage):
             for arm in OWN_RATE
             for rate in RATES
         ]
-    rates = {name: CHOSEN[arm.rate_of or name] for name, arm in ARMS.items()}
-    short = [name for name in ARMS if name not in (BINARY, NOISY)]
+    rates = {name: CHOSEN[arm.rate_of or name] for name, arm in ARMS.items()} | {HALF: 1e-4}
+    rest = {name: rates[name] for name in (BINARY, NOISY, KL, HALF)}
+    short = [name for name in ARMS if name not in rest]
     if stage == "short":
         return [Run(name, rates[name], 60, seed) for seed in range(5) for name in short]
     if stage == "long":
         return [Run(name, rates[name], 300, seed) for seed in range(5) for name in OWN_RATE]
-    return [  # "rest": does it matter whether rewards can be equal in a group?
+    return [  # "rest": what prevents a collapse? Rewards that can be equal, KL, smaller steps?
         Run(name, rate, 300, seed, world=world)
         for seed in range(3)
-        for world, chosen in (("old", OLD), ("tiny", {n: rates[n] for n in (BINARY, NOISY)}))
+        for world, chosen in (("old", OLD), ("tiny", rest))
         for name, rate in chosen.items()
     ]
 

@@ -499,6 +499,9 @@ def test_the_best_adapter_survives_an_interruption(tmp_path):
         (tmp_path / "run" / name).unlink()
     resume(tmp_path / "run")
     assert not differences(tmp_path / "whole", tmp_path / "run")
+    (tmp_path / "run" / "checkpoint.safetensors").unlink()
+    shutil.rmtree(tmp_path / "run" / "best")  # a kill can leave none
+    resume(tmp_path / "run")
 
 
 def test_report_to_writes_to_the_tracker_or_says_what_to_install(tmp_path, capfd):

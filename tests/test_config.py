@@ -240,7 +240,7 @@ def test_a_machine_without_a_gpu_trains_the_tiny_model(monkeypatch, capsys):
 # --- your own rewards ---
 
 EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-(CODE,) = re.findall(r"```python\n(.*?)```", EXTENDING, re.DOTALL)
+CODE, _ = re.findall(r"```python\n(.*?)```", EXTENDING, re.DOTALL)
 (COMMAND,) = re.findall(r"sayo_mini.py (--reward .*)", EXTENDING)
 
 

@@ -60,6 +60,14 @@ def test_the_page_on_data_converts_vstar_bench(tmp_path, monkeypatch):
     assert not accuracy_reward("<answer>A</answer>", one.answer)
 
 
+def test_the_page_on_extending_reads_attention(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    blocks = code_blocks(TEXT[ROOT / "docs" / "extending.md"])
+    (code,) = [block for block in blocks if "trace_attention" in block]
+    exec(code.replace("sayo_mini.", ""), {})
+    assert "<answer>" in (out := capsys.readouterr().out) and out.endswith(", 49]) (7, 7)\n")
+
+
 def test_quoted_lines_are_lines_of_the_program():
     files = [path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")]
     lines = {line.strip() for file in files for line in file.splitlines()}

@@ -181,19 +181,17 @@ def test_confidence_intervals():
     assert interval([1.0] * 8 + [0.0] * 2, proportion=True) == "0.800 [0.490, 0.943]"
     # The normal interval would have zero width.
     assert interval([1.0] * 10, proportion=True) == "1.000 [0.722, 1.000]"
-    # The mean of 1, 2, 3 is 2, the standard deviation 1, the half width 1.96 / sqrt(3).
-    assert interval([1.0, math.nan, 2.0, 3.0], largest=INF) == "2.000 [0.868, 3.132]"
-    assert interval([1.0]) == "1.000" and interval([math.nan]) == "-"
-    # Inside the range, the normal interval is used: 0.5 +- 1.96 * 0.1 / sqrt(3).
-    assert interval([0.4, 0.5, 0.6]) == "0.500 [0.387, 0.613]"
-    # The normal interval is [-0.240, 0.740], so Wilson's for 1 of 4 is used: center
-    # (0.25 + 1.9208 / 4) / 1.9604, half width 1.96 sqrt(0.046875 + 0.060025) / 1.9604 = 0.3269.
-    # It depends only on the mean and n, so shared ties (0.5) get the same interval.
-    assert interval([0.0, 0.0, 0.0, 1.0]) == "0.250 [0.046, 0.699]"
-    assert interval([0.0, 0.0, 0.5, 0.5]) == "0.250 [0.046, 0.699]"
-    assert interval([1 + 1e-15] * 5) == "1.000 [0.566, 1.000]"
-    # 2 +- 1.96 * 2.828 / sqrt(2), clipped at 0; a ratio has no upper bound.
-    assert interval([0.0, 4.0], largest=INF) == "2.000 [0.000, 5.920]"
+    # The mean is 2, the standard error sqrt(4 / 5 / 6), the half width 1.96 times that.
+    assert interval([1.0, 2.0, 3.0, math.nan] * 2, largest=INF) == "2.000 [1.284, 2.716]"
+    assert interval([1.0] * 5) == "1.000" and interval([math.nan]) == "-"
+    # Inside the range, the normal interval is used: 0.5 +- 1.96 * 0.1 * sqrt(4 / 5 / 6).
+    assert interval([0.4, 0.5, 0.6] * 2) == "0.500 [0.428, 0.572]"
+    # The normal interval is [-0.071, 0.571], so Wilson's for 2 of 8 is used: center
+    # (0.25 + 1.9208 / 8) / 1.4802, half width 1.96 sqrt(0.023437 + 0.015006) / 1.4802 = 0.2596.
+    assert interval([0.0] * 6 + [1.0] * 2) == "0.250 [0.071, 0.591]"
+    assert interval([1 + 1e-15] * 6) == "1.000 [0.610, 1.000]"
+    # 2 +- 1.96 * sqrt(120 / 5 / 6), clipped at 0; a ratio has no upper bound.
+    assert interval([0.0] * 5 + [12.0], largest=INF) == "2.000 [0.000, 5.920]"
 
 
 NUMBERS = count()
@@ -211,12 +209,12 @@ def result(correct=1.0, auroc=0.5, early=1.0, late=1.0, **changed):
 
 
 def test_rows_of_the_table():
-    before = results(4, 0.0, 0.4) + [result(0.0, 0.4, area=0.6)]
-    after = results(5, 1.0, 0.9)
+    before = results(5, 0.0, 0.4) + [result(0.0, 0.4, area=0.7)]
+    after = results(6, 1.0, 0.9)
     rows = module.table_rows(before, [row | {"length": 110, "tas": 0.75} for row in after])
-    half, perfect = "0.500 [0.500, 0.500]", "1.000 [0.566, 1.000]"
+    half, perfect = "0.500 [0.500, 0.500]", "1.000 [0.610, 1.000]"
     assert rows == [
-        ("greedy accuracy", "0.000 [0.000, 0.434]", perfect, ""),
+        ("greedy accuracy", "0.000 [0.000, 0.390]", perfect, ""),
         ("attention on the region, AUROC", "0.400 [0.400, 0.400]", "0.900 [0.900, 0.900]", "0.500"),
         ("  with the next example's box", half, half, "0.500"),
         ("  mass / area", half, half, "1.000"),
@@ -230,36 +228,38 @@ def test_rows_of_the_table():
         ("answer length, tokens", "13.000 [13.000, 13.000]", "110.000 [110.000, 110.000]", ""),
     ]
     header, *lines = module.results_table(before, before).splitlines()[:13]
-    assert header.split() == ["held-out", "examples:", "5", "before", "after", "chance"]
+    assert header.split() == ["held-out", "examples:", "6", "before", "after", "chance"]
     assert len({len(line) for line in [header, *lines]}) == 1
 
 
-def test_one_example_shows_its_numbers_without_intervals():
-    *lines, dash = module.results_table([result(auroc=math.nan)], [result()]).splitlines()[:14]
+def test_few_examples_show_their_numbers_without_intervals():
+    before, after = results(5, auroc=math.nan), results(5)
+    *lines, dash = module.results_table(before, after).splitlines()[:14]
     assert "1.000" in lines[1] and "[" not in "".join(lines)
     assert dash.startswith("-: the AUROC is undefined")
 
 
 def test_the_verdict_tests_the_same_questions():
-    """Two questions about one image count as one: of three images, two got better."""
-    before = [(0, 0.4, 0, 0), (0, 0.4, 0, 0), (0, 0.5, 1, 1), (1, 0.6, 0, 1)]
-    after = [(1, 0.6, 0, 1), (1, 0.6, 0, 1), (1, 0.7, 1, 1), (1, 0.8, 0, 1)]
+    """Two questions about one image count as one: of seven images, two got better."""
+    before = [(0, 0.4, 0, 0), (0, 0.4, 0, 0), (0, 0.5, 1, 1), *[(1, 0.6, 0, 1)] * 5]
+    after = [(1, 0.6, 0, 1), (1, 0.6, 0, 1), (1, 0.7, 1, 1), *[(1, 0.8, 0, 1)] * 5]
     before, after = (
-        [result(*x, image=i, fixed_auroc=x[1] - 0.15) for x, i in zip(rows, (1, 1, 2, 3))]
+        [result(*x, image=i, fixed_auroc=x[1] - 0.15) for x, i in zip(rows, (1, *range(1, 8)))]
         for rows in (before, after)
     )
     answers, looks, attention = verdict(before, after).splitlines()
     assert answers == (
-        "Answers: 1 right before, 4 right after, of 4; 3 fixed, 0 broken "
+        "Answers: 5 right before, 8 right after, of 8; 3 fixed, 0 broken "
         "(exact sign test, p = 0.5)."  # 2 / 2^2
     )
     region = "First looks off the region (the box around what is asked about): "
-    assert looks == f"{region}3 before, 1 corrected; 3 after, 3 corrected."
+    assert looks == f"{region}7 before, 5 corrected; 7 after, 7 corrected."
     assert "by +0.20 [+0.20, +0.20] while the model writes its own answers, and" in attention
     assert "by +0.05 [+0.05, +0.05] while it reads its answers from before" in attention
 
 
 WRITES = "the model learned to write differently; at the same words, no gain is shown"
+SAME_WORDS = "the model looks at the region more while it reads the same words"
 NOTHING = "nothing shows that the model looks at the region more than before"
 
 
@@ -270,14 +270,15 @@ NOTHING = "nothing shows that the model looks at the region more than before"
         ((0.2, 0.3), (-0.004, 0.003), WRITES),
         ((0.2, 0.3), (0.004, 0.004), WRITES),  # significant, but printed as zero
         ((0.2, 0.3), (-0.2, -0.3), WRITES),
-        ((0.2, 0.3), (0.1, 0.1), "the model looks differently at the same words"),
-        ((-0.1, 0.2), (0.1, 0.1), NOTHING),
+        ((0.2, 0.3), (0.1, 0.1), SAME_WORDS),
+        ((-0.1, 0.2), (0.1, 0.1), SAME_WORDS),
+        ((-0.1, 0.2), (-0.1, 0.2), NOTHING),
         ((-0.2, -0.3), (0.0, 0.0), NOTHING),
-        ((0.2, math.nan), (0.0, math.nan), "no interval, so no conclusion"),
+        ((0.2, math.nan), (0.0, math.nan), "no conclusion from fewer than 6 images"),
     ],
 )
 def test_the_verdict_concludes_from_the_intervals_that_it_prints(own, fixed, conclusion):
-    after = [result(auroc=0.5 + x, fixed_auroc=0.5 + y) for x, y in zip(own, fixed)]
+    after = [result(auroc=0.5 + x, fixed_auroc=0.5 + y) for x, y in list(zip(own, fixed)) * 3]
     before = [result(image=row["image"]) for row in after]
     attention = verdict(before, after).splitlines()[2]
     assert attention.startswith(f"Attention: {conclusion}. ") and "-0.00" not in attention
@@ -320,5 +321,5 @@ def test_exact_sign_test_and_clustered_error():
     assert estimate([1.0, 2.0, 3.0, math.nan], range(4)) == pytest.approx((2, 1.96 * 3**-0.5, 3))
     assert estimate([1.0, 1.0, 2.0, 2.0], [1, 1, 2, 2]) == pytest.approx((1.5, 1.96 * 0.5, 2))
     assert estimate([1.0, 1.0, 1.0, 2.0], [1, 1, 1, 2])[2] == 4**2 / (3**2 + 1)  # nearly one image
-    assert module.paired_change([0.1, 0.3], [7, 7]) == ("+0.20", None)
+    assert module.paired_change([0.1, 0.3] * 5, [*range(5)] * 2) == ("+0.20", None)
     assert module.paired_change([math.nan], [1]) == ("-", None)

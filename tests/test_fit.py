@@ -2,6 +2,7 @@
 are the largest that fit."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -49,17 +50,19 @@ def rehearse(config, **changes):
 
 @pytest.mark.slow
 def test_memory_grows_with_every_setting_and_parts_save_it(small):
-    base = rehearse(small)
-    assert set(base) == set(fit.PHASES) and all(size > 0 for size in base.values())
+    whole = rehearse(small)
+    assert set(whole) == set(fit.PHASES) and all(size > 0 for size in whole.values())
+    rehearse_steps = partial(rehearse, small, eval_examples=0)
+    base = rehearse_steps()
+    assert base == {phase: size for phase, size in whole.items() if phase != "evaluation"}
     for changes in ({"num_generations": 9}, {"max_completion_length": 36}, {"max_pixels": 2**16}):
-        more = rehearse(small, **changes)
+        more = rehearse_steps(**changes)
         assert more["sampling"] > base["sampling"] and more["scoring"] > base["scoring"], changes
-    assert rehearse(small, load_in_4bit=False)["loading"] > base["loading"]
-    parts = rehearse(small, completions_per_forward=1, num_generations=9)
-    assert parts["update"] < rehearse(small, num_generations=9)["update"]
-    kept = rehearse(small, gradient_checkpointing=False)
+    assert rehearse_steps(load_in_4bit=False)["loading"] > base["loading"]
+    parts = rehearse_steps(completions_per_forward=1, num_generations=9)
+    assert parts["update"] < rehearse_steps(num_generations=9)["update"]
+    kept = rehearse_steps(gradient_checkpointing=False)
     assert kept["update"] > base["update"]
-    assert "evaluation" not in rehearse(small, eval_examples=0)
 
 
 @pytest.mark.slow
@@ -74,7 +77,7 @@ def test_a_rehearsal_does_not_break_loading_in_the_same_process(small, monkeypat
     losses, begin = [], fit.RehearsedVlm.begin_update
     record = lambda vlm, loss: begin(vlm, losses.append(loss) or loss)  # noqa: E731
     monkeypatch.setattr(fit.RehearsedVlm, "begin_update", record)
-    rehearse(small)
+    rehearse(small, eval_examples=0)
     assert losses[0].is_meta  # on the device of the gradients, as a GradScaler needs
     vlm = load_vlm(TINY, load_in_4bit=True, device="cpu")
     weight = vlm.core.model.language_model.layers[0].mlp.up_proj.base_layer.weight

@@ -362,13 +362,16 @@ def test_boxes_in_a_named_unit_become_pixels(folder):
 
 def test_boxes_that_fit_only_the_displayed_image_get_a_hint(tmp_path):
     exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.new("RGB", (80, 60)).save(tmp_path / "upside_down.jpg", exif=exif)
     exif[0x0112] = 6
     Image.new("RGB", (80, 60)).save(tmp_path / "turned.jpg", exif=exif)
     for box in ([10, 20, 50, 75], [10, 62, 50, 80]):  # the second lies outside the stored image
         with pytest.raises(InputError, match="fits only the image as displayed, 60 x 80"):
             JsonLines(write(tmp_path, good(image="turned.jpg", boxes=[box])))
     for box in ([10, 20, 75, 50], [10, 20, 81, 61]):
-        assert JsonLines(write(tmp_path, good(image="turned.jpg", boxes=[box])))
+        rows = [good(image=f"{name}.jpg", boxes=[box]) for name in ("turned", "upside_down")]
+        assert "2 of 2 images are rotated by EXIF" in JsonLines(write(tmp_path, *rows)).notes()[0]
 
 
 def test_notes_count_clipped_boxes_copies_and_swapped_columns(folder):

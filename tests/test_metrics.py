@@ -64,7 +64,7 @@ def test_the_loss_of_a_forward_sums_over_the_groups_that_teach():
     """Its gradient makes the first completion, which has the better reward, more likely."""
     parts = dict(old_logps=torch.zeros(2, 3), advantages=torch.tensor([1.0, -1]), ref_logps=None)
     completions = Completions(torch.zeros(2, 3).long(), MASK, TEXTS)
-    groups = [SimpleNamespace(teaches=t, completions=completions, **parts) for t in (1, 0, 1)]
+    groups = [SimpleNamespace(in_loss=t, completions=completions, **parts) for t in (1, 0, 1)]
     scores = [Scores(torch.zeros(2, 3, requires_grad=True), None, None, None) for _ in groups]
     loss, stats = sayo_mini.batch_loss(groups, scores, Config(beta=0), step_tokens=10)
     loss.backward()
@@ -100,7 +100,7 @@ def group(total, lengths, finished, attention, entropy):
         completions=Completions(mask.long(), mask, texts, 1.0, torch.tensor(finished)),
         rewards=rewards,
         metrics={"entropy": entropy},
-        teaches=False,
+        in_loss=False,
     )
 
 
