@@ -95,16 +95,24 @@ def decode_attention(query, keys, values, prompt, scaling, ignored=None):
     prompts; ignored (B, P + t) bool, true on positions to mask out, or None.
     Returns: the shape of `query`."""
     B, kv_heads, G, h, D = query.shape
-    P, q, shape = prompt.keys.shape[2], query.contiguous() * scaling, query.shape[:-1]
-    to_prompt = q.view(B * kv_heads, G * h, D) @ prompt.keys.flatten(0, 1).mT  # (B*H_kv, G*h, P)
-    to_own = q.view(-1, h, D) @ keys.flatten(0, 2).mT  # (B*H_kv*G, h, t)
-    scores = torch.cat([to_prompt.view(*shape, P), to_own.view(*shape, -1)], -1)
+    P, q, shape = prompt.keys.shape[2], query.contiguous(), query.shape[:-1]
+    to_prompt = fp32_product(q.view(B * kv_heads, G * h, D), prompt.keys.flatten(0, 1).mT)
+    to_own = fp32_product(q.view(-1, h, D), keys.flatten(0, 2).mT)  # (B*H_kv*G, h, t)
+    scores = torch.cat([to_prompt.view(*shape, P), to_own.view(*shape, -1)], -1).mul_(scaling)
     if ignored is not None:
         scores.masked_fill_(ignored[:, None, None, None], -torch.inf)
-    weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
+    weights = scores.softmax(-1).to(values.dtype)
     from_prompt = weights[..., :P].flatten(2, 3).flatten(0, 1) @ prompt.values.flatten(0, 1)
     own = weights[..., P:].flatten(0, 2), values.flatten(0, 2)
     return torch.baddbmm(from_prompt.view(-1, h, D), *own).view(query.shape)
+
+
+def fp32_product(a, b):
+    """Batched a @ b in fp32. Rounded to 16 bits, scores could all be wrong, because the keys of
+    Qwen2.5-VL have a large bias."""
+    if a.dtype == torch.float32 or a.device.type == "cpu":
+        return a.float() @ b.float()
+    return torch.bmm(a, b, out_dtype=torch.float32)  # makes no copies, but needs a GPU
 
 
 @torch.no_grad()

@@ -48,6 +48,8 @@ def run_config(given):
         if name == "max_steps" and new < old:
             raise InputError(f"--max_steps {new}: the run in {folder} has {old}; it can only grow")
         fixed = name == "save_steps" and saved["keep_best"]  # steps that are compared
+        # Without steps, before.json is about the base model, not the adapter to start from.
+        fixed |= name == "max_steps" and old == 0 and saved["adapter"] != ""
         if old != new and (fixed or not FIELDS[name].metadata["may_change"]):
             advice = "leave the flag out, or start a new run in a different --output_dir"
             raise InputError(f"--{name} {new}: the run in {folder} has {old}; {advice}")
@@ -157,7 +159,7 @@ class RunDirectory:
         stored = {"data_checksum": data_checksum, "threads": torch.get_num_threads()}
         stored["reward_checksum"] = reward_checksum(cfg)
         self.write_json("config.json", self.settings | stored)
-        self.tracker = open_tracker(cfg.report_to, self.folder, self.settings)
+        self.tracker = None  # see `open_tracker`
 
     def atomic_write(self, name, write):
         """Call `write` with a temporary path, then rename that file or folder to `name`. A file is
@@ -332,8 +334,8 @@ def checksum(tensors):
     return torch.tensor(total)
 
 
-def open_tracker(name, folder, settings):
-    """An Accelerator that logs to TensorBoard, W&B or trackio, or None for "none".
+def open_tracker(name, run):
+    """An Accelerator that logs a run to TensorBoard, W&B or trackio, or None for "none".
     Raises: InputError if the tracker is not installed."""
     if name == "none":
         return None
@@ -342,8 +344,8 @@ def open_tracker(name, folder, settings):
 
     if name not in map(str, get_available_trackers()):
         raise InputError(f"--report_to {name} is not installed: pip install {name}")
-    tracker = Accelerator(log_with=name, project_dir=folder)
-    tracker.init_trackers("sayo-mini", settings)
+    tracker = Accelerator(log_with=name, project_dir=run.folder)
+    tracker.init_trackers("sayo-mini", run.settings)
     return tracker
 
 

@@ -333,7 +333,7 @@ def check_command_line(argv):
     try:
         check_versions()
         check_paths(parse_command_line(argv)[1])
-    except InputError as error:
+    except (InputError, OSError) as error:  # such as a path that may not be read
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -474,8 +474,11 @@ def build_config(given, base=None):
     if unknown := set(weighted) - set(REWARDS) - set(own):
         known = ", ".join([*REWARDS, *own])
         raise InputError(f"--reward_weights: no reward {unknown.pop()!r}; known: {known}")
-    if taken := REWARDS.keys() & own:
-        raise InputError(f"--reward: {taken.pop()} is a reward already: rename the function")
+    if taken := {*REWARDS, "step", "id", "question", "answer", "text", "advantage"} & set(own):
+        name = taken.pop()
+        raise InputError(
+            f"--reward: samples.jsonl has a column {name} already: rename the function"
+        )
     if unused := set(own) - set(weighted):
         name = unused.pop()
         advice = f"--reward_weights {cfg.reward_weights},{name}=1"

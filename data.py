@@ -136,6 +136,14 @@ def image_keys(dataset):
     return set(range(len(dataset))) if rows is None else {row["image_key"] for row in rows}
 
 
+def next_image(dataset, index):
+    """The index of the next example that is about another image, or of the next one if none is."""
+    rows, n = getattr(dataset, "rows", None), len(dataset)
+    following = (i % n for i in range(index + 1, index + n)) if rows else ()
+    others = (i for i in following if rows[i]["image_key"] != rows[index]["image_key"])
+    return next(others, (index + 1) % n)
+
+
 def first(rows, count):
     """The first `count` rows; -1 means all."""
     return rows if count < 0 else rows[:count]

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 import reward
 from config import InputError, parse_weights
-from data import encode_example, example_region, image_keys
+from data import encode_example, example_region, image_keys, next_image
 from model import Completions, split_by_tokens
 
 MAX_CELLS = 70_000  # per answer: the maps of long answers are pooled to fewer cells
+Z = 1.96  # standard errors from the mean to the end of a normal 95 % interval
 FEWEST = 6  # images for an interval or a conclusion, see `opening_lines`
 LEVELS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"  # see `pack_map`
 
@@ -45,8 +46,8 @@ def evaluate(vlm, examples, cfg, name, before=None):
     - id, question and answer of the example, and image, a checksum of its pixels; text, ids,
       selected tokens and length of the greedy answer; correct (0 or 1)
     - area, the region's fraction of the image, and `reward.localization` of the mean map of the
-      selected tokens; permuted_auroc scores the same map with the *next* example's region: a model
-      that always looks at the same place scores equally on both
+      selected tokens; permuted_auroc scores the same map with the region of the *next* example, of
+      another image: a model that always looks at the same place scores equally on both
     - early, late (0 or 1), see `reward.early_and_late`, of the tokens before <answer>;
       permuted_..., with the next region
     - fixed_..., the same scores on fixed text: the model is fed the answers of `before`, so only
@@ -63,10 +64,9 @@ def evaluate(vlm, examples, cfg, name, before=None):
             if before:
                 earlier = before[len(results) : len(results) + len(batch)]
                 fixed = trace_fixed_text(vlm, prompts, cfg, earlier)
-            after_batch = examples[(len(results) + len(batch)) % len(examples)]
-            following = [example for example, *_ in batch[1:]] + [after_batch]
-            for (example, prompt, _), *parts in zip(batch, traces, fixed, following):
-                results.append(result_row(vlm, example, prompt, *parts))
+            for (example, prompt, _), *parts in zip(batch, traces, fixed):
+                following = examples[next_image(examples, len(results))]
+                results.append(result_row(vlm, example, prompt, *parts, following))
                 bar.update()
     return results
 
@@ -147,8 +147,8 @@ def result_row(vlm, example, prompt, trace, fixed, next_example):
         "selected": trace.selected.tolist(),
         "correct": reward.accuracy_reward(text, example.answer),
         "length": len(words),
-        "to_region": [round(x, 4) for x in attention[:, region].sum(1).tolist()],
-        "to_image": [round(x, 4) for x in attention.sum(1).tolist()],
+        "to_region": [four_digits(x) for x in attention[:, region].sum(1).tolist()],
+        "to_image": [four_digits(x) for x in attention.sum(1).tolist()],
         "words": words,
         "grid": grid,
         "maps": maps,
@@ -185,7 +185,12 @@ def pack_map(attention):
     square root of its fraction of the largest value, in 64 steps."""
     largest = max(max(attention), 1e-12)
     levels = (round(63 * (max(0.0, a) / largest) ** 0.5) for a in attention)
-    return [round(largest, 5), "".join(LEVELS[level] for level in levels)]
+    return [four_digits(largest), "".join(LEVELS[level] for level in levels)]
+
+
+def four_digits(value):
+    """Rounded to four significant digits, because attention can be small."""
+    return float(f"{value:.4g}")
 
 
 def unpack_map(packed):
@@ -212,7 +217,7 @@ def verdict(before, after):
         [new["fixed_auroc"] - old["auroc"] for old, new in pairs], images
     )
     if own_low is None:
-        conclusion = f"no conclusion from fewer than {FEWEST} images"
+        conclusion = f"no conclusion from the equivalent of fewer than {FEWEST} images"
     elif fixed_low is not None and fixed_low > 0:
         conclusion = "the model looks at the region more while it reads the same words"
     elif own_low <= 0:
@@ -300,9 +305,9 @@ def paired_change(differences, images):
 
 
 def estimate(values, images):
-    """The mean of the values that are not NaN, half the width of its normal 95 % interval (1.96
-    standard errors, clustered by image; 0 for one image), and the effective number of images: fewer
-    than there are if some have more values than others (Kish)."""
+    """The mean of the values that are not NaN, half the width of its 95 % interval (Student's t,
+    clustered by image; 0 for one image), and the effective number of images: fewer than there are
+    if some have more values than others (Kish)."""
     pairs = [(value, image) for value, image in zip(values, images) if not math.isnan(value)]
     if not pairs:
         return math.nan, 0.0, 0
@@ -312,7 +317,14 @@ def estimate(values, images):
     count = len(sums)
     variance = sum(s * s for s in sums) * count / max(1, count - 1)
     effective = len(values) ** 2 / sum(size * size for size in Counter(images).values())
-    return mean, 1.96 * math.sqrt(variance) / len(values), effective
+    errors = student_t(max(1, effective - 1))
+    return mean, errors * math.sqrt(variance) / len(values), effective
+
+
+def student_t(v):
+    """How many standard errors a 95 % interval extends to each side, for v degrees of freedom: the
+    expansion of Student's t around the normal 1.96, within 1 % from v = 5."""
+    return Z + (Z**3 + Z) / (4 * v) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * v**2)
 
 
 def results_text(before, after):
@@ -381,9 +393,9 @@ def count_corrected(results):
 def confidence_interval(values, images, proportion=False, largest=1.0):
     """The mean and its 95 % confidence interval as text, e.g. "0.523 [0.461, 0.584]".
 
-    The interval is the normal one, see `estimate`, if it lies inside [0, 1]. Else it is Wilson's,
+    The interval is Student's, see `estimate`, if it lies inside [0, 1]. Else it is Wilson's,
     which stays inside and has a width even if all values are equal. It treats each image as one
-    value of 0 or 1, the worst case. Metrics without an upper bound have a normal interval, clipped
+    value of 0 or 1, the worst case. Metrics without an upper bound have Student's interval, clipped
     at 0.
 
     Args: values, floats from 0 to `largest`, which is 1 or infinity; images, of the values, which
@@ -393,7 +405,7 @@ def confidence_interval(values, images, proportion=False, largest=1.0):
     mean, half, n = estimate(values, images)
     if n < FEWEST:
         return f"{mean:.3f}" if n else "-"
-    low, high, z = mean - half, mean + half, 1.96
+    low, high, z = mean - half, mean + half, Z
     if proportion or (largest == 1 and not 0 < low <= high < 1):
         p = min(max(mean, 0.0), 1.0)  # rounding can push a mean above 1
         center = (p + z * z / (2 * n)) / (1 + z * z / n)

@@ -29,7 +29,7 @@ UNITS = {  # a value of --boxes -> what such boxes are
     "xywh": "x, y, width, height",
 }
 FORMATS = {  # how a file in another format starts -> what it is, and what to do
-    rb"\x1f\x8b|PK\x03\x04|BZh|\xfd7zXZ": "compressed (gzip, zip ...): unpack it",
+    rb"\x1f\x8b|PK\x03\x04|BZh|\xfd7zXZ": "compressed, or an Excel file: unpack it, or save text",
     b"PAR1": "Parquet: read it with pandas and write to_json(path, orient='records', lines=True)",
     rb"\d+( [\d.]+){4,}\s": "a label of YOLO: extras/convert.py yolo converts it",
     rb'\s*\{(?=.*"category_id"\s*:)(?=.*"images"\s*:)': "COCO: extras/convert.py coco converts it",
@@ -76,7 +76,8 @@ class JsonLines:
         # str.splitlines() also splits at characters that may occur inside JSON strings.
         lines = enumerate(content.split(b"\n"), 1)
         rows = {f"{path}:{number}": parse_row(line) for number, line in lines if line.strip()}
-        self.unit = unit or self.refuse_unit(rows.values())
+        self.unit = unit
+        self.refuse_unit(rows.values())
         for where, row in rows.items():
             errors = list(self.row_errors(where, row))
             for error in errors:
@@ -99,7 +100,7 @@ class JsonLines:
         self.problems.append(problem)
 
     def refuse_unit(self, rows):
-        """Raises: InputError if the boxes of the file are evidently not in pixels."""
+        """Raises: InputError if the boxes of the file are evidently not in `unit` (or pixels)."""
         regions = {}  # image -> (its boxes, its size)
         for row in rows:
             try:
@@ -109,9 +110,16 @@ class JsonLines:
                     regions.setdefault(row["image"], ([], size))[0].extend(row["boxes"])
             except (LookupError, TypeError, InputError):  # `row_errors` says what is wrong
                 pass
-        if unit := likely_unit(list(regions.values())):
-            advice = f"use --boxes {unit}, or --boxes pixels if they are in pixels"
-            raise InputError(f"{self.path}: the boxes look like {UNITS[unit]}: {advice}")
+        regions = list(regions.values())
+        unit, advice = self.unit or likely_unit(regions), ""
+        if unit == "xywh":  # in pixels?
+            corners = [(to_pixels(boxes, unit, size), size) for boxes, size in regions]
+            if scale := likely_unit(corners):
+                advice = f", in {UNITS[scale]}: convert them to x1, y1, x2, y2"
+        if unit and not self.unit:
+            advice = advice or f": use --boxes {unit}, or --boxes pixels if they are in pixels"
+        if advice:
+            raise InputError(f"{self.path}: the boxes look like {UNITS[unit]}{advice}")
 
     def row_errors(self, where, row):
         """Yield what is wrong with a row, one line each; the boxes are checked if the image can be
@@ -312,15 +320,15 @@ def likely_unit(regions):
     def share(condition):
         return condition.double().mean().item()
 
-    if share((boxes <= 1.5).all(1) & (sizes > 8).any(1)) >= 0.5:
-        return "0-1"
     fits_xywh = (start >= 0).all(1) & (start + end <= 1.05 * sizes).all(1)
     if share((start >= end).any(1)) >= 0.25 and share(fits_xywh) >= 0.95:
         return "xywh"
+    if share((boxes <= 1.5).all(1) & (sizes > 8).any(1)) >= 0.5:
+        return "0-1"
     beyond = share((end > 1.05 * sizes).any(1))
     for unit, side in (("0-100", 100), ("0-1000", 1000)):
         # How likely is it that all boxes on larger images stay below `side`, if they are pixels?
-        chance = math.prod(side / x for _, size in regions for x in size if 0.75 * x > side)
+        chance = math.prod(side / x for _, size in regions for x in size if 0.85 * x > side)
         if share(((boxes >= 0) & (boxes <= side)).all(1)) >= 0.95 and boxes.max() > side / 2:
             if beyond > 0.4 or (len(regions) > 2 and chance < 0.01):
                 return unit

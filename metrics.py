@@ -164,8 +164,15 @@ class Alarms:
                 found["accuracy"] = f"answers get worse: {why}; stop here, or use --keep_best"
         return found
 
+    def forget_best(self):
+        """Look for the best steps anew, from the last checkpoint on."""
+        self.best_save = -1.0
+        if len(self.since_save) == self.save_steps:
+            self.since_save = []
+
     def is_best(self):
-        """Whether the samples of the last `save_steps` steps were right more often than those of
-        any earlier ones. Fewer steps, at the end of a run, only count if there were no others."""
+        """Whether the samples of the last `save_steps` steps were right at least as often as those
+        of any earlier ones. Fewer steps, at the end of a run, only count if there were no others.
+        """
         enough = len(self.since_save) == self.save_steps or self.best_save < 0
-        return enough and fmean(self.since_save) > self.best_save
+        return enough and fmean(self.since_save) >= self.best_save

@@ -39,7 +39,14 @@ import torch
 from tqdm import tqdm
 
 import reward
-from checkpoint import RunDirectory, continue_exactly, resume_command, run_config, stop_signals
+from checkpoint import (
+    RunDirectory,
+    continue_exactly,
+    open_tracker,
+    resume_command,
+    run_config,
+    stop_signals,
+)
 from data import Example, encode_example, example_region, load_datasets, step_examples
 from evaluate import evaluate, opening_lines, results_text
 from metrics import Alarms, attention_metrics, sample_rows, step_metrics
@@ -90,9 +97,8 @@ def train_step(vlm, examples, cfg, optimizer, generator, scaler=NO_SCALER):
                 score_and_reward(vlm, batch, scores, cfg)
             if any(group.in_loss for group in batch):
                 loss, batch_stats = batch_loss(batch, scores, cfg, step_tokens)
-                # Except in fp16, this is loss.backward(). The loss is computed on the CPU; the
-                # loss scale of fp16 is on the model's device.
-                scaler.scale(loss.to(vlm.device, non_blocking=True)).backward()
+                loss = loss.to(vlm.device, non_blocking=True)  # from the CPU, like the scores
+                scaler.scale(loss).backward()  # loss.backward(), except in fp16
                 stats += batch_stats
             del scores  # and its graph, if there was no backward
         updates.append(update(optimizer, scaler, stats, cfg))
@@ -152,7 +158,8 @@ def compute_rewards(example, prompt, completions, scores, cfg):
     for name, function in cfg.rewards.items():
         returned = function(inputs)
         values = torch.as_tensor(math.nan if returned is None else returned, dtype=torch.float32)
-        valid = values.shape == (len(inputs.texts),) and values.isfinite().all()
+        finite = values.isfinite().all() or not inputs.attention.isfinite().all()
+        valid = finite and values.shape == (len(inputs.texts),)
         if name not in reward.REWARDS and not valid:
             wanted = f"{len(inputs.texts)} finite numbers, one per completion"
             raise InputError(f"--reward: {name} must return {wanted}, not {str(returned):.40}")
@@ -227,6 +234,7 @@ def train(cfg):
     # In fp16, small gradients round to 0 unless the loss is scaled up for the backward pass.
     scaler = torch.amp.GradScaler(vlm.device.type, 2**10, enabled=vlm.dtype == torch.float16)
     run = RunDirectory(cfg, params, optimizer, generator, scaler, eval_set)
+    run.tracker = open_tracker(cfg.report_to, run)
     before = run.read_json("before.json")
     if before is None:
         compare = cfg.adapter and not cfg.max_steps  # compare an adapter with its base model
@@ -234,7 +242,7 @@ def train(cfg):
             before = run.write_json("before.json", evaluate(vlm, eval_set, cfg, "before"))
     alarms = Alarms(cfg, run.history())
     if not (run.folder / "best").exists():  # a kill can leave none
-        alarms.best_save = -1.0
+        alarms.forget_best()
     with stop_signals() as stop, tqdm(total=cfg.max_steps, initial=run.step, desc="train") as bar:
         while run.step < cfg.max_steps and not stop:
             start = time.perf_counter()
@@ -249,6 +257,7 @@ def train(cfg):
             if run.step % cfg.save_steps == 0 or run.step == cfg.max_steps:
                 if cfg.keep_best and alarms.is_best():
                     run.save_adapter(vlm.model, "best")
+                    tqdm.write(f"step {run.step}: the best so far, saved in best/")
                 run.save()
     if stop:
         run.save()
@@ -282,7 +291,7 @@ def main(argv=None):
     """The command line. Returns the exit code: 2 after an error, which prints one line, and 130
     after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    folder = None
+    folder, started = None, time.time()
     try:
         command, given = parse_command_line(argv)
         check_paths(given)
@@ -293,18 +302,20 @@ def main(argv=None):
 
         return run_command(command, given)
     except KeyboardInterrupt:  # outside training; files are replaced atomically
-        print(f"stopped{continue_hint(folder)}")
+        print(f"stopped{continue_hint(folder, started)}")
         return 130
     except Exception as error:  # also a full disk, a lost GPU, a mistake in this program
-        hint = "" if isinstance(error, InputError) else continue_hint(folder)
+        hint = "" if isinstance(error, InputError) else continue_hint(folder, started)
         print(f"sayo_mini.py: {one_line(error, folder)}{hint}", file=sys.stderr)
         return 2
 
 
-def continue_hint(folder):
-    if folder and os.path.exists(os.path.join(folder, "config.json")):
+def continue_hint(folder, started):
+    """How to continue, if this program has written the run's settings; older ones can differ."""
+    config = os.path.join(folder or "", "config.json")
+    if folder and os.path.exists(config) and os.path.getmtime(config) >= started:
         return f"; continue with: {resume_command(folder)}"
-    return "; nothing was saved"
+    return "; nothing new was saved"
 
 
 if __name__ == "__main__":

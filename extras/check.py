@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from config import InputError
 from data import answer_text, image_keys, region_mask
-from extras.pictures import find_font, load_font, show_boxes
+from extras.pictures import find_font, load_font, shorten, show_boxes
 from json_lines import JsonLines
 
 MAX_DRAWN, COLUMNS = 9, 3  # examples in the contact sheet, and in a row of it
@@ -92,7 +92,7 @@ def draw_example(example):
         font, question, answer = load_font(12), Path(example.id).name, ""
     width = 18 if any(east_asian_width(c) in "WF" for c in question + answer) else 34  # letters
     lines = textwrap.wrap(question, width)[:3]  # so that the answer fits in
-    lines.append(textwrap.shorten(answer, width, placeholder=" ..."))
+    lines.append(shorten(answer, font, THUMBNAIL))
     draw = ImageDraw.Draw(tile)
     draw.multiline_text((0, photo.height + 2), "\n".join(lines), "black", font, spacing=2)
     return tile

@@ -17,13 +17,16 @@ import json
 import math
 import random
 import sys
+from itertools import accumulate
 from pathlib import Path
+
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 from config import InputError, one_line
-from json_lines import UNITS, JsonLines, image_errors, open_image, stored_size
+from json_lines import IMAGE_FORMATS, UNITS, JsonLines, image_errors, open_image, stored_size
 
 # GQA's files are large. These parts are not used, and are dropped during parsing to save memory.
 UNUSED = frozenset(
@@ -166,6 +169,7 @@ def convert_coco(annotations, images):
         coco = json.loads(annotations.read_bytes())
         names = {category["id"]: category["name"] for category in coco["categories"]}
         files = {image["id"]: image["file_name"] for image in coco["images"]}
+        sizes = {i["file_name"]: (i.get("width"), i.get("height")) for i in coco["images"]}
         found = {}  # (file, category) -> boxes
         for item in coco["annotations"]:
             x, y, width, height = item["bbox"]
@@ -175,25 +179,40 @@ def convert_coco(annotations, images):
                 found[key].append(None)  # an unknown number
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{annotations} is not in COCO's format ({error!r})") from None
+    missing = {file for file, _ in found if not (images / file).is_file()}
+    if missing:
+        print(f"COCO: left out {len(missing)} images that are not in {images}")
+    found = {key: boxes for key, boxes in found.items() if key[0] not in missing}
+    for file in dict.fromkeys(file for file, _ in found):
+        with image_errors(images / file), open_image(images / file) as image:
+            size = stored_size(image)
+        if None not in sizes[file] and size != sizes[file]:  # labeled as displayed, or scaled
+            problem = "its boxes fit {} x {} pixels, but the stored image has {} x {}"
+            raise InputError(f"{images / file}: {problem.format(*sizes[file], *size)}")
     write_counts(images, found)
 
 
 def convert_yolo(images, labels, classes):
     """Write a row per image and class of YOLO's label files. Args: images and labels, folders with
     files of the same names; classes, a text file with the name of a class per line."""
-    names, found = classes.read_text("utf-8").splitlines(), {}
-    for path in sorted(path for path in images.rglob("*") if path.is_file()):
+    if classes.suffix in (".yaml", ".yml"):
+        raise InputError(f"{classes}: write the names of its classes to a text file, one per line")
+    # Some editors write a byte order mark, which utf-8-sig drops.
+    names, found = dict(enumerate(classes.read_text("utf-8-sig").splitlines())), {}
+    for path in sorted(images.rglob("*")):
         label = labels / path.relative_to(images).with_suffix(".txt")
+        if Image.registered_extensions().get(path.suffix.lower()) not in IMAGE_FORMATS:
+            continue  # labels may be in the same folder
         if not label.exists():
             continue
         with image_errors(path), open_image(path) as image:
             size, file = stored_size(image), path.relative_to(images).as_posix()
-        for number, line in enumerate(label.read_text("utf-8").splitlines(), 1):
+        for number, line in enumerate(label.read_text("utf-8-sig").splitlines(), 1):
             try:
                 index, *box = line.split()
                 x, y, w, h = map(float, box)  # center and size, in fractions of the image
                 name = names[int(index)].strip()
-            except (ValueError, IndexError):
+            except (ValueError, LookupError):
                 problem = "expected the number of a class and four fractions x y width height"
                 raise InputError(f"{label}:{number}: {problem}") from None
             corners = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
@@ -229,8 +248,9 @@ def mix_files(output, sources, boxes, count, seed):
         raise InputError(f"--boxes: give {len(sources)} units, one for each source, in their order")
     generator, folder = random.Random(seed), output.parent.resolve()
     mixed, outside, total = [], 0, sum(share for _, share in sources)
-    for (path, share), unit in zip(sources, boxes or [""] * len(sources)):
-        problems, wanted = [], round(count * share / total)
+    ends = accumulate(share / total for _, share in sources)
+    for (path, share), end, unit in zip(sources, ends, boxes or [""] * len(sources)):
+        problems, wanted = [], round(count * end) - len(mixed)
         data = JsonLines(path, allow_absolute_paths=True, problems=problems, unit=unit)
         if problems:
             print(f"{path}: skipped {data.rejected} rows; first problem: {problems[0]}")

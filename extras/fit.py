@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from config import Config, InputError, build_config, model_path, parse_ints
 from data import first
 from evaluate import evaluate
-from extras import shapes
 from extras.meta_memory import META, MetaMemory, cuda_attention, tensor_with_values
+from extras.shapes import PUBLISHED
 from model import TOKENS_PER_FORWARD, Prompt, Vlm, add_lora, check_architecture, tile_grid
 from scenes import Scenes
 
@@ -48,6 +48,8 @@ def run_fit(given):
     text_tokens = given.pop("prompt_tokens", PROMPT_TOKENS)
     if not 1 <= text_tokens <= 10**6:
         raise InputError(f"--prompt_tokens {text_tokens}: must be at least 1 and at most 1000000")
+    if given.get("resume"):
+        raise InputError("fit does not read the settings of a run: pass its flags, not --resume")
     cfg = build_config(given)
     # Meta tensors have no values for your own rewards.
     cfg = replace(cfg, reward="", reward_weights=Config.reward_weights)
@@ -116,8 +118,8 @@ def dequantized_size(model_config):
 
 def read_config(name, max_pixels=None):
     """The transformers configuration of a hub model or a folder."""
-    if name in shapes.PUBLISHED:
-        config = shapes.PUBLISHED[name]()
+    if name in PUBLISHED:
+        config = PUBLISHED[name]()
     else:
         config = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
     check_architecture(name, config, max_pixels)

@@ -25,8 +25,9 @@ reward for looking at a region of the image.
 | attention | {attention}, alignment {alignment}, the share \
 {token_fraction:g} of tokens with the highest entropy |
 | region | {where} |
+| images | at most {max_pixels:,} pixels |
 | training | {max_steps} steps of {prompts_per_step} questions with {num_generations} completions \
-each; learning rate {learning_rate:g}, {lr_scheduler_type}; seed {seed} |
+each; learning rate {learning_rate:g}, {lr_scheduler_type}; seed {seed}{best} |
 {start}
 ## Results
 
@@ -79,6 +80,7 @@ def model_card(settings, before=None, after=None):
         "reward": " + ".join(f"{weight:g} x {name}" for name, weight in weights.items() if weight),
         "attention": attention_source(settings),
         "where": PLACEBO if settings["region"] == "rolled" else "the boxes of the data",
+        "best": "; the adapter of the best steps (--keep_best)" if settings["keep_best"] else "",
         "start": start,
         "results": results,
     }

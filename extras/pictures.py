@@ -181,9 +181,9 @@ def lay_out(words, font, width):
     return placed
 
 
-def draw_words(draw, left, top, placed, lines, styles):
+def draw_words(draw, left, top, placed, lines, styles, font):
     """Write the last `lines` lines of a text. Args: placed, see `lay_out`; styles, see `Column`."""
-    font, first_line = load_font(FONT), max(0, placed[len(styles) - 1][0] - lines + 1)
+    first_line = max(0, placed[len(styles) - 1][0] - lines + 1)
     for (line, x, word), style in zip(placed, styles):
         if not word or line < first_line:
             continue
@@ -196,12 +196,11 @@ def draw_words(draw, left, top, placed, lines, styles):
         draw.text((x, y), word, "black", font)
 
 
-def draw_band(draw, left, top, width, text, color):
+def draw_band(draw, left, top, width, font, text, color):
     """Draw a colored band with white text in it."""
     draw.rounded_rectangle((left, top, left + width, top + BAND - 6), 6, color)
-    text = shorten(text, load_font(FONT), width - 16)
     middle = left + width / 2, top + (BAND - 6) / 2
-    draw.text(middle, text, "white", load_font(FONT), anchor="mm")
+    draw.text(middle, shorten(text, font, width - 16), "white", font, anchor="mm")
 
 
 # --- a question and its answers side by side ---
@@ -256,7 +255,10 @@ def draw_row(example, answers, side=SIDE, lines=math.inf, current=None):
     if place := re.search(r"\br(\d) c(\d)\b", "".join(answers[0]["words"])):
         note += f"; {place[0]}: row {place[1]}, column {place[2]}"
 
-    texts = [lay_out(column.words, load_font(FONT), side) for column in columns]
+    bands = [column.band[0] for column in columns if column.band]
+    letters = set("".join([*bands, *(word for column in columns for word in column.words)]))
+    font = find_font(FONT, "".join(sorted(letters))) or load_font(FONT)
+    texts = [lay_out(column.words, font, side) for column in columns]
     limits = [math.inf, *[lines] * len(answers)]  # the question is complete
     text_height = LINE * max(min(limit, text[-1][0] + 1) for limit, text in zip(limits, texts))
     text_top = CAPTION + columns[0].picture.height + 8
@@ -267,11 +269,11 @@ def draw_row(example, answers, side=SIDE, lines=math.inf, current=None):
     draw = ImageDraw.Draw(sheet)
     for i, (column, text, limit) in enumerate(zip(columns, texts, limits)):
         left = GAP + i * (side + GAP)
-        draw.text((left, 8), column.title, "black", load_font(FONT))
+        draw.text((left, 8), column.title, "black", font)
         sheet.paste(column.picture, (left, CAPTION))
-        draw_words(draw, left, text_top, text, limit, column.styles)
+        draw_words(draw, left, text_top, text, limit, column.styles, font)
         if column.band:
-            draw_band(draw, left, band_top, side, *column.band)
+            draw_band(draw, left, band_top, side, font, *column.band)
     bar_height = max(80, columns[0].picture.height)  # its labels need space
     draw_color_bar(sheet, bar_left, CAPTION, bar_height, highest, clipped=current is not None)
     draw.text((GAP, height - NOTE), note, "#555555", load_font(SMALL_FONT))

@@ -10,7 +10,7 @@ import reward
 from attention import Capture
 from checkpoint import check_folder
 from config import build_config
-from data import encode_example, example_region, load_datasets
+from data import encode_example, example_region, load_datasets, next_image
 from evaluate import trace_attention
 from extras.pictures import plot_heatmap
 from model import load_model
@@ -21,17 +21,18 @@ MIN_QUESTIONS = 10  # minimum for an interval
 
 def run_probe(given):
     """Probe the first training examples, by default 64; print a table and draw it as probe.png.
-    Held-out examples are not used, to keep them for the evaluation.
+    Held-out examples are kept for the evaluation, except with --eval_examples 0.
 
     Args: given, a dict of flags. Returns: the exit code. Raises: InputError.
     """
     cfg = build_config(given)
     picture = Path(cfg.output_dir) / "probe.png"
     check_folder(picture.parent, started=True)
-    examples = load_datasets(cfg)[0]
-    count = cfg.eval_examples if cfg.eval_examples > 0 else 64
-    examples = [examples[i] for i in range(min(len(examples), count))]
-    tables = measure_heads(load_model(cfg), examples, cfg)
+    train_set = load_datasets(cfg)[0]
+    count = min(len(train_set), cfg.eval_examples if cfg.eval_examples > 0 else 64)
+    examples = [train_set[i] for i in range(count)]
+    others = [train_set[next_image(train_set, i)] for i in range(count)]
+    tables = measure_heads(load_model(cfg), examples, others, cfg)
     auroc, permuted = tables.nanmean(0)
     columns = f"columns: head 0 to {auroc.shape[1] - 2}, all"
     print(f"AUROC of {len(examples)} questions, --alignment {cfg.alignment}; {columns}")
@@ -46,15 +47,15 @@ def run_probe(given):
     return 0
 
 
-def measure_heads(vlm, examples, cfg):
+def measure_heads(vlm, examples, others, cfg):
     """How well every layer and head finds the region in greedy answers.
 
-    Returns: AUROCs (examples, 2, L + 1, H + 1), with the example's own region and, as a control,
-    with the next example's. A row per layer and a column per head; the last row and column are for
-    the mean map over all.
+    Args: others, an example about another image for each, as a control.
+    Returns: AUROCs (examples, 2, L + 1, H + 1), with the example's own region and with the other's.
+    A row per layer and a column per head; the last row and column are for the mean map over all.
     """
     tables = []
-    for i, example in enumerate(tqdm(examples, desc="probe")):
+    for example, other in zip(tqdm(examples, desc="probe"), others):
         prompt = encode_example(vlm, example, cfg)
         trace = trace_attention(vlm, prompt, cfg)
         rows, prompt_row = attention_maps(vlm, prompt, trace.completion)
@@ -62,8 +63,7 @@ def measure_heads(vlm, examples, cfg):
         maps = maps[:, :, trace.selected].mean(2)  # (L, H, N)
         for dim in (0, 1):
             maps = torch.cat([maps, maps.mean(dim, keepdim=True)], dim)  # (L + 1, H + 1, N)
-        next_example = examples[(i + 1) % len(examples)]
-        regions = [example_region(each, prompt.grid) for each in (example, next_example)]
+        regions = [example_region(each, prompt.grid) for each in (example, other)]
         tables.append([auroc_table(maps, region) for region in regions])
     return torch.tensor(tables)
 

@@ -45,7 +45,8 @@ def write_report(run, examples):
     Args: run, a checkpoint.RunDirectory; examples, the held-out examples.
     """
     before, after = run.read_json("before.json"), run.read_json("after.json")
-    if run.step < run.settings["max_steps"]:
+    finished = run.step >= run.settings["max_steps"]
+    if not finished:
         after = None  # of an earlier end, if the run was extended
     if before and after:
 
@@ -57,7 +58,7 @@ def write_report(run, examples):
         run.atomic_write("look.png", partial(plot_before_after, first))
         run.atomic_write("before_after.png", partial(plot_before_after, [telling]))
         run.atomic_write("look.gif", partial(plot_animation, *telling))
-    if (run.folder / "adapter").exists():
+    if finished and (run.folder / "adapter").exists():
         run.write_text("adapter/README.md", model_card(run.settings, before, after))
     run.write_text("report.html", render_page(run, before, after, examples))
 

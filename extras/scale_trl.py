@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
-from checkpoint import RunDirectory, continue_exactly, run_config
+from checkpoint import CHECKPOINTS, RunDirectory, continue_exactly, run_config
 from data import Example, encode_example, epoch_index, format_question, load_datasets
 from extras.model_card import model_card
 from model import Completions, choose_device, load_model, tile_grid
@@ -176,6 +176,9 @@ def trl_config(cfg):
     evenly among the processes, or if the launcher shards the weights."""
     if not cfg.max_steps:
         raise InputError("--max_steps 0: scale_trl.py only trains, so it must be above 0")
+    for name in ("keep_best", "deterministic"):
+        if getattr(cfg, name):
+            raise InputError(f"--{name}: scale_trl.py cannot do this")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     rows, remainder = divmod(cfg.prompts_per_step * cfg.num_generations, processes)
     if remainder:
@@ -223,16 +226,15 @@ def trl_config(cfg):
 def train(cfg):
     """One run; replaces `sayo_mini.train`. Returns: the exit code."""
     args, last = trl_config(cfg), last_checkpoint(cfg.output_dir)
-    if cfg.resume and not last:
-        raise InputError(f"{cfg.output_dir} has no checkpoint of scale_trl.py to resume")
+    if cfg.resume and (Path(cfg.output_dir) / CHECKPOINTS[0]).exists():
+        raise InputError(f"{cfg.output_dir} has a run of sayo_mini.py: resume it there")
     torch.manual_seed(cfg.seed)
     train_set, _ = load_datasets(cfg)
     continue_exactly(cfg, train_set)
     vlm = load_model(replace(cfg, device=str(args.device)))
     args.distributed_state.wait_for_everyone()  # until every rank has checked the folder
     if args.process_index == 0:
-        settings = replace(cfg, resume=False, report_to="none")
-        run = RunDirectory(settings, {}, None, None, data=train_set)
+        run = RunDirectory(replace(cfg, resume=False), {}, None, None, data=train_set)
     trainer = SayoTrainer(cfg, args, vlm, train_set)
     print(f"resuming {last}" if last else f"starting from the beginning in {cfg.output_dir}")
     trainer.train(resume_from_checkpoint=last)

@@ -8,6 +8,8 @@ from PIL import Image
 from json_lines import JsonLines
 
 NAMES = [f"{orientation}.jpg" for orientation in range(1, 9)] + ["6.png", "plain.webp"]
+# An earlier row, pasted without its newline.
+FIRST = '{"image": "odd.jpg", "question": "Why?", "answer": "so", "boxes": [[1, 1, 5, 5]]}'
 
 
 @pytest.fixture
@@ -28,6 +30,11 @@ def photos(tmp_path):
         exif[0x0112] = int(name[0]) if name[0].isdigit() else 1
         size = (800, 600) if name[0] in "5678" else (600, 800)
         Image.new("RGB", size).save(tmp_path / name, exif=exif)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (9, 6)).save(tmp_path / "6.avif", exif=turned)
+    broken = b"Exif\0\0II*\0\xff\xff\xff\x7f"  # its directory is beyond its end
+    Image.new("RGB", (9, 6)).save(tmp_path / "odd.jpg", exif=broken)
     return tmp_path
 
 
@@ -48,7 +55,10 @@ def add(page, question, answer):
 
 @pytest.mark.slow
 def test_boxes_are_where_they_were_drawn_however_the_photo_is_stored(page, photos):
-    page.set_input_files("#files", [photos / name for name in NAMES])
+    page.set_input_files("#files", [photos / name for name in ["odd.jpg", "6.avif", *NAMES]])
+    page.get_by_text("6.avif: a rotated AVIF; convert it to JPEG").wait_for()
+    assert page.locator("#photos button").all_inner_texts() == ["odd.jpg", *NAMES]
+    page.fill("#lines", FIRST)
     for name in NAMES:
         page.get_by_role("button", name=name).click()
         page.wait_for_function("document.getElementById('photo').complete")
@@ -62,9 +72,10 @@ def test_boxes_are_where_they_were_drawn_however_the_photo_is_stored(page, photo
         page.get_by_role("button", name="Save").click()
     download.value.save_as(photos / download.value.suggested_filename)
     data = JsonLines(photos / "mine.jsonl")
+    assert data.rows.pop(0)["question"] == "Why?"
     assert [(row["image"], row["answer"]) for row in data.rows] == [(name, name) for name in NAMES]
     (note,) = data.notes()  # no box had to be clipped
-    assert "8 of 10 images are rotated by EXIF" in note
+    assert "8 of 11 images are rotated by EXIF" in note
     for example in data:
         assert example.question == "Where?" and example.image.size == (600, 800)
         expected = [(60, 80, 180, 160), (300, 400, 360, 800)]

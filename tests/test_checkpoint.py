@@ -262,16 +262,28 @@ def test_ctrl_c_in_an_evaluation_or_twice_stops_immediately(
 
 
 def test_the_best_steps_had_the_highest_share_of_right_samples():
+    def row(share):
+        return dict.fromkeys([*ALARMS, "skipped_updates"], 0.0) | {"rewards/accuracy/mean": share}
+
     def is_best(*shares):  # of one step each; a window has two
-        other = dict.fromkeys([*ALARMS, "skipped_updates"], 0.0)
-        history = [other | {"rewards/accuracy/mean": share} for share in shares]
-        return Alarms(Config(save_steps=2), history).is_best()
+        return Alarms(Config(save_steps=2), map(row, shares)).is_best()
 
     assert is_best(0.25, 0.5) and is_best(0.25, 0.5, 0.125, 1.0)
-    assert not is_best(0.25, 0.5, 0.375, 0.375)  # equal is not better
+    assert is_best(0.25, 0.5, 0.375, 0.375)  # of equals, the later one
     assert not is_best(0.9, 0.1, 0.1, 0.8)  # 0.5, then 0.45
     assert not is_best(0.8, 0.8, 0.1, 0.1, 0.5, 0.5)  # better than the second, not than the first
     assert is_best(0.5) and not is_best(0.5, 0.5, 1.0)  # one step is not enough, unless it is all
+    alarms = Alarms(Config(save_steps=1), [row(0.9)])
+    alarms.forget_best()
+    alarms.add(row(0.1))
+    assert alarms.is_best()
+
+
+def test_settings_that_an_earlier_run_wrote_are_not_offered_for_resuming(tmp_path):
+    (tmp_path / "config.json").touch()
+    written = (tmp_path / "config.json").stat().st_mtime
+    assert "--resume" in sayo_mini.continue_hint(str(tmp_path), written)
+    assert sayo_mini.continue_hint(str(tmp_path), written + 1) == "; nothing new was saved"
 
 
 # --- other files ---
@@ -468,10 +480,10 @@ def test_files_of_a_run_are_stored_by_their_whole_path(tmp_path, monkeypatch):
     assert checkpoint.run_config(hub).model_name_or_path == hub["model_name_or_path"]
 
 
-def test_keep_best_ends_with_the_adapter_of_the_best_steps(tmp_path, monkeypatch):
+def test_keep_best_ends_with_the_adapter_of_the_best_steps(tmp_path, monkeypatch, capsys):
     """After steps 2, 4, 6 and 7, the latest steps are compared by their right samples. On average
-    0.2, 0.6, 0.5 and 0.6 of them are right. The first of the best wins."""
-    shares = [0.1, 0.3, 0.6, 0.6, 0.9, 0.1, 0.6]
+    0.6, 0.6, 0.5 and 0.6 of them are right. The later of the best wins; a single step does not."""
+    shares = [0.7, 0.5, 0.6, 0.6, 0.9, 0.1, 0.6]
     seen, train_step = [], sayo_mini.train_step
 
     def step_and_remember(vlm, examples, cfg, optimizer, *args):
@@ -487,6 +499,7 @@ def test_keep_best_ends_with_the_adapter_of_the_best_steps(tmp_path, monkeypatch
         run(tmp_path / name, f"{flags} {keep}")
         assert seen[step - 1] == sums(adapter_weights(tmp_path / name).values())
         assert len(set(map(tuple, seen))) == 7
+        assert ("step 4: the best so far" in capsys.readouterr().out) == (name == "best")
 
 
 def test_the_best_adapter_survives_an_interruption(tmp_path):

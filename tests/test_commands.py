@@ -127,7 +127,8 @@ def test_a_mistake_is_one_line_before_the_model_loads(capfd, photo, run, monkeyp
 @pytest.mark.parametrize("alignment", ["query", "predict"])
 def test_probe_agrees_with_an_evaluation_of_one_layer_and_head(alignment):
     cfg = Config(**PRESET | {"alignment": alignment})
-    tables = measure_heads(load(), [SCENES[i] for i in range(4)], cfg)
+    examples = [SCENES[i] for i in range(4)]
+    tables = measure_heads(load(), examples, examples[1:] + examples[:1], cfg)
     assert tables.shape == (4, 2, 5, 5)
     # Text and selected tokens do not depend on which layers and heads are rewarded.
     for layer, head in [(0, 1), (4, 2)] if alignment == "query" else [(3, 4), (4, 4)]:

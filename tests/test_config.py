@@ -120,6 +120,7 @@ MESSAGES = {
     "look --image a.png --question q --beta 1": "look does not use --beta (see --help)",
     "--xyzzy 1": "unrecognized arguments: --xyzzy 1 (see --help)",
     "--dataset \udce9": "'\\udce9' is not UTF-8: rename the file or folder (see --help)",
+    "fit --resume": "fit does not read the settings of a run: pass its flags, not --resume",
     "fit --prompt_tokens 0": "--prompt_tokens 0: must be at least 1 and at most 1000000",
 }
 NEAREST = {  # what was probably meant
@@ -205,6 +206,7 @@ PATHS = {  # flags -> what is wrong
     "--model_name_or_path ./none": "cannot load ./none: No such file or directory",
     "--model_name_or_path /a/b/c": "cannot load /a/b/c: No such file or directory",
     "--resume --output_dir none/x": "no run in none/x: cannot read config.json: No such file",
+    f"check {'x' * 300}": "File name too long",
     "--output_dir README.md": "--output_dir README.md: it is a file, not a folder",
 }
 
@@ -294,7 +296,8 @@ def test_a_reward_needs_a_name_of_its_own_and_a_weight():
 
     unknown = "no reward 'beauty'; known: attention, format, accuracy"
     assert refusal(reward_weights="format=1,beauty=1").endswith(unknown)
-    assert "format is a reward already: rename the function" in refusal(reward="mine.py:format")
+    for name in ("format", "text"):
+        assert f"has a column {name} already: rename" in refusal(reward=f"mine.py:{name}")
     advice = "f has no weight: pass --reward_weights attention=1,format=1,accuracy=0,f=1"
     assert advice in refusal(reward="mine.py:f")
     # `look` reads the settings of a run, also without its file.

@@ -115,8 +115,13 @@ def test_coco_becomes_questions_that_count(photos, capsys):
 
     annotations = [item(7, 1, *PIPE), item(7, 3, *WALL), item(7, 1, *DOOR), item(8, 1, *DOOR)]
     annotations.append(item(8, 3, *WALL, iscrowd=1))  # an unknown number: no question
+    annotations.append(item(9, 1, *WALL))
     coco = {
-        "images": [{"id": 7, "file_name": "a.png"}, {"id": 8, "file_name": "more/b.png"}],
+        "images": [
+            {"id": 7, "file_name": "a.png", "width": 60, "height": 40},
+            {"id": 8, "file_name": "more/b.png"},
+            {"id": 9, "file_name": "gone.png"},
+        ],
         "categories": [{"id": 1, "name": "cat"}, {"id": 3, "name": "traffic light"}],
         "annotations": annotations,
     }
@@ -125,27 +130,34 @@ def test_coco_becomes_questions_that_count(photos, capsys):
     assert run("coco", path, photos / "photos") == 0
     assert read_counts(photos / "photos.jsonl") == COUNTS
     assert len(JsonLines(photos / "photos.jsonl")) == 3
+    assert "left out 1 images that are not in " in capsys.readouterr().out
     assert "photos.jsonl exists already" in error(capsys, "coco", path, photos / "photos")
+    coco["images"][0]["height"] = 60
+    path.write_text(json.dumps(coco))
+    wrong = "a.png: its boxes fit 60 x 60 pixels, but the stored image has 60 x 40"
+    assert wrong in error(capsys, "coco", path, photos / "photos")
     for change in ({"images": []}, {"annotations": [{}]}, {"categories": 7}):
         path.write_text(json.dumps(coco | change))
         line = error(capsys, "coco", path, photos / "photos")
         assert f"{path} is not in COCO's format" in line
 
 
-def test_yolo_becomes_questions_that_count(photos, capsys):
+@pytest.mark.parametrize("place", ["labels", "photos"])  # labels beside the photos, too
+def test_yolo_becomes_questions_that_count(photos, capsys, place):
     def line(index, x1, y1, x2, y2):
         return f"{index} {(x1 + x2) / 120} {(y1 + y2) / 80} {(x2 - x1) / 60} {(y2 - y1) / 40}\n"
 
-    labels = photos / "labels"
-    (labels / "more").mkdir(parents=True)
+    labels = photos / place
+    (labels / "more").mkdir(parents=True, exist_ok=True)
     (labels / "a.txt").write_text(line(0, *PIPE) + line(1, *WALL) + line(0, *DOOR))
     (labels / "more" / "b.txt").write_text(line(0, *DOOR))
     Image.new("L", (9, 9)).save(photos / "photos" / "unlabeled.png")
-    (photos / "classes.txt").write_text("cat\ntraffic light\n")
+    (photos / "classes.txt").write_text("\ufeffcat\ntraffic light\n")
     command = "yolo", photos / "photos", labels, photos / "classes.txt"
     assert run(*command) == 0
     assert read_counts(photos / "photos.jsonl") == COUNTS
-    for text in ("2 0.5 0.5 0.1 0.1", "0 0.5 0.5 0.1", "cat 0.5 0.5 0.1 0.1"):
+    assert "names of its classes" in error(capsys, *command[:3], photos / "data.yaml")
+    for text in ("2 .5 .5 .1 .1", "-1 .5 .5 .1 .1", "0 .5 .5 .1", "cat .5 .5 .1 .1"):
         (labels / "a.txt").write_text(f"{line(0, *PIPE)}{text}")
         assert f"{labels / 'a.txt'}:2: expected" in error(capsys, *command)
 
@@ -176,6 +188,8 @@ def test_a_mixture_has_its_shares_and_no_row_twice(tmp_path, capsys):
     assert {answer[0] for answer in answers[:20]} == {"a", "b"}  # shuffled
     assert {row["image"] for row in data.rows} == {"image.png", str(tmp_path / "b" / "image.png")}
     assert "6 rows have images outside" in capsys.readouterr().out
+    assert run("mix", tmp_path / "five.jsonl", f"{a}=1", f"{b}=1", "--count", 5) == 0
+    assert len((tmp_path / "five.jsonl").read_text().splitlines()) == 5
     command = "mix", tmp_path / "new.jsonl", f"{a}=4", f"{b}=1", "--count", 43
     assert "has 8 rows, not 9: use --count 40" in error(capsys, *command)
 

@@ -8,6 +8,7 @@ from conftest import ask, load
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import decoding
+from attention import PromptCache, decode_attention
 from decoding import GraphDecoder, fast_linear
 from model import Completions
 from scenes import Scenes
@@ -59,6 +60,23 @@ def test_16_bit_decoding_is_close_to_scoring(dtype, bound):
     prompt, completions = ask(vlm)
     difference = decoded_logps(vlm, [prompt], [completions]) - vlm.score(prompt, completions).logps
     assert 0 < difference[completions.mask].abs().max() < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_large_bias_of_the_keys_does_not_matter(dtype):
+    """It adds 200 to all scores, of which 16 bits would keep no fraction."""
+    generator, D = torch.Generator().manual_seed(0), 128
+    query, keys, values = torch.randn(3, 1, 2, 4, 30, D, generator=generator)  # B, H_kv, G, h or t
+    query[..., 0], keys[..., 0] = 50, 200 * D**0.5 / 50
+    query, keys, values = (x.to(dtype) for x in (query, keys, values))
+    prompt = PromptCache(keys[:, :, 0], values[:, :, 0], None)
+    found = decode_attention(query, keys, values, prompt, D**-0.5)
+    both = [
+        torch.cat([p[:, :, None].expand_as(x), x], 3).double()
+        for p, x in ((prompt.keys, keys), (prompt.values, values))
+    ]
+    expected = torch.nn.functional.scaled_dot_product_attention(query.double(), *both)
+    assert (found - expected).norm() < 0.01 * expected.norm()
 
 
 class Operations(TorchDispatchMode):

@@ -9,6 +9,7 @@ from itertools import count
 import pytest
 import torch
 from conftest import ask, load
+from scipy.stats import t as student
 
 import evaluate as module
 import reward
@@ -133,7 +134,7 @@ def test_words_are_what_each_token_adds_to_the_text(vlm):
 def test_a_packed_map_has_the_largest_value_and_64_levels():
     # The levels are 63 times the square root of 0, 1/4, 1 and 1/100: 0, 31.5 (even: 32), 63, 6.3.
     assert pack_map([0.0, 0.125, 0.5, 0.005, -1.0]) == [0.5, "0W_60"]  # W is 32, _ is 63
-    assert pack_map([0.0, 0.0]) == [0.0, "00"]
+    assert pack_map([0.0, 0.0]) == [1e-12, "00"] and pack_map([2e-6, 0.0]) == [2e-6, "_0"]
     assert len(set(module.LEVELS)) == 64
     values = torch.rand(500, generator=torch.Generator().manual_seed(0)).tolist()
     assert unpack_map(pack_map(values)) == pytest.approx(values, abs=1 / 63)
@@ -181,17 +182,19 @@ def test_confidence_intervals():
     assert interval([1.0] * 8 + [0.0] * 2, proportion=True) == "0.800 [0.490, 0.943]"
     # The normal interval would have zero width.
     assert interval([1.0] * 10, proportion=True) == "1.000 [0.722, 1.000]"
-    # The mean is 2, the standard error sqrt(4 / 5 / 6), the half width 1.96 times that.
-    assert interval([1.0, 2.0, 3.0, math.nan] * 2, largest=INF) == "2.000 [1.284, 2.716]"
+    # The mean is 2, the standard error sqrt(4 / 5 / 6); t is about 2.57 for 5 degrees of freedom.
+    assert interval([1.0, 2.0, 3.0, math.nan] * 2, largest=INF) == "2.000 [1.070, 2.930]"
     assert interval([1.0] * 5) == "1.000" and interval([math.nan]) == "-"
-    # Inside the range, the normal interval is used: 0.5 +- 1.96 * 0.1 * sqrt(4 / 5 / 6).
-    assert interval([0.4, 0.5, 0.6] * 2) == "0.500 [0.428, 0.572]"
-    # The normal interval is [-0.071, 0.571], so Wilson's for 2 of 8 is used: center
+    # Inside the range, Student's interval is used: 0.5 +- 2.55 * 0.1 * sqrt(4 / 5 / 6).
+    assert interval([0.4, 0.5, 0.6] * 2) == "0.500 [0.407, 0.593]"
+    for v in (5, 9, 100):
+        assert module.student_t(v) == pytest.approx(student.ppf(0.975, v), rel=0.01)
+    # Student's interval is [-0.136, 0.636], so Wilson's for 2 of 8 is used: center
     # (0.25 + 1.9208 / 8) / 1.4802, half width 1.96 sqrt(0.023437 + 0.015006) / 1.4802 = 0.2596.
     assert interval([0.0] * 6 + [1.0] * 2) == "0.250 [0.071, 0.591]"
     assert interval([1 + 1e-15] * 6) == "1.000 [0.610, 1.000]"
-    # 2 +- 1.96 * sqrt(120 / 5 / 6), clipped at 0; a ratio has no upper bound.
-    assert interval([0.0] * 5 + [12.0], largest=INF) == "2.000 [0.000, 5.920]"
+    # 2 +- 2.55 * sqrt(120 / 5 / 6), clipped at 0; a ratio has no upper bound.
+    assert interval([0.0] * 5 + [12.0], largest=INF) == "2.000 [0.000, 7.095]"
 
 
 NUMBERS = count()
@@ -260,6 +263,7 @@ def test_the_verdict_tests_the_same_questions():
 
 WRITES = "the model learned to write differently; at the same words, no gain is shown"
 SAME_WORDS = "the model looks at the region more while it reads the same words"
+FEW = "no conclusion from the equivalent of fewer than 6 images"
 NOTHING = "nothing shows that the model looks at the region more than before"
 
 
@@ -274,7 +278,11 @@ NOTHING = "nothing shows that the model looks at the region more than before"
         ((-0.1, 0.2), (0.1, 0.1), SAME_WORDS),
         ((-0.1, 0.2), (-0.1, 0.2), NOTHING),
         ((-0.2, -0.3), (0.0, 0.0), NOTHING),
-        ((0.2, math.nan), (0.0, math.nan), "no conclusion from fewer than 6 images"),
+        (
+            (0.2, math.nan),
+            (0.0, math.nan),
+            "no conclusion from the equivalent of fewer than 6 images",
+        ),
     ],
 )
 def test_the_verdict_concludes_from_the_intervals_that_it_prints(own, fixed, conclusion):
@@ -318,8 +326,10 @@ def test_exact_sign_test_and_clustered_error():
     assert sign_test([1] * 9 + [-1] + [0] * 5) == "p = 0.021"  # 2 (1 + 10) / 1024
     assert sign_test([]) == sign_test([1, -1]) == "p = 1" and sign_test([1] * 30) == "p < 1e-6"
     # Each on its own image: a standard error of 1 / sqrt(3). Equal values about one image are one.
-    assert estimate([1.0, 2.0, 3.0, math.nan], range(4)) == pytest.approx((2, 1.96 * 3**-0.5, 3))
-    assert estimate([1.0, 1.0, 2.0, 2.0], [1, 1, 2, 2]) == pytest.approx((1.5, 1.96 * 0.5, 2))
+    error = module.student_t(2) * 3**-0.5
+    assert estimate([1.0, 2.0, 3.0, math.nan], range(4)) == pytest.approx((2, error, 3))
+    error = module.student_t(1) * 0.5
+    assert estimate([1.0, 1.0, 2.0, 2.0], [1, 1, 2, 2]) == pytest.approx((1.5, error, 2))
     assert estimate([1.0, 1.0, 1.0, 2.0], [1, 1, 1, 2])[2] == 4**2 / (3**2 + 1)  # nearly one image
     assert module.paired_change([0.1, 0.3] * 5, [*range(5)] * 2) == ("+0.20", None)
     assert module.paired_change([math.nan], [1]) == ("-", None)

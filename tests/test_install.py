@@ -30,6 +30,8 @@ def installed(tmp_path_factory):
     install = ["--python", new / "bin" / "python", "install", "--no-deps", "--no-index"]
     subprocess.run([*pip, *install, *folder.glob("*.whl")], check=True)
     (site,) = new.glob("lib/*/site-packages")
+    for path in (site / "sayo_mini").rglob("*.py"):
+        assert not re.search(r"^ *(from|import) (extras|study)\b", path.read_text(), re.MULTILINE)
     packages = [path for path in sys.path if path.endswith("site-packages")]
     (site / "packages.pth").write_text("\n".join(packages))  # torch and the others
     user.mkdir()

@@ -19,7 +19,7 @@ from PIL import Image, ImageChops, ImageDraw
 import data
 import json_lines
 from config import Config, InputError
-from json_lines import JsonLines
+from json_lines import UNITS, JsonLines
 
 # --- images
 
@@ -262,7 +262,7 @@ CHAT = {"image": "a.png", "conversations": [{"from": "human"}]}
 @pytest.mark.parametrize(
     "content, message",
     [
-        (gzip.compress(b"{}", mtime=0), "is compressed (gzip, zip ...): unpack it"),
+        (gzip.compress(b"{}", mtime=0), "is compressed, or an Excel file: unpack it, or save text"),
         (b"PAR1\x15\x04", "is Parquet: read it with pandas"),
         (b"image,question,answer,x1,y1,x2,y2\na.png,Why?,so,1,2,3,4\n", CSV),
         (b"a.png\tWhy?\tso\n", CSV),
@@ -317,10 +317,10 @@ def random_boxes(rng, width, height):
     return x, y, x + w, y + h
 
 
-SIZES = [(640, 480)], [(512, 512)], [(2000, 1500)], [(640, 480), (1920, 1080)]
+SIZES = [(640, 480)], [(512, 512)], [(2000, 1500)], [(640, 480), (1920, 1080)], [(1280, 960)]
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=["small", "square", "large", "mixed"])
+@pytest.mark.parametrize("sizes", SIZES, ids=["small", "square", "large", "mixed", "1280"])
 def test_the_unit_of_boxes_is_recognized(tmp_path, sizes):
     rng = random.Random(0)
     for count in (6, 20):
@@ -331,7 +331,13 @@ def test_the_unit_of_boxes_is_recognized(tmp_path, sizes):
         for unit in ("0-1", "0-100", "0-1000"):
             most = int(unit[2:])
             boxes = [[[round(v * most / s, 4) for v, s in zip(*p)]] for p in zip(pixels, sides)]
-            assert unit_of(tmp_path, named, boxes) == unit
+            if unit != "0-1000" or count == 20 or sizes != SIZES[-1]:  # 6 boxes prove too little
+                assert unit_of(tmp_path, named, boxes) == unit
+            if unit != "0-1000":  # as in Label Studio, also if the user says xywh
+                boxes = [[[x, y, u - x, v - y]] for ((x, y, u, v),) in boxes]
+                for given in ("", "xywh"):
+                    what = unit_of(tmp_path, named, boxes, given)
+                    assert f"x, y, width, height, in {UNITS[unit]}: convert" in what
         xywh = [[[x1, y1, x2 - x1, y2 - y1]] for x1, y1, x2, y2 in pixels]
         assert unit_of(tmp_path, named, xywh) == "xywh"
         assert unit_of(tmp_path, named, xywh, "pixels") == ""

@@ -167,6 +167,8 @@ def test_an_adapter_without_steps_is_compared_with_the_base_model(tmp_path, adap
     files = (path / "adapter_model.safetensors" for path in (tmp_path / "run/adapter", adapter))
     one, other = map(load_file, files)
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in other)
+    flags = ["--resume", "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+    assert sayo_mini.main(flags) == 2  # `before` is about the base model
     run(tmp_path / "more", f"--max_steps 1 --adapter {adapter}")
     start = read_log(tmp_path / "more", "before.json")[0]
     assert [(x["text"], x["auroc"]) for x in start] == [(x["text"], x["auroc"]) for x in after]

@@ -155,7 +155,9 @@ def test_a_finished_run_has_pictures_and_a_card_with_results(tmp_path):
     compile(card.split("```python\n")[1].split("```")[0], "the code in the card", "exec")
     hub = model_card(run.settings | {"model_name_or_path": "Qwen/Qwen3-VL-2B-Instruct"})
     assert hub.startswith("---\nbase_model: Qwen/Qwen3-VL-2B-Instruct\nlibrary_name: peft\n")
-    placebo = model_card(run.settings | {"region": "rolled"})
+    placebo = model_card(run.settings | {"region": "rolled", "max_pixels": 6400})
+    assert "| images | at most 6,400 pixels |" in placebo and "--keep_best" not in placebo
+    assert "the best steps (--keep_best)" in model_card(run.settings | {"keep_best": True})
     assert "| region | a placebo: the boxes, rolled by half the image |" in placebo
 
 
@@ -169,7 +171,9 @@ def test_the_question_to_show_corrects_a_wrong_first_look():
 
 def test_results_of_an_earlier_end_are_not_shown(tmp_path):
     run, examples = make_run(tmp_path, BEFORES, AFTERS, steps=1)  # extended to two steps
+    (tmp_path / "adapter").mkdir()  # of the earlier end, and its card
     write_report(run, examples)
+    assert not any((tmp_path / "adapter").iterdir())
     assert "not finished" in (tmp_path / "report.html").read_text()
     assert not (tmp_path / "look.png").exists()
 

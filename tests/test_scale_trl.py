@@ -300,7 +300,8 @@ def test_two_processes_equal_one_and_resume(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_sampled_run_resumes_bit_for_bit(tmp_path, capsys):
     """The random generator continues where it stopped. Resuming a finished run changes nothing."""
-    run(tmp_path, "--max_steps 2 --save_steps 1")
+    run(tmp_path, "--max_steps 2 --save_steps 1 --report_to tensorboard")
+    assert json.loads((tmp_path / "config.json").read_text())["report_to"] == "tensorboard"
     capsys.readouterr()
     assert not (tmp_path / "samples.jsonl").exists()  # TRL logs no samples
     assert "# LoRA adapter for tiny" in (tmp_path / "adapter" / "README.md").read_text()
@@ -328,8 +329,9 @@ def test_what_cannot_work_is_refused(capfd, tmp_path, monkeypatch):
     (mini / "config.json").write_text(json.dumps(vars(make_config(mini))))
     (mini / "checkpoint.safetensors").touch()  # a run of sayo_mini.py
     assert "already contains a run" in refused(capfd, mini)
-    assert "no checkpoint of scale_trl.py" in refused(capfd, mini, "--resume")
-    assert "--max_steps" in refused(capfd, tmp_path / "run", "--max_steps 0")
+    assert "has a run of sayo_mini.py: resume it there" in refused(capfd, mini, "--resume")
+    for flag in ("--max_steps 0", "--keep_best", "--deterministic"):
+        assert flag in refused(capfd, tmp_path / "run", flag)
     monkeypatch.setenv("WORLD_SIZE", "5")
     assert "number of processes, 5" in refused(capfd, tmp_path / "run")
     monkeypatch.delenv("WORLD_SIZE")

@@ -87,10 +87,9 @@ def gpu(folder, *flags):
 
 @pytest.mark.slow
 def test_the_small_form_runs_every_part_on_a_cpu(tmp_path):
-    code, found = gpu(tmp_path)
-    assert list(found) == ["card", "tests", "decode", "step", "tiny", "trl"]
+    code, found = gpu(tmp_path, "tests", "decode", "step", "tiny", "trl")  # "card": see below
     assert code == 0, found
-    assert found["card"]["torch"] and "passed" in found["tests"]["last"][0]
+    assert "passed" in found["tests"]["last"][0]
     assert len(found["decode"]) == 5 and "s" in found["decode"]["graph and dequantized, 4 rows"]
     assert found["step"]["graph, P 384"][0]["update"] > 0
     assert 0 < found["tiny"]["auroc after"] < 1
@@ -102,7 +101,8 @@ def test_a_part_that_fails_stops_no_other_and_keeps_what_it_found(tmp_path, monk
     (tmp_path / "pytest.py").write_text("raise ImportError('broken')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     code, found = gpu(tmp_path / "out", "tests", "card")
-    assert code == 1 and found["card"]["exit"] == 0 and found["tests"]["exit"] == 1
+    assert code == 1 and list(found) == ["tests", "card"] and found["tests"]["exit"] == 1
+    assert found["card"]["exit"] == 0 and found["card"]["torch"]
     assert found["tests"]["failed tests"] == [] and "broken" in found["tests"]["failed"]
 
 

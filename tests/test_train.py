@@ -231,14 +231,16 @@ def nan_after_six_calls(monkeypatch, module):
 def test_nan_during_training_stops_after_ten_skipped_updates(tmp_path, monkeypatch, capfd):
     """Each skipped step is logged with its samples as JSON, and no half-written file remains."""
     nan_after_six_calls(monkeypatch, "layers.0")
-    run(tmp_path, "--max_steps 30 --eval_examples 0", expect=2)
+    (tmp_path / "mine.py").write_text("def mass(x): return x.attention.sum((1, 2))")
+    own = f"--reward {tmp_path / 'mine.py'}:mass --reward_weights attention=1,mass=1"
+    run(tmp_path / "run", f"--max_steps 30 --eval_examples 0 {own}", expect=2)
     assert "not finite in 10 steps in a row" in error_line(capfd)
-    rows, samples = read_log(tmp_path), read_log(tmp_path, "samples.jsonl")
+    rows, samples = read_log(tmp_path / "run"), read_log(tmp_path / "run", "samples.jsonl")
     skipped = [row["skipped_updates"] for row in rows]
     assert skipped[0] == 0 and skipped[-10:] == [1] * 10
     assert rows[-1]["loss"] is None and rows[-1]["attention/auroc"] is None
     assert len(samples) == 8 * len(rows) and samples[-1]["attention"] is None
-    assert not list(tmp_path.glob("unfinished-*"))
+    assert not list((tmp_path / "run").glob("unfinished-*"))
 
 
 def test_run_with_skipped_updates_ends_with_a_report(tmp_path, monkeypatch):
