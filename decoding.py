@@ -127,8 +127,6 @@ class Decoder:
         layers, dequantize = zip(self.core.layers, prompts), room_for_weights(core, dtype)
         self.layers = [DecoderLayer(*each, len(start), length, dequantize) for each in layers]
         positions = start[:, None] + torch.arange(length, device=device)  # (B*G, length)
-        if hasattr(core.model, "get_rope_index"):  # M-RoPE
-            positions = positions.expand(3, -1, -1)
         tables = self.core.rotary_emb(prompts[0].keys, positions)
         # The three axes of M-RoPE agree in text; Qwen2.5-VL returns a table for each.
         cos, sin = (table[0] if table.dim() == 4 else table for table in tables)  # (B*G, length, D)
