@@ -292,9 +292,9 @@ def likely_meant(name, command, parser):
     return known + get_close_matches(name, [*parser._option_string_actions, *COMMANDS], 1)
 
 
-def add_all_flags(parser):
+def add_all_flags(parser, without=""):
     group = parser
-    for name in FIELDS:
+    for name in [name for name in FIELDS if name != without]:
         if name in GROUPS:
             group = parser.add_argument_group(GROUPS[name])
         add_flag(group, name)

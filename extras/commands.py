@@ -13,7 +13,7 @@ EXAMPLES = {
 }
 MODEL = "model_name_or_path load_in_4bit lora_r lora_alpha adapter max_pixels device"
 ANSWER = "instruction max_completion_length token_fraction alignment"
-USED = {  # the settings that a command uses; fit uses all
+USED = {  # the settings that a command uses; fit uses all but resume
     "look": f"{MODEL} {ANSWER} layers heads".split(),
     "probe": f"dataset skip_bad_examples allow_absolute_paths boxes {MODEL} {ANSWER} seed "
     "eval_examples output_dir".split(),
@@ -37,7 +37,7 @@ def add_arguments(parser, command):
     if command == "fit":
         tokens_help = "tokens of the question, instruction and chat template (default: 128)"
         parser.add_argument("--prompt_tokens", type=int, metavar="X", help=tokens_help)
-        add_all_flags(parser)
+        add_all_flags(parser, without="resume")
     for name in USED.get(command, []):
         add_flag(parser, name)
 

@@ -48,8 +48,6 @@ def run_fit(given):
     text_tokens = given.pop("prompt_tokens", PROMPT_TOKENS)
     if not 1 <= text_tokens <= 10**6:
         raise InputError(f"--prompt_tokens {text_tokens}: must be at least 1 and at most 1000000")
-    if given.get("resume"):
-        raise InputError("fit does not read the settings of a run: pass its flags, not --resume")
     cfg = build_config(given)
     # Meta tensors have no values for your own rewards.
     cfg = replace(cfg, reward="", reward_weights=Config.reward_weights)
