@@ -2,8 +2,8 @@
 recorded.
 
 `sayo_attention` runs in every layer, on top of transformers' own SDPA. A completion attends to its
-prompt and to itself, never to other completions. The completions cost G * C * (P + C) in time and
-memory, not (P + G * C)^2; the prompt's attention to itself comes on top.
+prompt and to itself, never to other completions. The completions cost G * C * (P + C) in time, and
+at most that in memory, not (P + G * C)^2; the prompt's attention to itself is extra.
 """
 
 from dataclasses import dataclass, field
@@ -108,8 +108,8 @@ def decode_attention(query, keys, values, prompt, scaling, ignored=None):
 
 
 def fp32_product(a, b):
-    """Batched a @ b in fp32. Rounded to 16 bits, scores could all be wrong, because the keys of
-    Qwen2.5-VL have a large bias."""
+    """Batched a @ b in fp32. In 16 bits, all scores could be wrong, because the keys of Qwen2.5-VL
+    have a large bias."""
     if a.dtype == torch.float32 or a.device.type == "cpu":
         return a.float() @ b.float()
     return torch.bmm(a, b, out_dtype=torch.float32)  # makes no copies, but needs a GPU
@@ -118,7 +118,7 @@ def fp32_product(a, b):
 @torch.no_grad()
 def image_attention(query, key, group, capture, scaling):
     """The attention weights to the image tokens: softmax(q k^T) over all keys that the query sees,
-    of which the image columns are kept, in fp32, for as many heads at once as MAP_FLOATS allows.
+    in fp32, of which only the image columns are kept. MAP_FLOATS limits the heads at once.
 
     Args: query (1, H, S, D) and key (1, H_kv, S, D) of one PackedGroup, S = P + G*C.
     Returns: (1 + G*C, N), averaged over `capture.heads`, or (H, 1 + G*C, N) if not averaged. Row 0

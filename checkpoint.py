@@ -47,8 +47,8 @@ def run_config(given):
         old, new = saved[name], given[name]
         if name == "max_steps" and new < old:
             raise InputError(f"--max_steps {new}: the run in {folder} has {old}; it can only grow")
-        fixed = name == "save_steps" and saved["keep_best"]  # steps that are compared
-        # Without steps, before.json is about the base model, not the adapter to start from.
+        fixed = name == "save_steps" and saved["keep_best"]  # it compares spans of this length
+        # With --max_steps 0, before.json is about the base model, not the adapter to start from.
         fixed |= name == "max_steps" and old == 0 and saved["adapter"] != ""
         if old != new and (fixed or not FIELDS[name].metadata["may_change"]):
             advice = "leave the flag out, or start a new run in a different --output_dir"
@@ -99,7 +99,7 @@ def reward_checksum(cfg):
 def check_folder(folder, started):
     """Raises: InputError if a run would replace files that are not its own, or write through links.
 
-    Args: started, whether a run that has steps may be there. A run that ended before its first
+    Args: started, whether to accept a run that has steps. A run that ended before its first
     step can always be replaced.
     """
     names = set()
@@ -132,10 +132,10 @@ class RunDirectory:
     scale, and the number of steps, which determines the learning rate and the next examples.
     """
 
-    def __init__(self, cfg, params, optimizer, generator, scaler=None, data=None):
+    def __init__(self, cfg, params, optimizer, generator, scaler, data=None):
         self.folder, self.settings = Path(cfg.output_dir), asdict(cfg) | {"resume": False}
         self.params, self.optimizer, self.generator = params, optimizer, generator
-        self.scaler = scaler  # a GradScaler
+        self.scaler = scaler  # a GradScaler; scale_trl.py, which saves no checkpoint, has None
         self.step, self.saved_step = 0, None  # saved_step: of the newest checkpoint
         self.logged = {name: (0, 0) for name in LOGS}  # (bytes, CRC-32) of each log
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ class RunDirectory:
         self.inode = (self.folder / "lock").stat().st_ino
         if cfg.resume:
             self.restore()
-        else:  # replace a run without a step
+        else:  # replace a run that ended before its first step
             (self.folder / "before.json").unlink(missing_ok=True)
             for name in LOGS:
                 (self.folder / name).write_bytes(b"")

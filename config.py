@@ -76,9 +76,11 @@ class Config:
     num_generations: int = flag(8, "G, completions per question", minimum=2, maximum=1024)
     prompts_per_step: int = flag(4, "questions per optimizer step", minimum=1, maximum=1024)
     completions_per_forward: int = flag(
-        0, "0 is one group; below G saves memory, from 2 G groups share", may_change=True, minimum=0
+        0, "0: one group; below G saves memory; from 2 G, groups share", may_change=True, minimum=0
     )
-    max_completion_length: int = flag(110, "most tokens in a completion", minimum=1, maximum=2**14)
+    max_completion_length: int = flag(
+        110, "maximum tokens of a completion", minimum=1, maximum=2**14
+    )
     temperature: float = flag(1.0, "used for sampling and scoring (no top-p)", minimum=0.01)
     learning_rate: float = flag(5e-6, "peak learning rate of AdamW", minimum=0)
     lr_scheduler_type: str = flag("cosine", "after the warm-up", choices=["cosine", "constant"])
@@ -88,7 +90,7 @@ class Config:
     beta: float = flag(0.001, "weight of the KL penalty; 0 saves a forward pass", minimum=0)
     epsilon: float = flag(0.2, "clip range of the ratio if num_iterations > 1", above=0, below=1)
     num_iterations: int = flag(1, "optimizer updates per batch of completions", minimum=1)
-    seed: int = flag(0, "seed of all randomness", minimum=0, maximum=2**63 - 1)
+    seed: int = flag(0, "seed of LoRA, samples and training scenes", minimum=0, maximum=2**63 - 1)
     # reward
     reward_weights: str = flag(
         "attention=1,format=1,accuracy=0", "name=weight pairs; all rewards are logged"
@@ -104,20 +106,22 @@ class Config:
     )
     region: str = flag(
         "boxes",
-        "of the attention reward; rolled, a placebo, moves the boxes by half the image",
+        "what to look at; rolled, a placebo, moves the boxes by half the image",
         choices=["boxes", "rolled"],
     )
-    layers: str = flag("-1", "layers whose mean attention counts: all, 2,3 or --layers=-2,-1")
+    layers: str = flag("-1", "layers to average: all, or 2,3, or --layers=-2,-1")
     heads: str = flag("all", "heads of those layers: all, or 0,3")
     format_lengths: str = flag("60,100", "min,max tokens that earn the full format reward")
     # evaluation
-    eval_examples: int = flag(-1, "held-out questions; -1 is all, 0 no evaluation", minimum=-1)
+    eval_examples: int = flag(
+        -1, "held-out questions to evaluate; -1 is all, 0 holds out none", minimum=-1
+    )
     eval_dataset: str = flag("", "evaluate on this .jsonl file, and train on all of --dataset")
     # run
     output_dir: str = flag("runs/sayo", "folder of everything a run writes", may_change=True)
     save_steps: int = flag(20, "steps between checkpoints", may_change=True, minimum=1)
     keep_best: bool = flag(
-        False, "end with the adapter whose samples, over save_steps steps, were right most often"
+        False, "end with the adapter after the save_steps steps with the most right samples"
     )
     report_to: str = flag(
         "none",
@@ -347,7 +351,7 @@ REQUIRED = {  # library -> the lowest version that works, and the first one that
 
 
 def check_versions():
-    """Before torch loads, refuse libraries that this program does not work with, or may not.
+    """Before torch loads, refuse libraries that this program does not, or might not, work with.
     Raises: InputError."""
 
     def numbers(text):

@@ -103,7 +103,7 @@ def load_datasets(cfg):
     if cfg.eval_dataset:
         eval_set = read_file(cfg.eval_dataset, cfg)
         eval_set.rows = first(eval_set.rows, cfg.eval_examples)
-        eval_set.checksum += getattr(train_set, "checksum", "")  # all that a resumed run compares
+        eval_set.checksum += getattr(train_set, "checksum", "")  # resuming compares it
         if shared := len(image_keys(train_set) & image_keys(eval_set)):
             print(f"note: images of {eval_set.path} that are also in the training data: {shared}")
     return train_set, eval_set
@@ -137,7 +137,7 @@ def image_keys(dataset):
 
 
 def next_image(dataset, index):
-    """The index of the next example that is about another image, or of the next one if none is."""
+    """The index of the next example about another image; without one, of the next example."""
     rows, n = getattr(dataset, "rows", None), len(dataset)
     following = (i % n for i in range(index + 1, index + n)) if rows else ()
     others = (i for i in following if rows[i]["image_key"] != rows[index]["image_key"])

@@ -209,7 +209,7 @@ def verdict(before, after):
     right = [sum(row["correct"] for row in rows) for rows in (before, after)]
     changes = [new["correct"] - old["correct"] for old, new in pairs]
     looks = [
-        f"{sum(not row['early'] for row in rows)} {name}, {count_corrected(rows)} corrected"
+        f"{sum(not row['early'] for row in rows)} {name} ({count_corrected(rows)} corrected)"
         for name, rows in (("before", before), ("after", after))
     ]
     own, own_low = paired_change([new["auroc"] - old["auroc"] for old, new in pairs], images)
@@ -217,18 +217,18 @@ def verdict(before, after):
         [new["fixed_auroc"] - old["auroc"] for old, new in pairs], images
     )
     if own_low is None:
-        conclusion = f"no conclusion from the equivalent of fewer than {FEWEST} images"
+        conclusion = f"no conclusion, because fewer than {FEWEST} images count"
     elif fixed_low is not None and fixed_low > 0:
         conclusion = "the model looks at the region more while it reads the same words"
     elif own_low <= 0:
         conclusion = "nothing shows that the model looks at the region more than before"
     else:
-        conclusion = "the model learned to write differently; at the same words, no gain is shown"
+        conclusion = "the model learned to write differently; on the same words, no gain is shown"
     return (
         f"Answers: {right[0]:.0f} right before, {right[1]:.0f} right after, of {len(before)}; "
         f"{changes.count(1)} fixed, {changes.count(-1)} broken (exact sign test, "
         f"{sign_test(sum_by_image(changes, images))}).\n"
-        f"First looks off the region (the box around what is asked about): {looks[0]}; "
+        f"First looks off the region (the box around what is asked about): {looks[0]}, "
         f"{looks[1]}.\n"
         f"Attention: {conclusion}. The probability that a cell in the region gets more attention "
         f"than a cell outside (AUROC) changed by {own} while the model writes its own answers, and "
@@ -386,7 +386,7 @@ def plural(count, word):
 
 
 def count_corrected(results):
-    """How many answers first look off the region and last look on it."""
+    """How many answers have their first look off the region and their last look on it."""
     return sum(row["late"] > row["early"] for row in results)
 
 

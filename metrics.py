@@ -160,12 +160,12 @@ class Alarms:
             now = fmean(self.recent)
             best = self.best_recent = max(self.best_recent, now)
             if best - now >= DECLINE:
-                why = f"{now:.0%} of the recent samples are right, {best:.0%} were at best"
+                why = f"{now:.0%} of the recent samples are right, down from {best:.0%}"
                 found["accuracy"] = f"answers get worse: {why}; stop here, or use --keep_best"
         return found
 
     def forget_best(self):
-        """Look for the best steps anew, from the last checkpoint on."""
+        """Restart the search for the best steps at the last checkpoint."""
         self.best_save = -1.0
         if len(self.since_save) == self.save_steps:
             self.since_save = []

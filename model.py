@@ -1,7 +1,7 @@
 """One vision-language model: load it, lay out a prompt, sample a group and score a group.
 
-The prompt and its image run once per group: sampling decodes G completions next to one cached
-prompt, scoring packs prompt and completions into one sequence. attention.py makes both possible.
+The prompt and its image run once per group, not once per completion: sampling decodes G completions
+next to one cached prompt, scoring packs all into one sequence. attention.py makes both possible.
 """
 
 import inspect
@@ -43,8 +43,8 @@ from decoding import Decoder, GraphDecoder, normalize
 SUPPORTED = ("qwen2_5_vl", "qwen3_vl", "internvl")
 LANGUAGE_MODELS = ("qwen2_5_vl_text", "qwen3_vl_text", "qwen2", "qwen3")  # plain attention
 LORA_TARGETS = r".*language_model\.layers.*\.(q|k|v|o|gate|up|down)_proj"
-# Settings of a saved adapter that may differ from PEFT's defaults. Those that matter change the
-# names or shapes of its weights, which `load_adapter` compares.
+# Settings of a saved adapter that may differ from PEFT's defaults: others are refused. The names
+# and shapes of its weights are compared when it is loaded.
 ANY_VALUE = """r lora_alpha lora_dropout target_modules exclude_modules modules_to_save task_type
 layers_to_transform layers_pattern base_model_name_or_path revision auto_mapping peft_version
 inference_mode""".split()
@@ -85,6 +85,10 @@ def load_model(cfg):
     vlm.cuda_graph = cfg.cuda_graph
     if cfg.adapter:
         vlm.load_adapter(cfg.adapter)
+        saved = json.loads(Path(cfg.adapter, "adapter_config.json").read_text("utf-8"))
+        base = saved["base_model_name_or_path"] or ""
+        if Path(base).name != Path(cfg.model_name_or_path).name:
+            print(f"note: {cfg.adapter} was trained on {base}, not on {cfg.model_name_or_path}")
     return vlm
 
 

@@ -35,9 +35,9 @@ def select_tokens(entropy, mask, fraction=0.3):
 def align_attention(attention, prompt_row, alignment="query"):
     """Pair each token j with an attention row.
 
-    Row j has token j as its query, so it predicts token j + 1. The entropy of token j is the
-    uncertainty *before* it is written. "query", the paper's reading, pairs it with row j. "predict"
-    pairs it with row j - 1, which predicts token j; the first token, with the prompt's last row.
+    Row j has token j as its query, so it predicts token j + 1. Entropy j is the uncertainty
+    *before* token j is written. "query", the paper's reading, pairs entropy j with row j. "predict"
+    pairs it with row j - 1, which predicts token j; for the first token, the prompt's last row.
     Args: attention (..., C, N), row j has token j as its query; prompt_row (..., N), the row of the
     prompt's last token. Returns: (..., C, N). Raises: ValueError for an unknown alignment.
     """
@@ -102,8 +102,8 @@ def accuracy_reward(text, answer):
 
 
 def comparable(text):
-    """An answer without case, extra spaces, zero-width characters, variants of a letter (NFKC) and
-    trailing punctuation. If the answer is only punctuation, it stays."""
+    """An answer casefolded, in NFKC, without extra spaces, zero-width characters and trailing
+    punctuation. If it is only punctuation, it stays."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     text = " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split())
     return text.rstrip(" .!?,;:。") or text
@@ -155,8 +155,8 @@ def localization(attention, region):
     - auroc: the probability that a cell inside gets more attention than one outside; ties count
       half. NaN if all cells are inside. Chance: 0.5
     - mass_over_area: rho. Chance: 1
-    - pointing: 1 if the highest cell is inside, 0 if not; ties count as their mean. Chance: the
-      region's share of the cells
+    - pointing: 1 if the highest cell is inside, else 0; the mean over ties. Chance: the region's
+      share of the cells
     - tas: the paper's Target Attention Score, (1 + r_v) / 2. Chance: 0.5
     - image_mass: the sum of the map
     """
@@ -195,7 +195,7 @@ def look_maps(attention, before_answer, fraction=0.15):
 
 
 def early_and_late(attention, region, before_answer):
-    """Whether the brightest cells of `look_maps` are in the region (N,): [bool, bool]."""
+    """Whether the brightest cells of `look_maps` are in the region (N,). Returns: [bool, bool]."""
     maps = look_maps(attention, before_answer)
     return [localization(look, region)["pointing"] > 0.5 for look in maps]
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("sayo_mini.py needs Python 3.10 or newer")
-sys.path.insert(0, os.path.dirname(__file__))  # for `python -m sayo_mini.sayo_mini`
 from config import (
     InputError,
     check_command_line,
@@ -97,10 +96,10 @@ def train_step(vlm, examples, cfg, optimizer, generator, scaler=NO_SCALER):
                 score_and_reward(vlm, batch, scores, cfg)
             if any(group.in_loss for group in batch):
                 loss, batch_stats = batch_loss(batch, scores, cfg, step_tokens)
-                loss = loss.to(vlm.device, non_blocking=True)  # from the CPU, like the scores
+                loss = loss.to(vlm.device, non_blocking=True)  # the scores are on the CPU
                 scaler.scale(loss).backward()  # loss.backward(), except in fp16
                 stats += batch_stats
-            del scores  # and its graph, if there was no backward
+            del scores  # frees the graph of a batch without a backward pass
         updates.append(update(optimizer, scaler, stats, cfg))
     return step_metrics(groups, updates), sample_rows(groups)
 
@@ -126,10 +125,10 @@ def score_and_reward(vlm, groups, scores, cfg):
         group.old_logps = score.logps.detach()
         equal = group.total_reward.std().item() < 1e-6  # up to rounding
         broken = not group.old_logps[mask].isfinite().all().item()
-        group.in_loss = broken or not equal  # `update` sees a broken group and skips the step
+        group.in_loss = broken or not equal  # with a broken group, `update` skips the step
         group.metrics = attention_metrics(score.entropy, mask, inputs)
     if cfg.beta and any(group.in_loss for group in groups):
-        with torch.no_grad():  # the backward pass would recompute it with the adapter on
+        with torch.no_grad():  # with gradient, checkpointing would recompute with the adapter on
             prompts, completions = [g.prompt for g in groups], [g.completions for g in groups]
             references = vlm.score_groups(prompts, completions, attention=False, reference=True)
         for group, reference in zip(groups, references):
@@ -158,8 +157,9 @@ def compute_rewards(example, prompt, completions, scores, cfg):
     for name, function in cfg.rewards.items():
         returned = function(inputs)
         values = torch.as_tensor(math.nan if returned is None else returned, dtype=torch.float32)
-        finite = values.isfinite().all() or not inputs.attention.isfinite().all()
-        valid = finite and values.shape == (len(inputs.texts),)
+        # NaN from NaN is no mistake of the reward: `update` skips the step.
+        usable = values.isfinite().all() or not inputs.attention.isfinite().all()
+        valid = usable and values.shape == (len(inputs.texts),)
         if name not in reward.REWARDS and not valid:
             wanted = f"{len(inputs.texts)} finite numbers, one per completion"
             raise InputError(f"--reward: {name} must return {wanted}, not {str(returned):.40}")
@@ -241,7 +241,7 @@ def train(cfg):
         with vlm.model.disable_adapter() if compare else nullcontext():
             before = run.write_json("before.json", evaluate(vlm, eval_set, cfg, "before"))
     alarms = Alarms(cfg, run.history())
-    if not (run.folder / "best").exists():  # a kill can leave none
+    if not (run.folder / "best").exists():  # a kill while it is replaced leaves none
         alarms.forget_best()
     with stop_signals() as stop, tqdm(total=cfg.max_steps, initial=run.step, desc="train") as bar:
         while run.step < cfg.max_steps and not stop:
@@ -301,7 +301,7 @@ def main(argv=None):
         from extras.commands import run_command
 
         return run_command(command, given)
-    except KeyboardInterrupt:  # outside training; files are replaced atomically
+    except KeyboardInterrupt:  # outside the loop
         print(f"stopped{continue_hint(folder, started)}")
         return 130
     except Exception as error:  # also a full disk, a lost GPU, a mistake in this program
@@ -311,7 +311,7 @@ def main(argv=None):
 
 
 def continue_hint(folder, started):
-    """How to continue, if this program has written the run's settings; older ones can differ."""
+    """How to continue, if this program wrote config.json; an older one may be of another run."""
     config = os.path.join(folder or "", "config.json")
     if folder and os.path.exists(config) and os.path.getmtime(config) >= started:
         return f"; continue with: {resume_command(folder)}"

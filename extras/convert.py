@@ -188,7 +188,10 @@ def convert_coco(annotations, images):
             size = stored_size(image)
         if None not in sizes[file] and size != sizes[file]:  # labeled as displayed, or scaled
             problem = "its boxes fit {} x {} pixels, but the stored image has {} x {}"
-            raise InputError(f"{images / file}: {problem.format(*sizes[file], *size)}")
+            problem = problem.format(*sizes[file], *size)
+            if size == sizes[file][::-1]:  # a photo that EXIF turns
+                problem += ": apply the rotation to the files first (ImageOps.exif_transpose)"
+            raise InputError(f"{images / file}: {problem}")
     write_counts(images, found)
 
 

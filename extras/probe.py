@@ -16,7 +16,7 @@ from extras.pictures import plot_heatmap
 from model import load_model
 
 RECOMMENDED = 3  # heads, at most
-MIN_QUESTIONS = 10  # minimum for an interval
+MIN_QUESTIONS = 30  # minimum for an interval
 
 
 def run_probe(given):

@@ -234,7 +234,7 @@ def train(cfg):
     vlm = load_model(replace(cfg, device=str(args.device)))
     args.distributed_state.wait_for_everyone()  # until every rank has checked the folder
     if args.process_index == 0:
-        run = RunDirectory(replace(cfg, resume=False), {}, None, None, data=train_set)
+        run = RunDirectory(replace(cfg, resume=False), {}, None, None, None, train_set)
     trainer = SayoTrainer(cfg, args, vlm, train_set)
     print(f"resuming {last}" if last else f"starting from the beginning in {cfg.output_dir}")
     trainer.train(resume_from_checkpoint=last)

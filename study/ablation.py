@@ -29,7 +29,6 @@ import sayo_mini  # before torch, because it sets environment variables that tor
 # isort: split
 import torch
 
-import model
 import reward
 from config import TINY, Config
 from data import Example
@@ -177,7 +176,6 @@ ARMS = {
 }
 OWN_RATE = [name for name, arm in ARMS.items() if not arm.rate_of]
 CHOSEN = {SAYO: 2e-4, ACCURACY: 2e-4, BOTH: 2e-4, PLACE: 2e-4}  # by `--stage rates`
-OLD = {SAYO: 4e-4, BINARY: 4e-4, PLACE: 8e-4, NOISY: 8e-4}  # in the old world, commit 38cea10
 
 
 # --- runs ---
@@ -190,7 +188,6 @@ class Run:
     steps: int
     seed: int
     split: str = "test"
-    world: str = "tiny"  # "old": the model of --old_model
 
 
 def stage_runs(stage):
@@ -209,15 +206,12 @@ def stage_runs(stage):
         return [Run(name, rates[name], 60, seed) for seed in range(5) for name in short]
     if stage == "long":
         return [Run(name, rates[name], 300, seed) for seed in range(5) for name in OWN_RATE]
-    return [  # "rest": what prevents a collapse? Rewards that can be equal, KL, smaller steps?
-        Run(name, rate, 300, seed, world=world)
-        for seed in range(3)
-        for world, chosen in (("old", OLD), ("tiny", rest))
-        for name, rate in chosen.items()
-    ]
+    # "rest": what prevents a collapse? Rewards that can be equal, more KL, smaller steps?
+    runs = [Run(name, rate, 300, seed) for seed in range(5) for name, rate in rest.items()]
+    return [run for run in runs if run.seed < 3 or run.arm == HALF]
 
 
-def train(run, old_model):
+def train(run):
     """Train one arm with sayo_mini.py and measure it. Returns: a dict for JSON."""
     arm = ARMS[run.arm]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -234,9 +228,6 @@ def train(run, old_model):
         argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
         if arm.change:
             stack.enter_context(arm.change(run.seed))
-        if run.world == "old":
-            argv += ["--max_completion_length", "20", "--format_lengths", "10,18"]
-            stack.enter_context(patch.object(model, "model_path", lambda name: old_model))
         if run.split == "validation":
             stack.enter_context(validation_scenes())
         if sayo_mini.main([*argv, *arm.flags]):
@@ -298,21 +289,14 @@ def summarize(rows):
     }
 
 
-def run_all(runs, jobs, old_model):
+def run_all(runs, jobs):
     """Train the runs that have no result yet, each in a process with one thread."""
     rows = json.loads(FILE.read_text()) if FILE.exists() else []
     done = [{name: row[name] for name in Run.__annotations__} for row in rows]
     runs = [run for run in runs if asdict(run) not in done]
 
     def start(run):
-        command = [
-            sys.executable,
-            __file__,
-            "--old_model",
-            old_model,
-            "--one",
-            json.dumps(asdict(run)),
-        ]
+        command = [sys.executable, __file__, "--one", json.dumps(asdict(run))]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         if result.returncode:
@@ -331,32 +315,31 @@ def run_all(runs, jobs, old_model):
 
 def spread(values):
     """The mean over seeds ± half of its 95 % interval; for one or two seeds, or if the interval is
-    wide, the mean (lowest to highest)."""
+    wider than 0.2 or leaves the range from 0 to 1, the mean (lowest to highest)."""
     mean, half = fmean(values), math.inf
     if len(values) == 1:
         return f"{mean:.3f}"
     if len(values) in T_95:
         half = T_95[len(values)] * stdev(values) / math.sqrt(len(values))
-    if half > 0.1:
+    if half > 0.1 or not half <= mean <= 1 - half:
         return f"{mean:.3f} ({min(values):.3f} to {max(values):.3f})"
     return f"{mean:.3f} ± {half:.3f}"
 
 
 def tables(rows):
-    """The text of docs/evidence.md between its markers: a table per length and model, the alarm,
-    and the accuracies that chose the learning rates."""
+    """The text of docs/evidence.md between its markers: a table per length, the alarm, and the
+    accuracies that chose the learning rates."""
     parts = []
     header = "arm", "rate", "seeds", "accuracy", "wrong first looks", "of these corrected"
     header += "AUROC, own text", "AUROC, fixed text", "groups with equal rewards"
-    for steps, world in ((60, "tiny"), (300, "tiny"), (300, "old")):
-        kept = [r for r in rows if (r["steps"], r["split"], r["world"]) == (steps, "test", world)]
+    for steps in (60, 300):
+        kept = [row for row in rows if (row["steps"], row["split"]) == (steps, "test")]
         by_arm = {name: [row for row in kept if row["arm"] == name] for name in ARMS}
         lines = [table_line(name, runs) for name, runs in by_arm.items() if runs]
         if lines:
             start = table_line("before training", [kept[0] | {"after": kept[0]["before"]}])
             start[1], start[2], start[-1] = "", "", ""
-            model = "the model in tiny/" if world == "tiny" else "the model of commit 38cea10"
-            parts += [f"{steps} steps, {model}:", markdown_table(header, [start, *lines])]
+            parts += [f"{steps} steps:", markdown_table(header, [start, *lines])]
     parts.append(judge_alarm(rows))
     header = "accuracy on validation scenes, by learning rate", *(f"{rate:g}" for rate in RATES)
     lines = []
@@ -416,15 +399,14 @@ def main():
     stages = ["rates", "short", "long", "rest"]
     parser.add_argument("--stage", choices=stages, help="default: short, long, rest")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--old_model", default="", help="tiny/ of commit 38cea10, for `rest`")
     parser.add_argument("--report", action="store_true", help="only print the tables")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(train(Run(**json.loads(args.one)), args.old_model)))
+        print(json.dumps(train(Run(**json.loads(args.one)))))
     elif not args.report:
         for stage in [args.stage] if args.stage else stages[1:]:
-            run_all(stage_runs(stage), args.jobs, args.old_model)
+            run_all(stage_runs(stage), args.jobs)
     if not args.one and FILE.exists():
         print(tables(json.loads(FILE.read_text())))
 

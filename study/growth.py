@@ -50,7 +50,7 @@ def page(steps, folder):
 
 def resume(steps, folder):
     cpu = SimpleNamespace(device=SimpleNamespace(type="cpu"))
-    run = RunDirectory(Config(output_dir=str(folder)), {}, None, cpu)
+    run = RunDirectory(Config(output_dir=str(folder)), {}, None, cpu, None)
     for _ in range(steps):
         run.log(ROW, [{"text": "the dot on the red card is blue . " * 8}] * 32, 0.0)
     tracemalloc.stop()

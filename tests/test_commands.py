@@ -151,7 +151,7 @@ def test_probe_prints_the_flags_and_draws_the_table(tmp_path, capsys):
     assert "control with the next example's box: 0." in out
     assert Image.open(tmp_path / "new" / "probe.png").width > 200
     assert sayo_mini.main(["probe", *flags, "2"]) == 0
-    assert "no recommendation from fewer than 10 questions" in capsys.readouterr().out
+    assert "no recommendation from fewer than 30 questions" in capsys.readouterr().out
 
 
 def tables_of(auroc, control, spread, count=40):

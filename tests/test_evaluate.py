@@ -256,14 +256,14 @@ def test_the_verdict_tests_the_same_questions():
         "(exact sign test, p = 0.5)."  # 2 / 2^2
     )
     region = "First looks off the region (the box around what is asked about): "
-    assert looks == f"{region}7 before, 5 corrected; 7 after, 7 corrected."
+    assert looks == f"{region}7 before (5 corrected), 7 after (7 corrected)."
     assert "by +0.20 [+0.20, +0.20] while the model writes its own answers, and" in attention
     assert "by +0.05 [+0.05, +0.05] while it reads its answers from before" in attention
 
 
-WRITES = "the model learned to write differently; at the same words, no gain is shown"
+WRITES = "the model learned to write differently; on the same words, no gain is shown"
 SAME_WORDS = "the model looks at the region more while it reads the same words"
-FEW = "no conclusion from the equivalent of fewer than 6 images"
+FEW = "no conclusion, because fewer than 6 images count"
 NOTHING = "nothing shows that the model looks at the region more than before"
 
 
@@ -281,7 +281,7 @@ NOTHING = "nothing shows that the model looks at the region more than before"
         (
             (0.2, math.nan),
             (0.0, math.nan),
-            "no conclusion from the equivalent of fewer than 6 images",
+            "no conclusion, because fewer than 6 images count",
         ),
     ],
 )

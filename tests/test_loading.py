@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText
 
 import model
 import sayo_mini
-from config import Config, InputError
+from config import Config, InputError, build_config
 from model import adapter_settings, choose_device, load_vlm
 
 CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -172,6 +172,16 @@ def test_an_adapter_without_steps_is_compared_with_the_base_model(tmp_path, adap
     run(tmp_path / "more", f"--max_steps 1 --adapter {adapter}")
     start = read_log(tmp_path / "more", "before.json")[0]
     assert [(x["text"], x["auroc"]) for x in start] == [(x["text"], x["auroc"]) for x in after]
+
+
+def test_an_adapter_of_another_model_is_named(adapter, capsys):
+    cfg = build_config({"model_name_or_path": str(TINY), "device": "cpu", "adapter": str(adapter)})
+    config = adapter / "adapter_config.json"
+    for base, said in (("tiny", False), ("Qwen/tiny", False), ("Qwen/Qwen3-VL-2B", True)):
+        saved = json.loads(config.read_text()) | {"base_model_name_or_path": base}
+        config.write_text(json.dumps(saved))
+        model.load_model(cfg)
+        assert (f"was trained on {base}, not on {TINY}" in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize("flags", ["--lora_r 8", "--lora_alpha 32"])

@@ -185,7 +185,7 @@ def test_answers_that_get_worse_raise_an_alarm():
     # With 8 questions per step, means over 16 steps are compared. The mean falls from 0.75 by
     # 0.25 / 16 per step: it is 0.156 lower after 10 steps.
     rows = [row(share) for share in [0.5] * 16 + [0.75] * 16 + [0.5] * 20]
-    line = "step 42: answers get worse: 59% of the recent samples are right, 75% were at best; stop"
+    line = "step 42: answers get worse: 59% of the recent samples are right, down from 75%; stop"
     assert steps_with_alarms(rows) == {42: f"{line} here, or use --keep_best"}
     assert list(steps_with_alarms(rows[20:], history=rows[:20])) == [42]  # the same after a resume
     # With 128 questions per step, one step has enough of them.

@@ -47,7 +47,7 @@ AFTERS = [AFTER, AFTER | {"correct": 1.0}, AFTER]
 def make_run(folder, before, after=None, steps=2, **settings):
     """(a RunDirectory after some steps, its held-out examples)"""
     cfg = Config(output_dir=str(folder), model_name_or_path="tiny", max_steps=2, **settings)
-    run = RunDirectory(cfg, {}, None, None)
+    run = RunDirectory(cfg, {}, None, None, None)
     run.history, run.step = lambda: [METRICS] * steps, steps
     for name, rows in (("before.json", before), ("after.json", after)):
         if rows is not None:
