@@ -174,9 +174,10 @@ def test_an_adapter_without_steps_is_compared_with_the_base_model(tmp_path, adap
     assert [(x["text"], x["auroc"]) for x in start] == [(x["text"], x["auroc"]) for x in after]
 
 
-def test_an_adapter_of_another_model_is_named(adapter, capsys):
-    cfg = build_config({"model_name_or_path": str(TINY), "device": "cpu", "adapter": str(adapter)})
-    config = adapter / "adapter_config.json"
+def test_an_adapter_of_another_model_is_named(adapter, tmp_path, capsys):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    cfg = build_config({"model_name_or_path": str(TINY), "device": "cpu", "adapter": str(folder)})
+    config = folder / "adapter_config.json"
     for base, said in (("tiny", False), ("Qwen/tiny", False), ("Qwen/Qwen3-VL-2B", True)):
         saved = json.loads(config.read_text()) | {"base_model_name_or_path": base}
         config.write_text(json.dumps(saved))
