@@ -244,6 +244,8 @@ class RunDirectory:
         """Remove what was logged after the checkpoint, because these steps run again.
         Raises: InputError if anything before it was changed."""
         path, (size, crc), found = self.folder / name, self.logged[name], 0
+        if not path.exists():
+            raise InputError(f"{path} is missing: restore it, or start with a new --output_dir")
         with open(path, "r+b") as file:
             while part := file.read(min(2**20, size - file.tell())):
                 found = zlib.crc32(part, found)

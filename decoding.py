@@ -21,9 +21,8 @@ class LoraLinears:
         self.layers, self.A, self.B, self.ranks = [], None, [], []
         down = []
         for module in modules:
-            base = getattr(module, "base_layer", module)
-            self.layers.append(fast_linear(base, dtype, dequantize))
-            if getattr(module, "disable_adapters", True):  # without LoRA, or switched off
+            self.layers.append(fast_linear(module.base_layer, dtype, dequantize))
+            if module.disable_adapters:
                 continue
             for name in module.active_adapters:
                 down.append(module.lora_A[name].weight)

@@ -52,6 +52,11 @@ def test_decoding_equals_scoring(any_model, load_in_4bit):
         torch.testing.assert_close(together, expected, atol=5e-5, rtol=0)
         alone = decoded_logps(vlm, [prompt], groups[:1])
         torch.testing.assert_close(alone, expected[:3], atol=5e-5, rtol=0)
+    with vlm.model.disable_adapter():
+        base = decoded_logps(vlm, [prompt], groups[:1])
+    reference = vlm.score(prompt, groups[0], reference=True).logps
+    torch.testing.assert_close(base, reference, atol=5e-5, rtol=0)
+    assert (base - alone).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.2), (torch.float16, 0.02)])
