@@ -188,4 +188,4 @@ def ask(vlm, index=0, G=4, C=12, temperature=1.0, seed=0):
 
     example = Scenes("validation", 100)[index]
     prompt = vlm.encode(example.image, example.question)
-    return prompt, vlm.sample(prompt, G, C, temperature, torch.Generator().manual_seed(seed))
+    return prompt, vlm.sample(prompt, G, C, temperature, torch.Generator(vlm.device).manual_seed(seed))
