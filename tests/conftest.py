@@ -7,6 +7,8 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 # No test needs network access. Set before huggingface_hub is imported, which reads it then.
@@ -136,6 +138,20 @@ def run_program(folder, flags="", expect=0):
     assert sayo_mini.main(argv) == expect
 
 
+def resume(folder, flags="", expect=0):
+    """Resume a run; settings that are not in `flags` come from the run."""
+    import sayo_mini
+
+    argv = ["--resume", "--output_dir", str(folder), *shlex.split(flags)]
+    assert sayo_mini.main(argv) == expect
+
+
+def run_python(*args, cwd=ROOT):
+    """Run Python in a new process. Returns: the finished process; its output is text."""
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
 def read_log(folder, name="metrics.jsonl"):
     """The rows of a log, parsed as strict JSON: without NaN and Infinity, which Python accepts."""
 
@@ -161,8 +177,8 @@ def error_line(capfd, program="sayo_mini.py"):
 
 
 def trained(vlm):
-    """The parameters of the adapter."""
-    return [p for p in vlm.model.parameters() if p.requires_grad]
+    """The parameters of the adapter, {name: tensor}."""
+    return {name: p for name, p in vlm.model.named_parameters() if p.requires_grad}
 
 
 def load(folder=TINY, load_in_4bit=False, **settings):
@@ -188,4 +204,5 @@ def ask(vlm, index=0, G=4, C=12, temperature=1.0, seed=0):
 
     example = Scenes("validation", 100)[index]
     prompt = vlm.encode(example.image, example.question)
-    return prompt, vlm.sample(prompt, G, C, temperature, torch.Generator(vlm.device).manual_seed(seed))
+    generator = torch.Generator(vlm.device).manual_seed(seed)
+    return prompt, vlm.sample(prompt, G, C, temperature, generator)

@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import FAST, ROOT, adapter_weights, error_line, read_log, run_program
+from conftest import FAST, ROOT, adapter_weights, error_line, read_log, resume, run_program
 from filelock import FileLock
 
 import checkpoint
@@ -30,12 +29,6 @@ COMPARED += "adapter/adapter_model.safetensors", "checkpoint.safetensors"
 
 def run(folder, flags="", expect=0):
     run_program(folder, f"{FLAGS} {flags}", expect)
-
-
-def resume(folder, flags="", expect=0):
-    """Resume a run; settings that are not in `flags` come from the run."""
-    argv = ["--resume", "--output_dir", str(folder), *shlex.split(flags)]
-    assert sayo_mini.main(argv) == expect
 
 
 def differences(one, other):
@@ -213,49 +206,32 @@ def do_after_call(monkeypatch, owner, name, count, action):
 
 
 @pytest.mark.parametrize(
-    "number, owner, name, call",
+    "number, owner, name, call, step, stopped",
     [
-        (signal.SIGINT, sayo_mini, "score_and_reward", 3),  # in step 2
-        (signal.SIGTERM, sayo_mini, "score_and_reward", 3),
-        (signal.SIGHUP, sayo_mini, "score_and_reward", 3),
-        (signal.SIGINT, Alarms, "check", 2),  # between steps 2 and 3
+        (signal.SIGINT, sayo_mini, "score_and_reward", 3, 2, " after step 2"),
+        (signal.SIGTERM, sayo_mini, "score_and_reward", 3, 2, " after step 2"),
+        (signal.SIGHUP, sayo_mini, "score_and_reward", 3, 2, " after step 2"),
+        (signal.SIGINT, Alarms, "check", 2, 2, " after step 2"),  # between steps 2 and 3
+        (signal.SIGINT, model.Vlm, "sample_groups", 6, 4, ""),  # in the last evaluation
+        ("twice", sayo_mini, "score_and_reward", 5, 2, ""),  # in step 3, which is lost
     ],
 )
-def test_signal_ends_the_run_after_the_current_step(
-    tmp_path, capsys, monkeypatch, whole, number, owner, name, call
-):
-    do_after_call(monkeypatch, owner, name, call, partial(signal.raise_signal, number))
-    folder = tmp_path / "run"
-    run(folder, "--save_steps 9", expect=130)
-    command = f"python sayo_mini.py --resume --output_dir {folder}"
-    assert f"stopped after step 2; continue with: {command}" in capsys.readouterr().out
-    assert logged_steps(folder) == [1, 2] and checkpoint_step(folder) == 2
-    assert (folder / "report.html").exists() and not (folder / "adapter").exists()
-    monkeypatch.undo()
-    resume(folder)
-    assert not differences(whole, folder)
-
-
-@pytest.mark.parametrize(
-    "owner, name, call, presses, last_step",
-    [
-        (model.Vlm, "sample_groups", 6, 1, 4),  # in the last evaluation
-        (sayo_mini, "score_and_reward", 5, 2, 2),  # twice in step 3, which is lost
-    ],
-)
-def test_ctrl_c_in_an_evaluation_or_twice_stops_immediately(
-    tmp_path, capsys, monkeypatch, whole, owner, name, call, presses, last_step
+def test_a_signal_ends_the_run_after_the_current_step_and_otherwise_immediately(
+    tmp_path, capsys, monkeypatch, whole, number, owner, name, call, step, stopped
 ):
     def press():
-        for _ in range(presses):
-            signal.raise_signal(signal.SIGINT)
+        for each in [signal.SIGINT] * 2 if number == "twice" else [number]:
+            signal.raise_signal(each)
 
     do_after_call(monkeypatch, owner, name, call, press)
     folder = tmp_path / "run"
-    run(folder, "--save_steps 2", expect=130)
+    run(folder, f"--save_steps {9 if stopped else 2}", expect=130)
     command = f"python sayo_mini.py --resume --output_dir {folder}"
-    assert f"stopped; continue with: {command}" in capsys.readouterr().out
-    assert checkpoint_step(folder) == last_step and not (folder / "after.json").exists()
+    assert f"stopped{stopped}; continue with: {command}" in capsys.readouterr().out
+    assert logged_steps(folder)[-1] == checkpoint_step(folder) == step
+    assert (folder / "report.html").exists() == bool(stopped)
+    assert not (folder / "after.json").exists()
+    assert (folder / "adapter").exists() == (step == 4)
     monkeypatch.undo()
     resume(folder)
     assert not differences(whole, folder)

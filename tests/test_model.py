@@ -43,7 +43,7 @@ def reference_scores(vlm, prompt, completions, row):
 
 
 def pop_gradients(vlm):
-    grads = {n: p.grad.clone() for n, p in vlm.model.named_parameters() if p.requires_grad}
+    grads = {name: p.grad.clone() for name, p in trained(vlm).items()}
     vlm.model.zero_grad()
     return grads
 
@@ -229,9 +229,9 @@ def test_16_bit_gradients_point_where_those_in_fp32_do_and_scores_are_in_fp32():
         prompt = vlm.encode(example.image, example.question)
         scores = vlm.score(prompt, completions)
         scores.logps[completions.mask].sum().backward()
-        gradients = [p.grad for p in trained(vlm)]
+        gradients = [p.grad for p in trained(vlm).values()]
         kept = scores.logps, scores.entropy, scores.attention, scores.prompt_attention
-        assert {x.dtype for x in (*kept, *trained(vlm), *gradients)} == {torch.float32}
+        assert {x.dtype for x in (*kept, *trained(vlm).values(), *gradients)} == {torch.float32}
         found.append(torch.cat([gradient.flatten() for gradient in gradients]))
     for other in found[1:]:
         assert torch.cosine_similarity(found[0], other, dim=0) > 0.98
@@ -250,13 +250,12 @@ def test_4bit_on_the_cpu(any_model):
     assert len(quantized) == layers * 7 and all("language_model.layers" in n for n in quantized)
     state = next(iter(quantized.values())).weight.quant_state
     assert state.quant_type == "nf4" and state.nested
-    names = [name for name, p in vlm.model.named_parameters() if p.requires_grad]
-    assert len(names) == layers * 7 * 2
-    assert all("lora_" in name and "language_model.layers" in name for name in names)
+    assert len(trained(vlm)) == layers * 7 * 2
+    assert all("lora_" in name and "language_model.layers" in name for name in trained(vlm))
     prompt, completions = ask(vlm)
     scores = vlm.score(prompt, completions)
     scores.logps[completions.mask].sum().backward()
-    assert all(p.grad.isfinite().all() for p in trained(vlm))
+    assert all(p.grad.isfinite().all() for p in trained(vlm).values())
     for row in range(4):
         real = completions.mask[row]
         logps, _ = reference_scores(vlm, prompt, completions, row)
