@@ -30,6 +30,8 @@ TINY = ROOT / "tiny"
 FAST = "--device cpu --no-load_in_4bit --prompts_per_step 2 --num_generations 4".split()
 FAST += ["--temperature", "2"]
 FAST += ["--model_name_or_path", str(TINY)]
+SMALL_TEXT = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+SMALL_TEXT |= dict(num_attention_heads=4, num_key_value_heads=2)
 # For tests marked cuda. `study/gpu.py --small` runs some on the CPU to check the tests themselves.
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 
@@ -69,9 +71,7 @@ def qwen2_5(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen2_5")
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     ids = tokenizer.convert_tokens_to_ids
-    text = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
-    text |= dict(num_attention_heads=4, num_key_value_heads=2)
-    text |= dict(rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3]))
+    text = SMALL_TEXT | dict(rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3]))
     text |= dict(eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"))
     vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=8)
     vision |= dict(out_hidden_size=64, window_size=32, fullatt_block_indexes=[1])
@@ -98,8 +98,7 @@ def internvl(tmp_path_factory):
     names = {"start_image_token": "<|vision_start|>", "end_image_token": "<|vision_end|>"}
     tokenizer = AutoTokenizer.from_pretrained(TINY, extra_special_tokens=names)
     tokenizer.chat_template = INTERNVL_TEMPLATE
-    text = dict(model_type="qwen3", vocab_size=64, hidden_size=64, intermediate_size=128)
-    text |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    text = SMALL_TEXT | dict(model_type="qwen3", head_dim=16)
     text |= dict(eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"))
     vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, image_size=64)
     vision |= dict(num_attention_heads=2, patch_size=8)

@@ -4,11 +4,10 @@ import doctest
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import load, trained
+from conftest import ROOT, load, trained
 from PIL import Image
 
 from config import FIELDS, build_config, parse_command_line
@@ -17,7 +16,6 @@ from json_lines import JsonLines
 from reward import accuracy_reward
 from sayo_mini import train_step
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "study" / "README.md"]
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 README = TEXT[ROOT / "README.md"]

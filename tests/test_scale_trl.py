@@ -5,7 +5,6 @@ Run as a script, this file runs scale_trl.py with fixed completions instead of s
 """
 
 import json
-import os
 import random
 import runpy
 import shlex
@@ -250,13 +249,8 @@ def test_trl_scales_the_loss_if_the_device_computes_in_fp16(tmp_path, monkeypatc
 def run_two_processes(folder, flags):
     """Run this file as a script in two processes. Returns: stdout."""
     command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
-    done = subprocess.run(
-        [*command, __file__, *FAST, "--output_dir", folder, *flags.split()],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
+    command += [__file__, *FAST, "--output_dir", folder, *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -266,6 +260,7 @@ def test_two_processes_equal_one_and_resume(tmp_path, monkeypatch):
     """Two processes share three groups of four completions: each scores one whole group and half
     of the middle one."""
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", generate_fixed)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     flags = "--max_steps 4 --save_steps 2 --learning_rate 2e-3 --warmup_steps 2 --beta 0.1"
     flags += " --format_lengths 14,16"
     run(tmp_path / "one", flags)
