@@ -7,6 +7,8 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 # No test needs network access. Set before huggingface_hub is imported, which reads it then.
@@ -28,6 +30,8 @@ TINY = ROOT / "tiny"
 FAST = "--device cpu --no-load_in_4bit --prompts_per_step 2 --num_generations 4".split()
 FAST += ["--temperature", "2"]
 FAST += ["--model_name_or_path", str(TINY)]
+SMALL_TEXT = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+SMALL_TEXT |= dict(num_attention_heads=4, num_key_value_heads=2)
 # For tests marked cuda. `study/gpu.py --small` runs some on the CPU to check the tests themselves.
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 
@@ -67,9 +71,7 @@ def qwen2_5(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen2_5")
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     ids = tokenizer.convert_tokens_to_ids
-    text = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
-    text |= dict(num_attention_heads=4, num_key_value_heads=2)
-    text |= dict(rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3]))
+    text = SMALL_TEXT | dict(rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3]))
     text |= dict(eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"))
     vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=8)
     vision |= dict(out_hidden_size=64, window_size=32, fullatt_block_indexes=[1])
@@ -96,8 +98,7 @@ def internvl(tmp_path_factory):
     names = {"start_image_token": "<|vision_start|>", "end_image_token": "<|vision_end|>"}
     tokenizer = AutoTokenizer.from_pretrained(TINY, extra_special_tokens=names)
     tokenizer.chat_template = INTERNVL_TEMPLATE
-    text = dict(model_type="qwen3", vocab_size=64, hidden_size=64, intermediate_size=128)
-    text |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    text = SMALL_TEXT | dict(model_type="qwen3", head_dim=16)
     text |= dict(eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"))
     vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, image_size=64)
     vision |= dict(num_attention_heads=2, patch_size=8)
@@ -136,6 +137,20 @@ def run_program(folder, flags="", expect=0):
     assert sayo_mini.main(argv) == expect
 
 
+def resume(folder, flags="", expect=0):
+    """Resume a run; settings that are not in `flags` come from the run."""
+    import sayo_mini
+
+    argv = ["--resume", "--output_dir", str(folder), *shlex.split(flags)]
+    assert sayo_mini.main(argv) == expect
+
+
+def run_python(*args, cwd=ROOT):
+    """Run Python in a new process. Returns: the finished process; its output is text."""
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
 def read_log(folder, name="metrics.jsonl"):
     """The rows of a log, parsed as strict JSON: without NaN and Infinity, which Python accepts."""
 
@@ -161,8 +176,8 @@ def error_line(capfd, program="sayo_mini.py"):
 
 
 def trained(vlm):
-    """The parameters of the adapter."""
-    return [p for p in vlm.model.parameters() if p.requires_grad]
+    """The parameters of the adapter, {name: tensor}."""
+    return {name: p for name, p in vlm.model.named_parameters() if p.requires_grad}
 
 
 def load(folder=TINY, load_in_4bit=False, **settings):
@@ -188,4 +203,5 @@ def ask(vlm, index=0, G=4, C=12, temperature=1.0, seed=0):
 
     example = Scenes("validation", 100)[index]
     prompt = vlm.encode(example.image, example.question)
-    return prompt, vlm.sample(prompt, G, C, temperature, torch.Generator().manual_seed(seed))
+    generator = torch.Generator(vlm.device).manual_seed(seed)
+    return prompt, vlm.sample(prompt, G, C, temperature, generator)

@@ -100,7 +100,7 @@ def test_packed_groups_equal_single_groups(any_model, checkpointing):
 
     def gradient(scores):
         total = sum((s.logps * c.mask).sum() for s, c in zip(scores, groups))
-        return torch.cat([g.flatten() for g in torch.autograd.grad(total, trained(vlm))])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(total, trained(vlm).values())])
 
     packed = vlm.score_groups(prompts, groups)
     alone = [vlm.score(*pair) for pair in zip(prompts, groups)]

@@ -2,8 +2,8 @@
 
 import json
 import os
+import re
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
@@ -12,15 +12,14 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import FAST, ROOT, adapter_weights, error_line, read_log, run_program
+from conftest import FAST, ROOT, adapter_weights, error_line, read_log, resume, run_program
 from filelock import FileLock
 
 import checkpoint
 import model
 import sayo_mini
-from config import Config, InputError
-from metrics import ALARMS, Alarms
-from scenes import Scenes
+from config import InputError
+from metrics import Alarms
 
 # One group per forward, as for large models.
 FLAGS = "--completions_per_forward 4 --eval_examples 1 --max_steps 4 --save_steps 1"
@@ -30,12 +29,6 @@ COMPARED += "adapter/adapter_model.safetensors", "checkpoint.safetensors"
 
 def run(folder, flags="", expect=0):
     run_program(folder, f"{FLAGS} {flags}", expect)
-
-
-def resume(folder, flags="", expect=0):
-    """Resume a run; settings that are not in `flags` come from the run."""
-    argv = ["--resume", "--output_dir", str(folder), *shlex.split(flags)]
-    assert sayo_mini.main(argv) == expect
 
 
 def differences(one, other):
@@ -129,22 +122,17 @@ def test_a_crash_in_the_first_evaluation_leaves_a_reusable_folder(tmp_path, monk
 # --- damaged files ---
 
 
-def flip_bit(path, fraction):
-    """Flip a bit in the byte at this fraction of the file."""
-    content = bytearray(path.read_bytes())
-    content[int(fraction * (len(content) - 1))] ^= 1
-    path.write_bytes(content)
+def flip_bit(content, fraction):
+    """Flip a bit in the byte at this fraction of the content of a file."""
+    place = int(fraction * (len(content) - 1))
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
-def change_step(path):
-    path.write_bytes(path.read_bytes().replace(b'"step": 4', b'"step": 3'))
-
-
-DAMAGE = {
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "a bit of its header": lambda path: flip_bit(path, 0.001),
-    "the last bit": lambda path: flip_bit(path, 1),
-    "another step": change_step,
+DAMAGE = {  # of the content of a file
+    "truncated": lambda content: content[:-1],
+    "a bit of its header": lambda content: flip_bit(content, 0.001),
+    "the last bit": lambda content: flip_bit(content, 1),
+    "another step": lambda content: content.replace(b'"step": 4', b'"step": 3'),
 }
 
 
@@ -152,7 +140,8 @@ DAMAGE = {
 def test_damaged_checkpoint_is_reported_and_the_previous_one_used(tmp_path, capsys, whole, damage):
     """Two checkpoints are kept. A damaged one must not become the previous one."""
     folder = shutil.copytree(whole, tmp_path / "run")
-    DAMAGE[damage](folder / "checkpoint.safetensors")
+    path = folder / "checkpoint.safetensors"
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
     resume(folder)
     out = capsys.readouterr().out
     assert "checkpoint.safetensors is damaged" in out and "after step 3" in out
@@ -163,7 +152,7 @@ def test_damaged_checkpoint_is_reported_and_the_previous_one_used(tmp_path, caps
 def test_two_damaged_checkpoints_are_an_error_and_nothing_changes(tmp_path, capfd, whole):
     folder = shutil.copytree(whole, tmp_path / "run")
     for name in checkpoint.CHECKPOINTS:
-        flip_bit(folder / name, 0.5)
+        (folder / name).write_bytes(flip_bit((folder / name).read_bytes(), 0.5))
     resume(folder, expect=2)
     assert f"no checkpoint in {folder} is intact" in error_line(capfd)
     assert logged_steps(folder) == [1, 2, 3, 4]
@@ -171,7 +160,6 @@ def test_two_damaged_checkpoints_are_an_error_and_nothing_changes(tmp_path, capf
 
 EDITS = {  # what happened to a file -> its lines; None: it is missing
     "missing": None,
-    "empty": lambda rows: [],
     "a row is missing": lambda rows: [rows[0], *rows[2:]],
     "two rows are swapped": lambda rows: [rows[1], rows[0], *rows[2:]],
     "another image": lambda rows: [rows[0].replace('"image": ', '"image": 1')],
@@ -213,70 +201,35 @@ def do_after_call(monkeypatch, owner, name, count, action):
 
 
 @pytest.mark.parametrize(
-    "number, owner, name, call",
+    "number, owner, name, call, step, stopped",
     [
-        (signal.SIGINT, sayo_mini, "score_and_reward", 3),  # in step 2
-        (signal.SIGTERM, sayo_mini, "score_and_reward", 3),
-        (signal.SIGHUP, sayo_mini, "score_and_reward", 3),
-        (signal.SIGINT, Alarms, "check", 2),  # between steps 2 and 3
+        (signal.SIGINT, sayo_mini, "score_and_reward", 3, 2, " after step 2"),
+        (signal.SIGTERM, sayo_mini, "score_and_reward", 3, 2, " after step 2"),
+        (signal.SIGHUP, sayo_mini, "score_and_reward", 3, 2, " after step 2"),
+        (signal.SIGINT, Alarms, "check", 2, 2, " after step 2"),  # between steps 2 and 3
+        (signal.SIGINT, model.Vlm, "sample_groups", 6, 4, ""),  # in the last evaluation
+        ("twice", sayo_mini, "score_and_reward", 5, 2, ""),  # in step 3, which is lost
     ],
 )
-def test_signal_ends_the_run_after_the_current_step(
-    tmp_path, capsys, monkeypatch, whole, number, owner, name, call
-):
-    do_after_call(monkeypatch, owner, name, call, partial(signal.raise_signal, number))
-    folder = tmp_path / "run"
-    run(folder, "--save_steps 9", expect=130)
-    command = f"python sayo_mini.py --resume --output_dir {folder}"
-    assert f"stopped after step 2; continue with: {command}" in capsys.readouterr().out
-    assert logged_steps(folder) == [1, 2] and checkpoint_step(folder) == 2
-    assert (folder / "report.html").exists() and not (folder / "adapter").exists()
-    monkeypatch.undo()
-    resume(folder)
-    assert not differences(whole, folder)
-
-
-@pytest.mark.parametrize(
-    "owner, name, call, presses, last_step",
-    [
-        (model.Vlm, "sample_groups", 6, 1, 4),  # in the last evaluation
-        (sayo_mini, "score_and_reward", 5, 2, 2),  # twice in step 3, which is lost
-    ],
-)
-def test_ctrl_c_in_an_evaluation_or_twice_stops_immediately(
-    tmp_path, capsys, monkeypatch, whole, owner, name, call, presses, last_step
+def test_a_signal_ends_the_run_after_the_current_step_and_otherwise_immediately(
+    tmp_path, capsys, monkeypatch, whole, number, owner, name, call, step, stopped
 ):
     def press():
-        for _ in range(presses):
-            signal.raise_signal(signal.SIGINT)
+        for each in [signal.SIGINT] * 2 if number == "twice" else [number]:
+            signal.raise_signal(each)
 
     do_after_call(monkeypatch, owner, name, call, press)
     folder = tmp_path / "run"
-    run(folder, "--save_steps 2", expect=130)
+    run(folder, f"--save_steps {9 if stopped else 2}", expect=130)
     command = f"python sayo_mini.py --resume --output_dir {folder}"
-    assert f"stopped; continue with: {command}" in capsys.readouterr().out
-    assert checkpoint_step(folder) == last_step and not (folder / "after.json").exists()
+    assert f"stopped{stopped}; continue with: {command}" in capsys.readouterr().out
+    assert logged_steps(folder)[-1] == checkpoint_step(folder) == step
+    assert (folder / "report.html").exists() == bool(stopped)
+    assert not (folder / "after.json").exists()
+    assert (folder / "adapter").exists() == (step == 4)
     monkeypatch.undo()
     resume(folder)
     assert not differences(whole, folder)
-
-
-def test_the_best_steps_had_the_highest_share_of_right_samples():
-    def row(share):
-        return dict.fromkeys([*ALARMS, "skipped_updates"], 0.0) | {"rewards/accuracy/mean": share}
-
-    def is_best(*shares):  # of one step each; a window has two
-        return Alarms(Config(save_steps=2), map(row, shares)).is_best()
-
-    assert is_best(0.25, 0.5) and is_best(0.25, 0.5, 0.125, 1.0)
-    assert is_best(0.25, 0.5, 0.375, 0.375)  # of equals, the later one
-    assert not is_best(0.9, 0.1, 0.1, 0.8)  # 0.5, then 0.45
-    assert not is_best(0.8, 0.8, 0.1, 0.1, 0.5, 0.5)  # better than the second, not than the first
-    assert is_best(0.5) and not is_best(0.5, 0.5, 1.0)  # one step is not enough, unless it is all
-    alarms = Alarms(Config(save_steps=1), [row(0.9)])
-    alarms.forget_best()
-    alarms.add(row(0.1))
-    assert alarms.is_best()
 
 
 def test_settings_that_an_earlier_run_wrote_are_not_offered_for_resuming(tmp_path):
@@ -357,7 +310,8 @@ def test_nohup_survives_a_hangup(tmp_path, monkeypatch, whole):
 @pytest.mark.parametrize("stdout", ["head", "/dev/full"])
 def test_lost_output_does_not_stop_a_run(tmp_path, stdout):
     """The name of the data set cannot be shown in ASCII."""
-    data = write_dataset(tmp_path / "set").rename(tmp_path / "set" / "où.jsonl")
+    folder = shutil.copytree(ROOT / "example", tmp_path / "set")
+    data = (folder / "example.jsonl").rename(folder / "où.jsonl")
     flags = [*FAST, *FLAGS.split(), "--dataset", str(data), "--output_dir", str(tmp_path / "run")]
     reader, pipe = os.pipe()
     output = pipe if stdout == "head" else open("/dev/full", "w")
@@ -428,20 +382,11 @@ def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     assert not differences(whole, folder)
 
 
-def write_dataset(folder):
-    """Write eight scenes as PNGs and a .jsonl file; return the path of the .jsonl file."""
-    folder.mkdir()
-    lines = []
-    for example in Scenes("train", 8):
-        example.image.save(folder / f"{example.id}.png")
-        row = {"image": f"{example.id}.png", "question": example.question, "boxes": example.boxes}
-        lines.append(json.dumps(row | {"answer": ["nothing", example.answer]}))
-    (folder / "set.jsonl").write_text("\n".join(lines))
-    return folder / "set.jsonl"
-
-
 def test_data_that_changed_are_not_resumed_and_answers_may_be_lists(tmp_path, capfd):
-    data, folder, own = write_dataset(tmp_path / "data"), tmp_path / "run", tmp_path / "own.py"
+    folder, own = tmp_path / "run", tmp_path / "own.py"
+    data = shutil.copytree(ROOT / "example", tmp_path / "data") / "example.jsonl"
+    lists = re.sub(r'"answer": ("\w+")', r'"answer": ["nothing", \1]', data.read_text())
+    data.write_text(lists)
     own.write_text("def one(x):\n    return x.lengths\n")
     reward = f"--reward {own}:one --reward_weights attention=1,one=1"
     run(folder, f"--dataset {data} --max_steps 1 {reward}")
@@ -449,7 +394,7 @@ def test_data_that_changed_are_not_resumed_and_answers_may_be_lists(tmp_path, ca
     assert all(row["answer"][0] == "nothing" for row in (before, *samples))
     assert "nothing or " in (folder / "report.html").read_text()
     files = f"{data} or its images"
-    for path, what in ((data, files), (data.parent / "train-0-3.png", files), (own, own)):
+    for path, what in ((data, files), (data.parent / "three.png", files), (own, own)):
         saved = path.read_bytes()
         path.write_bytes(saved.replace(b"nothing", b"x", 1) + b"\n")
         resume(folder, "--max_steps 2", expect=2)

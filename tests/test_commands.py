@@ -50,11 +50,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     cfg = Config(**PRESET | {"device": "cpu", "load_in_4bit": False, "lora_r": 4})
     (folder / "config.json").write_text(json.dumps(asdict(cfg)))
-    vlm = load(lora_r=4)
-    for name, p in vlm.model.named_parameters():
-        if "lora_" in name:
-            p.data.fill_(0.05)
-    vlm.model.save_pretrained(folder / "adapter")
+    load(lora_r=4).model.save_pretrained(folder / "adapter")
     Image.new("RGB", (112, 112)).save(folder / "x.png")
     return folder
 
@@ -243,10 +239,9 @@ def test_check_decodes_an_image_once_and_replaces_only_its_own_picture(tmp_path,
 
 def test_boxes_in_another_unit_are_refused_unless_it_is_named(tmp_path, capfd):
     path = write_set(tmp_path, *[{"boxes": [[0.1, 0.2, 0.5, i]]} for i in (0.6, 0.7)])
-    message = f"{path}: the boxes look like fractions of the image: use --boxes 0-1, or --boxes "
-    message += "pixels if they are in pixels"
+    message = f"{path}: the boxes look like fractions of the image: use --boxes 0-1, or --boxes"
     for flags in (["check", path], ["--dataset", path, "--output_dir", tmp_path / "run"]):
-        assert fails(capfd, flags).endswith(message)
+        assert message in fails(capfd, flags)
     assert sayo_mini.main(["check", str(path), "--boxes", "0-1"]) == 0
 
 

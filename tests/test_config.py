@@ -4,14 +4,12 @@ reward of your own needs only a function in a file."""
 import ast
 import re
 import shlex
-import subprocess
-import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, error_line, read_log, run_program
+from conftest import ROOT, TINY, error_line, read_log, run_program, run_python
 
 import config
 import model
@@ -189,8 +187,8 @@ def test_help_of_a_command_lists_what_it_uses_and_its_example_parses(command, ca
 def test_an_older_python_is_refused_in_one_line():
     ast.parse((ROOT / "sayo_mini.py").read_text(), feature_version=(3, 7))  # it can say so
     code = "import runpy, sys; sys.version_info = 3, 9; runpy.run_path('sayo_mini.py')"
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
-    assert process.stderr == b"sayo_mini.py needs Python 3.10 or newer\n" and process.returncode
+    process = run_python("-c", code)
+    assert process.stderr == "sayo_mini.py needs Python 3.10 or newer\n" and process.returncode
     assert 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text()
 
 
@@ -215,8 +213,7 @@ PATHS = {  # flags -> what is wrong
 def test_a_mistake_is_refused_before_torch_loads(flags):
     code = "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
     code += "runpy.run_path('sayo_mini.py', run_name='__main__')"
-    command = [sys.executable, "-c", code, "sayo_mini.py", *shlex.split(flags)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    process = run_python("-c", code, "sayo_mini.py", *shlex.split(flags))
     assert process.returncode == 2 and process.stderr.count("\n") == 1
     assert process.stderr.startswith("sayo_mini.py: ") and PATHS[flags] in process.stderr
 

@@ -4,11 +4,10 @@ import doctest
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import load
+from conftest import ROOT, load, trained
 from PIL import Image
 
 from config import FIELDS, build_config, parse_command_line
@@ -17,7 +16,6 @@ from json_lines import JsonLines
 from reward import accuracy_reward
 from sayo_mini import train_step
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "study" / "README.md"]
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 README = TEXT[ROOT / "README.md"]
@@ -116,7 +114,7 @@ def test_the_reading_table_has_every_file_of_the_top_level():
 def test_logging_explains_every_metric_of_a_step():
     flags = {"model_name_or_path": str(ROOT / "tiny"), "prompts_per_step": 1, "num_generations": 2}
     cfg, vlm = build_config(flags), load()
-    optimizer = torch.optim.AdamW([p for p in vlm.model.parameters() if p.requires_grad])
+    optimizer = torch.optim.AdamW(trained(vlm).values())
     examples = step_examples(load_datasets(cfg)[0], 0, cfg)
     row, _ = train_step(vlm, examples, cfg, optimizer, torch.Generator().manual_seed(0))
     page = TEXT[ROOT / "docs" / "logging.md"].split("**Rewards.**")[1].split("**Time**")[0]

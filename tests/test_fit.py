@@ -126,7 +126,7 @@ def test_a_model_of_another_kind_is_one_line(tmp_path, capsys, kind):
     config = {"model_type": "gpt2"} if kind == "gpt2" else config
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert sayo_mini.main(["fit", "--model_name_or_path", str(tmp_path)]) == 2
-    assert f"has type {kind}" in capsys.readouterr().err
+    assert f"has type {kind}; supported: qwen2" in capsys.readouterr().err
 
 
 def test_the_verdict_names_the_largest_values_that_fit():

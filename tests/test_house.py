@@ -4,10 +4,8 @@
 """
 
 import re
-import subprocess
-import sys
 
-from conftest import ROOT
+from conftest import ROOT, run_python
 
 TOP = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 FOLDERS = {"extras", "study"}
@@ -15,8 +13,7 @@ FOLDERS = {"extras", "study"}
 
 def loaded_by(code):
     """The names of all modules that this code loads in a new process."""
-    command = [sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    process = run_python("-c", f"{code}\nimport sys\nprint(*sys.modules)")
     return set(process.stdout.splitlines()[-1].split())
 
 

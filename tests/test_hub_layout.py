@@ -3,19 +3,16 @@ vocabulary: train, look, probe and resume without warnings. `save_pretrained` of
 transformers versions writes a different layout."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from accelerate import init_empty_weights
-from conftest import INTERNVL_TEMPLATE, ROOT
+from conftest import INTERNVL_TEMPLATE, ROOT, TINY, ask, run_python
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from model import load_vlm
-from scenes import Scenes
 
 pytestmark = pytest.mark.slow
 VOCABULARY = 151_936  # rows of the embedding; the tokenizer has fewer entries
@@ -87,12 +84,7 @@ PREPROCESSORS["internvl"] = TILES | {"image_processor_type": "GotOcr2ImageProces
 CONFIGS = {"qwen2_5": QWEN2_5, "qwen3": QWEN3, "internvl": INTERNVL}
 GENERATION = ENDS | {"eos_token_id": [SPECIAL["<|im_end|>"], SPECIAL["<|endoftext|>"]]}
 GENERATION |= {"do_sample": True, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
-TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message.role }}
-{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
-{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}\
-{% endif %}{% endfor %}{% endif %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+TEMPLATE = (TINY / "chat_template.jinja").read_text()
 TOKENIZER = {
     "added_tokens_decoder": {
         str(i): {"content": name, "special": True, "normalized": False}
@@ -190,8 +182,7 @@ def run(checkpoint, tmp_path_factory):
         ["look", *image, *adapter],
         ["probe", *model, *probe],
     ]
-    command = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    process = run_python("-c", SCRIPT, json.dumps(commands))
     assert process.returncode == 0, process.stderr
     return folder, process.stdout, process.stderr
 
@@ -208,8 +199,7 @@ def test_the_checkpoint_loads_as_published(checkpoint):
     saved = {name.split("layers.1.")[-1]: weight for name, weight in file.items()}
     loaded = vlm.core.model.language_model.layers[1].mlp.down_proj.base_layer.weight
     assert torch.equal(loaded, saved["mlp.down_proj.weight"].float())  # not randomly initialized
-    example = Scenes("validation", 1)[0]
-    prompt = vlm.encode(example.image, example.question)
+    prompt, _ = ask(vlm, C=1)
     assert len(prompt.image_positions) == prompt.grid[0] * prompt.grid[1] >= 9
 
 

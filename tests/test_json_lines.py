@@ -175,6 +175,8 @@ UNREADABLE = {  # image -> what is wrong
     "../outside.png": MOVE,
     "link.png": MOVE,
 }
+NOT_BOXES = [7, "1, 2, 3, 4", [[1, 2, 3, 4], 7], [[1, 2, 3]]]
+NOT_BOXES += [[[1, 2, x, 4]] for x in (True, "3", 1e9, float("nan"))]
 MALFORMED = [  # (line, message; … if it goes on)
     ("image: photo.png", "not JSON in UTF-8 (Expecting value…"),
     ("[" * 100_000, "not JSON in UTF-8 (…"),
@@ -198,14 +200,8 @@ MALFORMED = [  # (line, message; … if it goes on)
     (good(id="first"), "id 'first' is already used by {path}:1"),
     *[(good(image=x), f"cannot read the image {x!r}: {why}") for x, why in UNREADABLE.items()],
     (good(boxes=[]), "no boxes: a region needs at least one"),
-    *[
-        (good(boxes=value), f"{NUMBERS} {value!r}")
-        for value in (7, "1, 2, 3, 4", [[1, 2, 3, 4], 7])
-    ],
-    *[(good(boxes=[[1, 2, x, 4]]), f"{NUMBERS} [[1, 2, {x!r}, 4]]") for x in (True, "3", 1e9)],
-    (good(boxes=[[1, 2, float("nan"), 4]]), f"{NUMBERS} [[1, 2, nan, 4]]"),
+    *[(good(boxes=value), f"{NUMBERS} {value!r}") for value in NOT_BOXES],
     (good(boxes=[[1, 2, 10**400, 4]]), f"{NUMBERS} [[1, 2, 1000…"),
-    (good(boxes=[[1, 2, 3]]), f"{NUMBERS} [[1, 2, 3]]"),
     (good(boxes=[[64, 2, 70, 20]]), "box [64, 2, 70, 20] lies outside the 64 x 48 image"),
 ]
 
@@ -368,10 +364,8 @@ def test_boxes_in_a_named_unit_become_pixels(folder):
 
 def test_boxes_that_fit_only_the_displayed_image_get_a_hint(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 3
-    Image.new("RGB", (80, 60)).save(tmp_path / "upside_down.jpg", exif=exif)
-    exif[0x0112] = 6
-    Image.new("RGB", (80, 60)).save(tmp_path / "turned.jpg", exif=exif)
+    for exif[0x0112], name in ((3, "upside_down"), (6, "turned")):
+        Image.new("RGB", (80, 60)).save(tmp_path / f"{name}.jpg", exif=exif)
     for box in ([10, 20, 50, 75], [10, 62, 50, 80]):  # the second lies outside the stored image
         with pytest.raises(InputError, match="fits only the image as displayed, 60 x 80"):
             JsonLines(write(tmp_path, good(image="turned.jpg", boxes=[box])))

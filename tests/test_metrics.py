@@ -194,6 +194,21 @@ def test_answers_that_get_worse_raise_an_alarm():
     assert not steps_with_alarms([row(share) for share in [0.9] * 8 + [0.1] * 7])  # too few
 
 
+def test_the_best_steps_had_the_highest_share_of_right_samples():
+    def is_best(*shares):  # of one step each; a window has two
+        return Alarms(Config(save_steps=2), map(row, shares)).is_best()
+
+    assert is_best(0.25, 0.5) and is_best(0.25, 0.5, 0.125, 1.0)
+    assert is_best(0.25, 0.5, 0.375, 0.375)  # of equals, the later one
+    assert not is_best(0.9, 0.1, 0.1, 0.8)  # 0.5, then 0.45
+    assert not is_best(0.8, 0.8, 0.1, 0.1, 0.5, 0.5)  # better than the second, not than the first
+    assert is_best(0.5) and not is_best(0.5, 0.5, 1.0)  # one step is not enough, unless it is all
+    alarms = Alarms(Config(save_steps=1), [row(0.9)])
+    alarms.forget_best()
+    alarms.add(row(0.1))
+    assert alarms.is_best()
+
+
 def test_many_skipped_updates_in_a_row_end_the_run():
     nine = [row(skipped=1)] * 9
     line = "update skipped: loss or gradient is not finite"

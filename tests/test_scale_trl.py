@@ -5,7 +5,6 @@ Run as a script, this file runs scale_trl.py with fixed completions instead of s
 """
 
 import json
-import os
 import random
 import runpy
 import shlex
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAST, ROOT, adapter_weights, error_line, randomize_adapter, read_log
+from conftest import FAST, ROOT, adapter_weights, error_line, randomize_adapter, read_log, trained
 from trl import GRPOTrainer
 
 import sayo_mini
@@ -61,13 +60,9 @@ def make_trainer(folder, flags=""):
     return cfg, scale_trl.SayoTrainer(cfg, args, vlm, train_set), vlm
 
 
-def trainable_parameters(vlm):
-    return {name: p for name, p in vlm.model.named_parameters() if p.requires_grad}
-
-
 def record_gradients(vlm, optimizer):
     """Returns: a dict that will contain the clipped gradients once the optimizer has stepped."""
-    gradients, named = {}, trainable_parameters(vlm)
+    gradients, named = {}, trained(vlm)
     optimizer.register_step_pre_hook(
         lambda *_: gradients.update({name: p.grad.clone() for name, p in named.items()})
     )
@@ -129,7 +124,7 @@ def test_one_step_equals_that_of_sayo_mini(tmp_path, monkeypatch, qwen2_5, inter
     groups, original = [], sayo_mini.sample
     monkeypatch.setattr(sayo_mini, "sample", lambda *a: groups.extend(original(*a)) or groups)
     examples = step_examples(load_datasets(cfg)[0], 0, cfg)
-    optimizer = torch.optim.SGD(trainable_parameters(vlm).values(), lr=0)
+    optimizer = torch.optim.SGD(trained(vlm).values(), lr=0)
     ours, generator = record_gradients(vlm, optimizer), torch.Generator().manual_seed(0)
     metrics, samples = sayo_mini.train_step(vlm, examples, cfg, optimizer, generator)
     # With equal rewards TRL behaves differently, see docs/scaling.md.
@@ -185,7 +180,7 @@ def test_updates_equal_those_of_sayo_mini(tmp_path, monkeypatch):
     run(tmp_path, flags)
     torch.manual_seed(cfg.seed)
     vlm, train_set = load_model(cfg), load_datasets(cfg)[0]
-    params = trainable_parameters(vlm)
+    params = trained(vlm)
     optimizer = torch.optim.AdamW(params.values(), weight_decay=cfg.weight_decay)
     for step in range(2):
 
@@ -231,14 +226,12 @@ def test_four_bits_leave_the_adapter_in_full_precision(tmp_path):
     """TRL alone would round the adapter to bf16 and measure KL from a copy of it."""
     cfg, trainer, vlm = make_trainer(tmp_path, "--load_in_4bit --learning_rate 1e-6")
     torch.manual_seed(cfg.seed)
-    initial = trainable_parameters(load_model(cfg))
-    adapter = trainable_parameters(vlm)
+    initial, adapter = trained(load_model(cfg)), trained(vlm)
     assert {p.dtype for p in adapter.values()} == {torch.float32}
     assert largest_difference(adapter, initial) == 0
     assert list(vlm.model.peft_config) == ["default"]
     trainer.train()
-    trained = {name: p for name, p in vlm.model.named_parameters() if name in initial}
-    assert largest_difference(trained, initial) > 0
+    assert largest_difference(trained(vlm), initial) > 0
 
 
 def test_trl_scales_the_loss_if_the_device_computes_in_fp16(tmp_path, monkeypatch):
@@ -256,13 +249,8 @@ def test_trl_scales_the_loss_if_the_device_computes_in_fp16(tmp_path, monkeypatc
 def run_two_processes(folder, flags):
     """Run this file as a script in two processes. Returns: stdout."""
     command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
-    done = subprocess.run(
-        [*command, __file__, *FAST, "--output_dir", folder, *flags.split()],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
+    command += [__file__, *FAST, "--output_dir", folder, *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -272,6 +260,7 @@ def test_two_processes_equal_one_and_resume(tmp_path, monkeypatch):
     """Two processes share three groups of four completions: each scores one whole group and half
     of the middle one."""
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", generate_fixed)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     flags = "--max_steps 4 --save_steps 2 --learning_rate 2e-3 --warmup_steps 2 --beta 0.1"
     flags += " --format_lengths 14,16"
     run(tmp_path / "one", flags)

@@ -4,13 +4,11 @@ results, the kill test finds a planted difference, and the model in tiny/ makes 
 import json
 import random
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, ask, load
+from conftest import TINY, ask, load, run_python, trained
 
 import checkpoint
 import sayo_mini
@@ -43,7 +41,7 @@ def train_one_step(naive):
     settings = dict(num_generations=4, max_completion_length=6, format_lengths="1,6", beta=0.04)
     settings |= dict(temperature=3.0)  # so that the completions differ
     cfg = Config(**SETTINGS | settings | dict(completions_per_forward=0))
-    weights = [p for p in vlm.model.parameters() if p.requires_grad]
+    weights = list(trained(vlm).values())
     optimizer, generator = torch.optim.AdamW(weights, lr=1e-3), torch.Generator().manual_seed(1)
     metrics, samples = sayo_mini.train_step(vlm, [SCENES[0]], cfg, optimizer, generator)
     return metrics, samples, weights, counts
@@ -80,8 +78,7 @@ def test_the_gpu_is_rarely_waited_for():
 
 def gpu(folder, *flags):
     """Returns: the exit code and gpu.json."""
-    command = [sys.executable, "study/gpu.py", str(folder), "1500", "--small", *flags]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    process = run_python("study/gpu.py", folder, "1500", "--small", *flags)
     return process.returncode, json.loads((folder / "gpu.json").read_text())
 
 

@@ -30,9 +30,9 @@ def make_step(flags="", vlm=None, count=2):
     vlm, argv = vlm or load(), [*FAST, "--max_completion_length", "20", *flags.split()]
     cfg = run_config(parse_command_line([*argv, "--output_dir", "none"])[1])
     before = {name: p.detach().clone() for name, p in vlm.model.named_parameters()}
-    optimizer, generator = torch.optim.SGD(trained(vlm), 0.1), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.SGD(trained(vlm).values(), 0.1)
     examples = [Scenes("train", 8)[i] for i in range(count)]
-    metrics, _ = train_step(vlm, examples, cfg, optimizer, generator)
+    metrics, _ = train_step(vlm, examples, cfg, optimizer, torch.Generator().manual_seed(0))
     after = dict(vlm.model.named_parameters())
     return metrics, {n for n in before if not torch.equal(before[n], after[n])}
 
