@@ -73,7 +73,8 @@ class MetaCounter(MetaMemory):
         tensors = on_gpu + [x for x in leaves(out) if isinstance(x, torch.Tensor) and x.is_meta]
         size = sum(min(x.numel() * x.itemsize, x.untyped_storage().nbytes()) for x in tensors)
         if formula := flop_registry.get(function.overloadpacket):
-            flops = formula(*args, **kwargs, out_val=out)
+            # torch's formula for bmm does not know its out_dtype.
+            flops = formula(*(x for x in args if x is not torch.float32), **kwargs, out_val=out)
         count.update(launches=1, bytes=size, flops=flops)
         for card, (peak, bandwidth) in CARDS.items():
             count[card] += max(flops / peak / 0.5, size / bandwidth / 0.8)
