@@ -111,15 +111,16 @@ class JsonLines:
             except (LookupError, TypeError, InputError):  # `row_errors` says what is wrong
                 pass
         regions = list(regions.values())
-        unit, advice = self.unit or likely_unit(regions), ""
-        if unit == "xywh":  # in pixels?
-            corners = [(to_pixels(boxes, unit, size), size) for boxes, size in regions]
-            if scale := likely_unit(corners):
-                advice = f", in {UNITS[scale]}: convert them to x1, y1, x2, y2"
+        unit = self.unit or likely_unit(regions)
+        converted = [(to_pixels(boxes, unit, size), size) for boxes, size in regions]
+        units = {unit, likely_unit(converted)} & UNITS.keys()
+        if "xywh" in units and len(units) == 2:  # as in Label Studio
+            (scale,) = units - {"xywh"}
+            what = f"{UNITS['xywh']}, in {UNITS[scale]}: convert them to x1, y1, x2, y2"
+            raise InputError(f"{self.path}: the boxes look like {what}")
         if unit and not self.unit:
-            advice = advice or f": use --boxes {unit}, or --boxes pixels if they are in pixels"
-        if advice:
-            raise InputError(f"{self.path}: the boxes look like {UNITS[unit]}{advice}")
+            advice = f"use --boxes {unit}, or --boxes pixels if they are in pixels"
+            raise InputError(f"{self.path}: the boxes look like {UNITS[unit]}: {advice}")
 
     def row_errors(self, where, row):
         """Yield what is wrong with a row, one line each; the boxes are checked if the image can be

@@ -20,13 +20,11 @@ import sys
 from itertools import accumulate
 from pathlib import Path
 
-from PIL import Image
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 from config import InputError, one_line
-from json_lines import IMAGE_FORMATS, UNITS, JsonLines, image_errors, open_image, stored_size
+from json_lines import UNITS, JsonLines, image_errors, open_image, stored_size
 
 # GQA's files are large. These parts are not used, and are dropped during parsing to save memory.
 UNUSED = frozenset(
@@ -202,11 +200,10 @@ def convert_yolo(images, labels, classes):
         raise InputError(f"{classes}: write the names of its classes to a text file, one per line")
     # Some editors write a byte order mark, which utf-8-sig drops.
     names, found = dict(enumerate(classes.read_text("utf-8-sig").splitlines())), {}
-    for path in sorted(images.rglob("*")):
+    for path in sorted(path for path in images.rglob("*") if path.is_file()):
         label = labels / path.relative_to(images).with_suffix(".txt")
-        if Image.registered_extensions().get(path.suffix.lower()) not in IMAGE_FORMATS:
-            continue  # labels may be in the same folder
-        if not label.exists():
+        # Labels may be in the same folder.
+        if not label.exists() or path.suffix.lower() in (".txt", ".xml", ".json"):
             continue
         with image_errors(path), open_image(path) as image:
             size, file = stored_size(image), path.relative_to(images).as_posix()

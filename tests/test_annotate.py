@@ -8,8 +8,7 @@ from PIL import Image
 from json_lines import JsonLines
 
 NAMES = [f"{orientation}.jpg" for orientation in range(1, 9)] + ["6.png", "plain.webp"]
-# An earlier row, pasted without its newline.
-FIRST = '{"image": "odd.jpg", "question": "Why?", "answer": "so", "boxes": [[1, 1, 5, 5]]}'
+PASTED = '{"image": "odd.jpg", "question": "Why?", "answer": "so", "boxes": [[1, 1, 5, 5]]}'
 
 
 @pytest.fixture
@@ -58,7 +57,7 @@ def test_boxes_are_where_they_were_drawn_however_the_photo_is_stored(page, photo
     page.set_input_files("#files", [photos / name for name in ["odd.jpg", "6.avif", *NAMES]])
     page.get_by_text("6.avif: a rotated AVIF; convert it to JPEG").wait_for()
     assert page.locator("#photos button").all_inner_texts() == ["odd.jpg", *NAMES]
-    page.fill("#lines", FIRST)
+    page.fill("#lines", PASTED)  # without a newline
     for name in NAMES:
         page.get_by_role("button", name=name).click()
         page.wait_for_function("document.getElementById('photo').complete")

@@ -331,7 +331,7 @@ def test_the_unit_of_boxes_is_recognized(tmp_path, sizes):
                 assert unit_of(tmp_path, named, boxes) == unit
             if unit != "0-1000":  # as in Label Studio, also if the user says xywh
                 boxes = [[[x, y, u - x, v - y]] for ((x, y, u, v),) in boxes]
-                for given in ("", "xywh"):
+                for given in ("", "xywh", unit):
                     what = unit_of(tmp_path, named, boxes, given)
                     assert f"x, y, width, height, in {UNITS[unit]}: convert" in what
         xywh = [[[x1, y1, x2 - x1, y2 - y1]] for x1, y1, x2, y2 in pixels]
