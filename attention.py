@@ -98,7 +98,8 @@ def decode_attention(query, keys, values, prompt, scaling, ignored=None):
     P, q, shape = prompt.keys.shape[2], query.contiguous(), query.shape[:-1]
     to_prompt = fp32_product(q.view(B * kv_heads, G * h, D), prompt.keys.flatten(0, 1).mT)
     to_own = fp32_product(q.view(-1, h, D), keys.flatten(0, 2).mT)  # (B*H_kv*G, h, t)
-    scores = torch.cat([to_prompt.view(*shape, P), to_own.view(*shape, -1)], -1).mul_(scaling)
+    scores = torch.cat([to_prompt.view(*shape, P), to_own.view(*shape, -1)], -1)
+    scores.mul_(scaling)
     if ignored is not None:
         scores.masked_fill_(ignored[:, None, None, None], -torch.inf)
     weights = scores.softmax(-1).to(values.dtype)

@@ -139,9 +139,10 @@ def image_keys(dataset):
 def next_image(dataset, index):
     """The index of the next example about another image; without one, of the next example."""
     rows, n = getattr(dataset, "rows", None), len(dataset)
-    following = (i % n for i in range(index + 1, index + n)) if rows else ()
-    others = (i for i in following if rows[i]["image_key"] != rows[index]["image_key"])
-    return next(others, (index + 1) % n)
+    for i in range(index + 1, index + n):
+        if rows is None or rows[i % n]["image_key"] != rows[index]["image_key"]:
+            return i % n
+    return (index + 1) % n
 
 
 def first(rows, count):

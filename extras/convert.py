@@ -184,12 +184,13 @@ def convert_coco(annotations, images):
     for file in dict.fromkeys(file for file, _ in found):
         with image_errors(images / file), open_image(images / file) as image:
             size = stored_size(image)
-        if None not in sizes[file] and size != sizes[file]:  # labeled as displayed, or scaled
-            problem = "its boxes fit {} x {} pixels, but the stored image has {} x {}"
-            problem = problem.format(*sizes[file], *size)
-            if size == sizes[file][::-1]:  # a photo that EXIF turns
-                problem += ": apply the rotation to the files first (ImageOps.exif_transpose)"
-            raise InputError(f"{images / file}: {problem}")
+        labeled, (width, height) = sizes[file], size
+        if None not in labeled and labeled != size:  # scaled, or labeled as displayed
+            problem = f"its boxes fit {labeled[0]} x {labeled[1]} pixels, but the stored image has"
+            advice = ""
+            if labeled == (height, width):  # a photo that EXIF turns
+                advice = ": apply the rotation to the files first (ImageOps.exif_transpose)"
+            raise InputError(f"{images / file}: {problem} {width} x {height}{advice}")
     write_counts(images, found)
 
 

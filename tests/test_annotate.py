@@ -29,8 +29,7 @@ def photos(tmp_path):
         exif[0x0112] = int(name[0]) if name[0].isdigit() else 1
         size = (800, 600) if name[0] in "5678" else (600, 800)
         Image.new("RGB", size).save(tmp_path / name, exif=exif)
-    turned = Image.Exif()
-    turned[0x0112] = 6
+    turned = Image.open(tmp_path / "6.jpg").getexif()
     Image.new("RGB", (9, 6)).save(tmp_path / "6.avif", exif=turned)
     broken = b"Exif\0\0II*\0\xff\xff\xff\x7f"  # its directory is beyond its end
     Image.new("RGB", (9, 6)).save(tmp_path / "odd.jpg", exif=broken)

@@ -263,7 +263,6 @@ def test_the_verdict_tests_the_same_questions():
 
 WRITES = "the model learned to write differently; on the same words, no gain is shown"
 SAME_WORDS = "the model looks at the region more while it reads the same words"
-FEW = "no conclusion, because fewer than 6 images count"
 NOTHING = "nothing shows that the model looks at the region more than before"
 
 
@@ -278,7 +277,7 @@ NOTHING = "nothing shows that the model looks at the region more than before"
         ((-0.1, 0.2), (0.1, 0.1), SAME_WORDS),
         ((-0.1, 0.2), (-0.1, 0.2), NOTHING),
         ((-0.2, -0.3), (0.0, 0.0), NOTHING),
-        ((0.2, math.nan), (0.0, math.nan), FEW),
+        ((0.2, math.nan), (0.0, math.nan), "no conclusion, because fewer than 6 images count"),
     ],
 )
 def test_the_verdict_concludes_from_the_intervals_that_it_prints(own, fixed, conclusion):

@@ -457,6 +457,7 @@ def test_another_file_can_be_evaluated(folder, tmp_path, capsys):
     cfg = Config(dataset=str(path), eval_dataset=str(other))
     train, held_out = data.load_datasets(cfg)
     assert (len(train), len(held_out), len(data.image_keys(held_out))) == (2, 3, 2)
+    assert [data.next_image(held_out, i) for i in range(3)] == [1, 2, 1]
     note = f"note: images of {other} that are also in the training data: 1"
     assert note in capsys.readouterr().out
     assert held_out.checksum != JsonLines(other).checksum and train.checksum in held_out.checksum

@@ -71,9 +71,11 @@ def test_boxes_are_drawn_around_their_place_and_stay_visible_at_the_edge():
 
 
 def test_the_note_explains_a_place_that_the_answer_names(monkeypatch):
-    drawn = []
+    drawn, letters = [], []
+    monkeypatch.setattr(pictures, "find_font", lambda size, text: letters.append(text))
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *args, **_: drawn.append(args[2]))
-    draw_row(make_example(), [make_answer(words=["look", " r6", " c2", " :"])])
+    draw_row(make_example(question="Größe?"), [make_answer(words=["look", " r6", " c2", " :"])])
+    assert {*"Größe?look"} <= {*letters[0]}  # the font has to have all of them
     assert any(text.endswith("; r6 c2: row 6, column 2") for text in drawn)
     drawn.clear()
     draw_row(make_example(), [make_answer()])
