@@ -125,6 +125,7 @@ class Alarms:
         self.recent = deque(maxlen=math.ceil(RECENT_QUESTIONS / cfg.prompts_per_step))
         self.best_recent = 0.0
         self.since_save, self.best_save, self.save_steps = [], -1.0, cfg.save_steps
+        self.advice = "best/ is kept" if cfg.keep_best else "stop here, or use --keep_best"
         for row in history:
             self.printed |= self.add(row).keys()
 
@@ -161,7 +162,7 @@ class Alarms:
             best = self.best_recent = max(self.best_recent, now)
             if best - now >= DECLINE:
                 why = f"{now:.0%} of the recent samples are right, down from {best:.0%}"
-                found["accuracy"] = f"answers get worse: {why}; stop here, or use --keep_best"
+                found["accuracy"] = f"answers get worse: {why}; {self.advice}"
         return found
 
     def forget_best(self):
